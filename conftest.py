@@ -1,0 +1,39 @@
+"Let pytest run the notebooks in nbs/ as nbdev-test does: one test a notebook, each in a process of its own."
+import io, multiprocessing as mp, os, sys
+from concurrent.futures import ProcessPoolExecutor
+
+# Before anything imports torch or matplotlib, so that a bare `pytest` and the processes it starts have them too
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['MPLBACKEND'] = 'agg'
+
+import pytest
+from nbdev.config import get_config
+
+def run_nb(path, kwargs):
+    "Whether the notebook ran, and what it wrote to standard error"
+    from nbdev.test import test_nb
+    sys.__stderr__ = err = io.StringIO()
+    ok,_ = test_nb(path, **kwargs)
+    return ok,err.getvalue()
+
+def pytest_addoption(parser): parser.addoption('--flags', default='', help='nbdev test flags to run that are normally skipped, e.g. "slow"')
+
+def pytest_configure(config):
+    # The server imports fastai once; every notebook starts as a fork of it, so that none leans on what another did.
+    mp.set_forkserver_preload(['fastai.vision.all', 'nbdev.test'])
+    config.nb_context = mp.get_context('forkserver')
+
+def pytest_collect_file(file_path, parent):
+    hidden = any(o[0] in '_.' for o in file_path.relative_to(parent.config.rootpath).parts) # built docs, checkpoints
+    if file_path.suffix=='.ipynb' and not hidden: return Notebook.from_parent(parent, path=file_path)
+
+class Notebook(pytest.File):
+    def collect(self): yield NotebookTest.from_parent(self, name='cells')
+
+class NotebookTest(pytest.Item):
+    def runtest(self):
+        cfg,flags = get_config(self.path.parent),self.config.getoption('--flags').split()
+        kwargs = dict(skip_flags=cfg.tst_flags, force_flags=flags, basepath=cfg.config_path, cell_timeout=cfg.cell_timeout)
+        with ProcessPoolExecutor(1, mp_context=self.config.nb_context) as pool: ok,err = pool.submit(run_nb, self.path, kwargs).result()
+        if not ok: pytest.fail(err, pytrace=False)
+    def reportinfo(self): return self.path,None,self.path.name

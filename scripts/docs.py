@@ -1,0 +1,157 @@
+"""Build the docs site without Quarto, from the same processed notebooks that nbdev-docs renders.
+
+    python scripts/docs.py            # build _docs/, then check that every internal link and image resolves
+    python scripts/docs.py --readme   # write README.md from nbs/index.ipynb
+
+nbdev-docs and nbdev-readme do the same with Quarto where it is installed. Quarto's Markdown is pandoc's,
+so pandoc (the pypandoc_binary package) reads these pages as Quarto does, heading ids included.
+The pages ask nothing of other hosts: one that would fails the build as a broken link does.
+"""
+import base64, html, html.parser, itertools, json, re, shutil, sys
+from importlib.metadata import entry_points
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pypandoc, yaml
+from nbdev.config import get_config
+from nbdev.serve import proc_nbs
+
+here = Path(__file__).parent/'site'
+directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
+ansi = re.compile(r'\x1b\[[\d;]*m')
+dialect = 'markdown-implicit_figures'
+pictures = {'image/png': '.png', 'image/jpeg': '.jpg', 'image/svg+xml': '.svg'}
+
+def text(x): return ''.join(x) if isinstance(x, list) else x
+def block(s): return f'````{{.output}}\n{ansi.sub("", s).rstrip()}\n````'
+
+def directives(src):
+    "Leading `#| name: value` lines of a cell, and the rest of it"
+    found,lines = {},src.splitlines()
+    while lines and (m:=directive.match(lines[0])):
+        found[m[1]] = m[2].strip()
+        lines.pop(0)
+    return found,'\n'.join(lines).strip('\n')
+
+def picture(data, mime, f, dest):
+    "Markdown for the picture in `data`, once it is in the file `f` below `dest`"
+    f,raw = f.with_suffix(pictures[mime]),text(data[mime])
+    (dest/f).parent.mkdir(exist_ok=True, parents=True)
+    (dest/f).write_bytes(raw.encode() if mime.endswith('xml') else base64.b64decode(raw))
+    return f'![]({f.as_posix()})'
+
+def output(o, f, dest):
+    "Markdown for one output of a cell, in the richest form it has; None if it has nothing to show"
+    data = o.get('data', {})
+    if o['output_type']=='stream': return block(text(o['text']))
+    if o['output_type']=='error': return block(f"{o['ename']}: {o['evalue']}")
+    if 'text/markdown' in data: return text(data['text/markdown'])
+    mime = next((m for m in pictures if m in data), None)
+    if mime: return picture(data, mime, f, dest)
+    if 'text/html' in data: return f"``````{{=html}}\n{text(data['text/html'])}\n``````"
+    if 'text/plain' in data: return block(text(data['text/plain']))
+
+def page(fn, dest):
+    "Front matter and Markdown of the processed notebook `fn`; its pictures go below `dest`"
+    meta,out = dict(title=fn.stem, description=''),[]
+    for n,c in enumerate(json.loads(fn.read_text(encoding='utf-8'))['cells']):
+        src = text(c['source'])
+        if c['cell_type']=='raw' and src.startswith('---'): meta.update(yaml.safe_load(src.strip().strip('-')) or {})
+        elif c['cell_type']=='markdown' and not src.startswith('<!-- WARNING'): out.append(src)
+        elif c['cell_type']=='code':
+            d,code = directives(src)
+            if d.get('include')=='false': continue
+            if d.get('echo')!='false' and code: out.append(f'````python\n{code}\n````')
+            if d.get('output')=='false': continue
+            files = Path(f'{fn.stem}_files')/c.get('id', f'cell{n}')
+            out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest) for i,o in enumerate(c.get('outputs', []))))
+    return meta,'\n\n'.join(out)+'\n'
+
+class Links(html.parser.HTMLParser):
+    "Ids, internal references, outside files and searchable sections of a page"
+    def __init__(self, src):
+        super().__init__()
+        self.ids,self.refs,self.outside,self.sections,self.inside,self.head = set(),[],[],[],0,None
+        self.feed(src)
+    def handle_starttag(self, tag, attrs):
+        a = dict(attrs)
+        if 'id' in a: self.ids.add(a['id'])
+        refs = [a[k] for k in ('href','src') if a.get(k)]
+        self.refs += [r for r in refs if not urlparse(r).scheme and not urlparse(r).netloc]
+        if tag!='a': self.outside += [r for r in refs if urlparse(r).netloc]
+        if tag=='main': self.inside = 1
+        if self.inside and re.fullmatch('h[1-6]', tag):
+            self.head = tag
+            self.sections.append([a.get('id',''), '', ''])
+    def handle_endtag(self, tag):
+        if tag=='main': self.inside = 0
+        if tag==self.head: self.head = None
+    def handle_data(self, s):
+        if self.inside and self.sections: self.sections[-1][1 if self.head else 2] += s
+
+def broken(pages, site):
+    "What is wrong with the references of the built pages"
+    for nm,pg in pages.items():
+        for ref in pg.outside: yield f'{nm}: {ref} is fetched from another host'
+        for ref in pg.refs:
+            u = urlparse(ref)
+            to = ((site/nm).parent/unquote(u.path) if u.path else site/nm).resolve()
+            found = pages.get(to.relative_to(site).as_posix()) if to.is_relative_to(site) and to.is_file() else None
+            if not to.is_file() or (u.fragment and found and unquote(u.fragment) not in found.ids): yield f'{nm}: {ref} leads nowhere'
+
+def group(nm, cfg):
+    "Heading of the navigation under which the notebook called `nm` goes: its number says what it is for"
+    if nm==cfg.readme_nb: return 'Start'
+    return 'Tutorials' if nm.startswith('9') else 'Reference'
+
+def nav(pages, here, root):
+    "Links to all `pages`, a list of (address, title, group), in their groups"
+    link = lambda n,t: f'<li><a href="{root}{n}"{" aria-current=page" if n==here else ""}>{html.escape(t)}</a></li>'
+    return ''.join(f'<b>{g}</b><ul>{"".join(link(n,t) for n,t,_ in ps)}</ul>' for g,ps in itertools.groupby(pages, lambda p: p[2]))
+
+def build():
+    cfg = get_config()
+    proc,site,url = cfg.config_path/'_proc',cfg.doc_path.resolve(),cfg.doc_url.rstrip('/')
+    for d in (proc, site): shutil.rmtree(d, ignore_errors=True)
+    proc_nbs(n_workers=1)
+    shutil.copytree(here, site, ignore=shutil.ignore_patterns('page.html'))
+    for f in proc.rglob('*.*'): # pictures and files that the pages show or link to
+        if f.suffix in ('.png','.jpg','.gif','.svg','.csv','.json'):
+            (site/f.relative_to(proc)).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(f, site/f.relative_to(proc))
+    srcs,order = [],('Start','Tutorials','Reference')
+    for fn in sorted(proc.rglob('*.ipynb'), key=lambda p: (order.index(group(p.name, cfg)), p)):
+        rel = fn.relative_to(proc).parent
+        meta,md = page(fn, site/rel)
+        srcs.append(((rel/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, group(fn.name, cfg), fn))
+    files = {fn.name: Path(nm).name for nm,_,_,_,fn in srcs} # links may name a notebook, as they do in Jupyter
+    menu = [(n, m['title'].replace('`', ''), g) for n,m,_,g,_ in srcs]
+    for nm,meta,md,*_ in srcs:
+        root = '../'*nm.count('/')
+        head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url)
+        head['description-meta'] = head['description'].replace('`', '')
+        out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
+            '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}', '--variable', f'nav={nav(menu, nm, root)}'])
+        out = re.sub(r'(?<=href=")([^":]*?)([^"/:#]+\.ipynb)', lambda m: m[1]+files.get(m[2], m[2]), out)
+        out = re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S)
+        (site/nm).parent.mkdir(exist_ok=True, parents=True)
+        (site/nm).write_text(out.replace(f'href="{url}/', f'href="{root}') if url else out, encoding='utf-8')
+    pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}
+    index = [dict(href=f'{n}#{i}', page=t, title=h.strip(), text=' '.join(b.split())) for n,t,_ in menu for i,h,b in pages[n].sections]
+    (site/'search-index.js').write_text(f'const search_index = {json.dumps(index, indent=0)}\n', encoding='utf-8')
+    bad = list(broken(pages, site))
+    for b in bad: print(b, file=sys.stderr)
+    print(f'{len(srcs)} pages in {cfg.doc_path.name}/')
+    return len(bad)
+
+def readme():
+    cfg = get_config()
+    shutil.rmtree(cfg.config_path/f'{Path(cfg.readme_nb).stem}_files', ignore_errors=True)
+    meta,md = page(proc_nbs(n_workers=1)/cfg.readme_nb, cfg.config_path)
+    head = f"# {meta['title']}\n\n" + (f"> {meta['description']}\n\n" if meta['description'] else '')
+    (cfg.config_path/'README.md').write_text(pypandoc.convert_text(head+md, 'gfm', format=dialect, extra_args=['--wrap=preserve']), encoding='utf-8')
+
+if __name__=='__main__':
+    lib = get_config().lib_name
+    if not entry_points(group='nbdev', name=lib): sys.exit(f'{lib} is not installed here, so no name could link to its docs: pip install -e ".[dev]"')
+    sys.exit(bool(readme() if '--readme' in sys.argv[1:] else build()))

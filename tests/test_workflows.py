@@ -1,0 +1,128 @@
+"What fastai users do before and after `quantize`, with fastai's own data blocks and learners"
+import numpy as np, pandas as pd, pytest, torch
+from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, ImageBlock, Learner, MaskBlock, MixUp, PILImage,
+    PILMask, RandomSplitter, RegressionBlock, Resize, SegmentationInterpretation, accuracy, aug_transforms, load_learner, mae, resnet18, set_seed,
+    unet_learner, vision_learner)
+from sklearn.datasets import load_digits
+from fastquant.all import *
+
+digits = load_digits()
+def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
+def label(i): return str(digits.target[i])
+def mask(i): return PILMask.create((digits.images[i]>8).astype('uint8').repeat(4, 0).repeat(4, 1))
+def number(i): return float(digits.target[i])
+
+def dls(y_block, get_y, n=240, **kwargs):
+    block = DataBlock((ImageBlock, y_block), get_x=picture, get_y=get_y, splitter=RandomSplitter(.25, seed=0), **kwargs)
+    return block.dataloaders(range(n), bs=16, num_workers=0, device='cpu')
+
+def fitted(learn, epochs=1, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, 3e-3, **kwargs)
+    return learn
+
+@pytest.fixture(scope='module')
+def vision():
+    set_seed(0)
+    data = dls(CategoryBlock, label, item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False))
+    return fitted(vision_learner(data, resnet18, pretrained=False, metrics=accuracy), 3, cbs=MixUp())
+
+def test_vision_learner(vision, tmp_path):
+    with vision.no_bar(): q = vision.quantize()
+    assert q.model.report.float_layers=={} and q.model.report.n_layers==22
+    with q.no_bar(), vision.no_bar():
+        assert q.predict(picture(0))[2].shape==(10,)
+        table = vision.compare(q, n=3)
+        q.path = tmp_path
+        q.export('q.pkl')
+        loaded = load_learner(tmp_path/'q.pkl')
+    with loaded.no_bar(): assert torch.equal(loaded.predict(picture(3))[2], q.predict(picture(3))[2])
+    assert table.bytes['int8']*3.5 < table.bytes['float'] and table.agrees['int8']>.8
+    assert list(q.dls.vocab)==list('0123456789')
+
+def test_trains_on_after_quantize(vision):
+    "Quantizing leaves optimizer, freezing and parameter groups as they were, and training goes on"
+    opt,frozen = vision.opt,vision.opt.frozen_idx
+    with vision.no_bar(): vision.quantize(n_batches=1)
+    assert vision.opt is opt and vision.opt.frozen_idx==frozen
+    before = [p.clone() for p in vision.model.parameters()]
+    fitted(vision)
+    moved = [not torch.equal(a, b) for a,b in zip(before, vision.model.parameters()) if b.requires_grad]
+    assert all(moved)
+
+def test_quantize_after_load_learner(vision, tmp_path):
+    "A loaded Learner has no data, so calibrating wants some, and says so"
+    vision.path = tmp_path
+    vision.export('float.pkl')
+    loaded = load_learner(tmp_path/'float.pkl')
+    with loaded.no_bar():
+        with pytest.raises(ValueError, match='calibration set is empty'): loaded.quantize()
+        with pytest.raises(ValueError, match='has no data'): loaded.export_onnx('m.onnx')
+        q = loaded.quantize(dl=loaded.dls.test_dl(list(range(32))))
+        assert q.predict(picture(1))[0] in list('0123456789')
+
+@pytest.mark.parametrize('how', ['to_fp16','to_bf16'])
+def test_mixed_precision(how):
+    set_seed(0)
+    learn = fitted(getattr(vision_learner(dls(CategoryBlock, label, n=64), resnet18, pretrained=False, metrics=accuracy), how)())
+    with learn.no_bar(): assert learn.quantize(n_batches=2).model.report.float_layers=={}
+
+def test_unet_learner():
+    set_seed(0)
+    learn = fitted(unet_learner(dls(MaskBlock(['bg','ink']), mask, n=64), resnet18, pretrained=False, n_out=2, metrics=Dice()))
+    with learn.no_bar(): q = learn.quantize(n_batches=2)
+    assert q.model.report.float_layers=={}
+    with q.no_bar(), learn.no_bar():
+        a,b = learn.get_preds()[0].argmax(1),q.get_preds()[0].argmax(1)
+        q.show_results(max_n=2)
+        SegmentationInterpretation.from_learner(q).top_losses(2)
+        assert q.predict(picture(0))[0].shape==(32,32)
+    assert (a==b).float().mean()>.97
+
+def test_regression():
+    set_seed(0)
+    data = dls(RegressionBlock(), number)
+    learn = fitted(vision_learner(data, resnet18, pretrained=False, n_out=1, y_range=(0,9), metrics=mae), 3)
+    with learn.no_bar(): q = learn.quantize()
+    with q.no_bar(), learn.no_bar(): table = learn.compare(q, n=3)
+    assert q.model.report.agrees is None and np.isnan(table.agrees['int8'])
+    assert abs(table.mae['int8']-table.mae['float'])<.1
+
+def test_tabular_learner(tmp_path):
+    set_seed(0)
+    df = pd.DataFrame(dict(cat=np.random.choice(list('abcd'), 800), num=np.random.randn(800), big=100*np.random.randn(800)))
+    df['y'] = np.where((df.cat<'c')^(df.num>0), 'yes', 'no')
+    df.loc[::7,'big'] = np.nan
+    data = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['cat'], cont_names=['num','big'], y_names='y', bs=64, valid_idx=list(range(650,800)))
+    learn = tabular_learner(data, layers=[50,20], metrics=accuracy)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 1e-2)
+    with learn.no_bar(): q = learn.quantize()
+    with q.no_bar(), learn.no_bar():
+        (_,a),(_,b) = learn.validate(),q.validate()
+        row = df.iloc[0].drop('y')
+        assert q.predict(row)[1]==learn.predict(row)[1]
+    assert a>.9 and abs(a-b)<.02, (a, b)
+    assert q.model.report.float_layers=={}
+
+def test_iterable_of_batches(vision):
+    "Calibration data may be any iterable of batches with a length"
+    b = vision.dls.valid.one_batch()
+    with vision.no_bar(): assert vision.quantize(dl=[b, b]).model.report.n_items==32
+
+def test_shared_layer_and_float_input_list():
+    "A net nobody tuned for: a layer that runs twice, a slice, a functional ReLU and two inputs"
+    class Odd(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.out = torch.nn.Linear(6, 8),torch.nn.Linear(8, 8),torch.nn.Linear(16, 2)
+        def forward(self, x, y):
+            h = torch.relu(self.b(torch.relu(self.a(torch.cat([x, y[:,:2]], 1)))))
+            return self.out(torch.cat([self.b(h)+h, h[:,[1,0,2,3,4,5,6,7]]], dim=-1))
+    set_seed(0)
+    items = [(torch.randn(4), torch.randn(3), torch.tensor(i%2)) for i in range(64)]
+    data = DataLoaders.from_dsets(items, items, bs=16, n_inp=2, device='cpu', num_workers=0)
+    data.n_inp = 2
+    learn = Learner(data, Odd(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    with learn.no_bar(): q = learn.quantize()
+    assert q.model.report.float_layers=={} and q.model.report.n_layers==3
+    with learn.no_bar(), q.no_bar(): assert sqnr(learn.get_preds()[0], q.get_preds()[0])>30
