@@ -46,7 +46,7 @@ def _along(s, x, axis):
     "`s` shaped so that it varies along `axis` of `x`, or as it is if there is one for the whole tensor"
     return s if not s.ndim else s.reshape([-1 if i==axis else 1 for i in range(x.ndim)])
 
-# %% ../nbs/01_affine.ipynb #01affi4276bd
+# %% ../nbs/01_affine.ipynb #01affi682150
 @torch.library.custom_op('fastquant::quantize', mutates_args=())
 def _quantize(x:Tensor, scale:Tensor, zero_point:Tensor, lo:int, hi:int, axis:int=0)->Tensor:
     q = (x/_along(scale, x, axis)).round_().add_(_along(zero_point, x, axis))

@@ -22,9 +22,9 @@ from .trace import floats, evaluating
 from .prepare import rounding
 
 # %% auto #0
-__all__ = ['translation', 'integer_kernels', 'mismatch', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'session', 'Engine',
-           'optimized', 'layer_kernels', 'sqnr', 'agreement', 'ExportMismatch', 'Report', 'first_output', 'verify',
-           'to_bytes', 'load_engine']
+__all__ = ['translation', 'integer_kernels', 'mismatch', 'quiet', 'to_onnx', 'tidy', 'name_ends', 'layer_nodes', 'session',
+           'Engine', 'optimized', 'layer_kernels', 'sqnr', 'agreement', 'ExportMismatch', 'Report', 'first_output',
+           'verify', 'to_bytes', 'load_engine']
 
 # %% ../nbs/07_export.ipynb #07expo5ef8e1
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0): return op.QuantizeLinear(x, scale, zero_point, axis=axis)
@@ -71,7 +71,7 @@ def to_onnx(
             "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
     return tidy(proto)
 
-# %% ../nbs/07_export.ipynb #07expoaead69
+# %% ../nbs/07_export.ipynb #07expo3021f6
 def tidy(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
@@ -84,7 +84,16 @@ def tidy(
     for i in g.initializer: i.name = short(i.name)
     for n in g.node: n.input[:] = [short(i) for i in n.input]
     for path,n in layer_nodes(proto).items(): n.name = path
+    name_ends(g, g.input, 'input')
+    name_ends(g, g.output, 'output')
     return proto
+
+def name_ends(g, ends, name):
+    "Call the graph's inputs or outputs `name`, with a number if there are several"
+    new = {o.name:f'{name}_{i}' if len(ends)>1 else name for i,o in enumerate(ends)}
+    if set(new.values())&{v for n in g.node for v in n.output}: return
+    for o in ends: o.name = new[o.name]
+    for n in g.node: n.input[:],n.output[:] = ([new.get(i, i) for i in o] for o in (n.input,n.output))
 
 def layer_nodes(proto):
     "The node that computes with the weight of each module, by the module's path"

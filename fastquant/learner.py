@@ -37,17 +37,17 @@ def copy_model(
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
 
-# %% ../nbs/22_learner.ipynb #22lear236aba
-def _twin(learn, model, cbs):
+# %% ../nbs/22_learner.ipynb #22learef0db9
+def _twin(learn, model):
     "A Learner like `learn` around `model`"
     new = object.__new__(type(learn))
     new.__dict__.update({k:v for k,v in learn.__dict__.items() if not isinstance(v, Callback)})
     new.model,new.cbs,new.opt,new.splitter,new.training = model,L(),None,trainable_params,False
-    new.add_cbs(cbs)
+    new.add_cbs(_default_cbs(learn))
     new('after_create')
     return new
 
-def _same_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
+def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
 
 # %% ../nbs/22_learner.ipynb #22lear4a049a
 class _Idxs:
@@ -86,7 +86,7 @@ def describe(
     norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
     return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*scale, *norm))
 
-# %% ../nbs/22_learner.ipynb #22lear5bc460
+# %% ../nbs/22_learner.ipynb #22lear2d95b8
 @patch
 def quantize(self:Learner,
     spec='int8',     # A `Spec`, or the name of one: `int8`, `int8_per_tensor`, or one of your own
@@ -106,10 +106,10 @@ def quantize(self:Learner,
         xb = _inputs(self, dl)
         if not rounding(model):
             prepare(model, wanted, *xb[0], fold=True)
-            _twin(self, model, _same_cbs(self)).validate(dl=dl, cbs=PTQCalibrate(n_batches))
+            _twin(self, model).validate(dl=dl, cbs=PTQCalibrate(n_batches))
     data = _verified(self, convert(model), xb)
     if fname: write_whole(fname, data)
-    new = _twin(self, Engine(data), L(defaults.callbacks))
+    new = _twin(self, Engine(data))
     if (db:=new.model.report.sqnr_float)<10: warn(f"Rounding makes {db:.1f} dB of noise, so predictions may have suffered: {new.model.report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`.")
     return new
 
@@ -142,7 +142,7 @@ def export_onnx(self:Learner,
     with calibration_dl(self, self.dls[-1] if len(self.dls[-1]) else None, 1) as dl: xb = _inputs(self, dl, 1)[0]
     return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **with_size(describe(self), xb)))
 
-# %% ../nbs/22_learner.ipynb #22learc609be
+# %% ../nbs/22_learner.ipynb #22lear057c7c
 @patch
 def load_onnx(self:Learner,
     fname # A file from `export_onnx`, relative to `self.path`
@@ -151,7 +151,7 @@ def load_onnx(self:Learner,
     engine = load_engine(self.path/fname)
     vocab,mine = engine.metadata.get('vocab'),describe(self)['vocab']
     if vocab!=mine: raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {vocab}, not {mine}.")
-    return _twin(self, engine, L(defaults.callbacks))
+    return _twin(self, engine)
 
 # %% ../nbs/22_learner.ipynb #22lear1b885e
 @patch

@@ -110,19 +110,21 @@ class Percentile(Histogram):
         at = lambda o: self.centers().gather(1, o.float().argmax(1, keepdim=True))[:,0]
         return at(below>1-self.share),at(below>=self.share)
 
-# %% ../nbs/02_observe.ipynb #02obse3abd8f
-def _shrunk(obs, err, n=71, smallest=.3):
-    "The range between the extremes of `obs`, each end moved inwards in turn, where `err(lo, hi)` is smallest"
-    best,ends = err(obs.lo, obs.hi),[obs.lo.clone(),obs.hi.clone()]
-    for i in (1,0,1,0):
-        start = list(ends)
-        for share in torch.linspace(smallest, 1, n).tolist():
-            trial = list(start)
-            trial[i] = (obs.lo,obs.hi)[i]*share
-            e = err(*trial)
-            ends[i] = torch.where(e<best, trial[i], ends[i])
-            best = torch.minimum(e, best)
-    return ends
+# %% ../nbs/02_observe.ipynb #02obsec5deb2
+def _shrunk(obs, grid, n=16, smallest=.3):
+    "The range between the extremes of `obs`, its ends moved inwards to where `obs.err` is smallest"
+    ends = torch.stack([obs.lo,obs.hi])
+    share,best = torch.ones_like(ends),obs.err(*ends, grid)
+    for moved in ([[0,1]] if grid.signed else [[1],[0]]*2):
+        mid,half = torch.full_like(obs.lo, (1+smallest)/2),(1-smallest)/2
+        for _ in range(2):
+            for step in torch.linspace(-half, half, n).tolist():
+                trial = share.clone()
+                trial[moved] = (mid+step).clamp(max=1)
+                e = obs.err(*(ends*trial), grid)
+                share,best = torch.where(e<best, trial, share),torch.minimum(e, best)
+            mid,half = share[moved[0]],2*half/(n-1)
+    return tuple(ends*share)
 
 @observers
 class MSE(Histogram):
@@ -131,9 +133,9 @@ class MSE(Histogram):
         "Sum of squared errors of each row, were the range `lo..hi`"
         c,(s,z) = self.centers(),(o[:,None] for o in qparams(lo, hi, grid))
         return ((((c/s).round()+z).clamp(grid.lo, grid.hi).sub(z)*s-c)**2*self.hist).sum(1)
-    def range(self, grid): return _shrunk(self, lambda lo,hi: self.err(lo, hi, grid))
+    def range(self, grid): return _shrunk(self, grid)
 
-# %% ../nbs/02_observe.ipynb #02obseddf07d
+# %% ../nbs/02_observe.ipynb #02obse02a0af
 @observers
 class Entropy(Histogram):
     "The range that keeps most information in the sense of Kullback and Leibler (Migacz 2017); it can clip far too much"
@@ -150,4 +152,4 @@ class Entropy(Histogram):
         q = total(kept)/total((kept>0).float()).clamp(min=1)*(kept>0)
         p,q = p/p.sum(1, keepdim=True),q/q.sum(1, keepdim=True).clamp(min=1e-30)
         return torch.where(p>0, p*(p/q.clamp(min=1e-10)).log(), 0.).sum(1)
-    def range(self, grid): return _shrunk(self, lambda lo,hi: self.err(lo, hi, grid))
+    def range(self, grid): return _shrunk(self, grid)

@@ -29,12 +29,12 @@ class TensorSpec:
         "A new observer for a tensor of `n` channels"
         return observers.find(self.observer)(n if self.per_channel else 1)
 
-# %% ../nbs/03_spec.ipynb #03spec99c1ce
+# %% ../nbs/03_spec.ipynb #03spec0ab5ec
 @dataclass(frozen=True)
 class Spec:
     "How a model is rounded; raises `ValueError` on something that no engine could run"
-    weight:TensorSpec=TensorSpec(Grid(8), 'min_max', per_channel=True) # For weights
-    act:TensorSpec=TensorSpec(Grid(8, signed=False), 'mse')            # For activations
+    weight:TensorSpec=TensorSpec(Grid(8), 'mse', per_channel=True) # For weights
+    act:TensorSpec=TensorSpec(Grid(8, signed=False), 'mse')        # For activations
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
     def __post_init__(self):
         if not self.weight.grid.signed: raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
@@ -54,7 +54,7 @@ class Spec:
 # %% ../nbs/03_spec.ipynb #03spec63d44c
 specs = Registry('spec')
 
-# %% ../nbs/03_spec.ipynb #03spec2500d7
+# %% ../nbs/03_spec.ipynb #03specdfb118
 @specs
 def int8():
     "8 bits, a scale for each output channel of a weight"
@@ -63,7 +63,7 @@ def int8():
 @specs
 def int8_per_tensor():
     "8 bits, one scale for each weight"
-    return Spec(weight=TensorSpec(Grid(8)))
+    return Spec(weight=TensorSpec(Grid(8), 'mse'))
 
 # %% ../nbs/03_spec.ipynb #03spec1b4c1d
 def find_spec(

@@ -167,7 +167,7 @@ def trace(
     with evaluating(model), t: out = model(*xb)
     return Trace(t.ops, inputs, {t.vals[id(o)] for o in floats(out) if id(o) in t.vals}, t.ran, t.users)
 
-# %% ../nbs/04_trace.ipynb #04trac92b2dc
+# %% ../nbs/04_trace.ipynb #04trac193975
 class Plan:
     "What of a `Trace` runs in int8 under `spec`, and where values are rounded"
     def __init__(self,
@@ -194,9 +194,6 @@ class Plan:
             v = c.outs[0]
             if c.kind=='act': break
         return v
-    def folds(self, o, c):
-        "Whether both run once, and mean the same by channel: a linear layer has its last, a batchnorm the first after the batch"
-        return all(sum(p.path==q.path for p in self.tr.ops)==1 for q in (o,c)) and (o.name!='linear' or o.ndim==2)
     def wanted(self, v):
         "Whether anything that runs in int8 uses `v`, as it is or moved about"
         return any(any(map(self.wanted, c.outs)) if c.kind=='move' else c.key in self.int8 for c in self.tr.consumers[v])
@@ -222,6 +219,12 @@ class Plan:
         for o in self.tr.ops:
             if o.kind=='layer' and o.key in self.int8: found[o.path].append(o.ins[0])
         return dict(found)
+
+# %% ../nbs/04_trace.ipynb #04trac12fd01
+@patch
+def folds(self:Plan, o, norm)->bool:
+    "Whether the batchnorm `norm` can be folded into the layer `o`"
+    return all(sum(p.path==q.path for p in self.tr.ops)==1 for q in (o,norm)) and (o.name!='linear' or o.ndim==2)
 
 # %% ../nbs/04_trace.ipynb #04trac4450fe
 @patch

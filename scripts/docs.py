@@ -45,10 +45,10 @@ def output(o, f, dest):
     data = o.get('data', {})
     if o['output_type']=='stream': return block(text(o['text']))
     if o['output_type']=='error': return block(f"{o['ename']}: {o['evalue']}")
-    if 'text/markdown' in data: return text(data['text/markdown'])
     mime = next((m for m in pictures if m in data), None)
     if mime: return picture(data, mime, f, dest)
-    if 'text/html' in data: return f"``````{{=html}}\n{text(data['text/html'])}\n``````"
+    if 'text/html' in data: return f"``````{{=html}}\n{text(data['text/html'])}\n``````" # before Markdown, which fastprogress makes of HTML
+    if 'text/markdown' in data: return text(data['text/markdown'])
     if 'text/plain' in data: return block(text(data['text/plain']))
 
 def page(fn, dest):

@@ -1,0 +1,1 @@
+"Measurements that the docs read from `results/`: see `README.md`"

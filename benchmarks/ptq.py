@@ -1,0 +1,198 @@
+"What post-training quantization costs in accuracy, and what it buys: `python -m benchmarks.ptq --data ../shared/data`"
+from __future__ import annotations
+import onnx, tempfile
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torchvision import models
+from fastquant.convert import *
+from fastquant.export import *
+from fastquant.learner import *
+from fastquant.prepare import *
+from fastquant.report import n_bytes
+from fastquant.trace import *
+from .common import *
+
+sections = Registry('section')
+
+# Other quantizers
+
+class Batches(CalibrationDataReader):
+    "Hands `batches` to ONNX Runtime's quantizer"
+    def __init__(self, name, batches): self.feeds = iter({name:x.numpy()} for x, in batches)
+    def get_next(self): return next(self.feeds, None)
+
+def ort_file(
+    model:nn.Module, # A float model
+    batches:list     # Tuples of inputs to calibrate on
+)->bytes:
+    "The file that ONNX Runtime's own `quantize_static` makes of `model`"
+    proto = to_onnx(copy_model(model), *batches[0])
+    with tempfile.TemporaryDirectory() as d, quiet():
+        float_,pre,int8 = (f'{d}/{k}.onnx' for k in ('float','pre','int8'))
+        onnx.save(proto, float_)
+        quant_pre_process(float_, pre)
+        quantize_static(pre, int8, Batches(proto.graph.input[0].name, batches), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax)
+        return Path(int8).read_bytes()
+
+def fx_model(model, batches)->nn.Module|None:
+    "`model` through torch's FX graph mode; None where torch no longer has it"
+    try:
+        from torch.ao.quantization import get_default_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+    except ImportError: return None
+    torch.backends.quantized.engine = 'x86'
+    with quiet(), torch.no_grad():
+        model = prepare_fx(copy_model(model).eval(), get_default_qconfig_mapping('x86'), batches[0])
+        for xb in batches: model(*xb)
+        return convert_fx(model)
+
+# Accuracy
+
+def calibration_set(
+    learn:Learner,
+    n_batches:int=8
+)->list: # Tuples of inputs
+    "The batches that `learn.quantize()` calibrates on"
+    with calibration_dl(learn, n_batches=n_batches) as dl: return [b[:1] for b in dl]
+
+def simulation(
+    learn:Learner,
+    qlearn:Learner, # From `learn.quantize()`
+    batches:list    # What it was calibrated on
+)->nn.Module:
+    "What the file of `qlearn` was made of; raises `RuntimeError` if that is not so"
+    sim = prepare(copy_model(learn.model), 'int8', *batches[0], fold=True)
+    with evaluating(sim):
+        for xb in batches: sim(*xb)
+    set_ranges(sim)
+    if to_onnx(convert(sim), *batches[0]).graph!=onnx.load_from_string(qlearn.model.data).graph:
+        raise RuntimeError("The simulation made here gives another file than `quantize`.")
+    return sim
+
+def predictions(model, x):
+    with evaluating(model): return torch.cat([model(b) for b in x.split(256)]).argmax(1)
+
+def accuracies(
+    net:str,         # Its name
+    model:nn.Module, # A trained model
+    data:tuple       # Training and test set
+)->list: # Rows, the float model first
+    "Top-1 on the test set, and share of equal predictions, for `model` and what quantizers make of it"
+    learn = learner(model, *data)
+    qlearn = learn.quantize()
+    batches = calibration_set(learn)
+    peers = {'simulation':simulation(learn, qlearn, batches), 'ONNX Runtime':Engine(ort_file(model, batches)), 'torch FX':fx_model(model, batches)}
+    x,y = data[1].tensors
+    with qlearn.no_bar(): mine = qlearn.get_preds()[0].argmax(1)
+    found = {'float':learn.get_preds()[0].argmax(1), 'fastquant':mine, **{k:predictions(m, x) for k,m in peers.items() if m}}
+    return [*[row(net, k, c, y, found) for k,c in found.items()], *[dict(net=net, by=f'{k}: absent') for k,m in peers.items() if not m]]
+
+def percent(o): return round(100*o.float().mean().item(), 3)
+
+def row(net, by, c, y, found):
+    "What there is to say of the predictions `c` where `y` is right; `lost_error` is the standard error of `lost`, were the test set another one"
+    lost = 100*((found['float']==y).float()-(c==y).float())
+    return dict(net=net, by=by, top1=percent(c==y), lost=round(lost.mean().item(), 3), lost_error=round(lost.std().item()/len(y)**.5, 3),
+        equal_to_float=percent(c==found['float']), equal_to_simulation=percent(c==found['simulation']) if by=='fastquant' else None)
+
+def lost(rows, at_least, aim): return [target(f"{r['net']}: top-1 lost (points)", r['lost'], at_least, aim) for r in rows if r['by']=='fastquant']
+
+@sections
+def cifar(o):
+    rows = accuracies('resnet20', resnet20(o), cifar10(o))
+    mine = rows[1]
+    return rows, [*lost(rows, .15, 0), target('resnet20: predictions equal to float (%)', mine['equal_to_float'], 98.5, 99.3),
+        target('resnet20: predictions equal to the simulation (%)', mine['equal_to_simulation'], 99.5, 99.9)]
+
+@sections
+def other(o):
+    rows = [r for net in (vgg,resnet14b,mobilenet) for r in accuracies(net.__name__, train(o, net, cifar10(o), cbs=Flip()), cifar10(o))]
+    return rows, lost(rows, .15, 0)
+
+@sections
+def mnist(o):
+    rows = accuracies('digits', train(o, digits, mnist_images(o)), mnist_images(o))
+    return rows, lost(rows, .05, 0)
+
+# Size and speed
+
+def settled(
+    net, # A function that makes the net
+    px:int=224
+)->nn.Module:
+    "The net with random weights, and batchnorms that have seen random images: untrained ones are refused"
+    set_seed(42)
+    model = net()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = None
+    with torch.no_grad():
+        for _ in range(3): model.train()(torch.randn(8, 3, px, px))
+    return model.eval()
+
+def noise(n, px): return TensorDataset(torch.randn(n, 3, px, px), torch.zeros(n, dtype=torch.long))
+
+@sections
+def size(o):
+    model = settled(models.resnet18, 64)
+    learn = learner(model, noise(64, 64), noise(64, 64))
+    float_,int8 = n_bytes(model),n_bytes(learn.quantize(n_batches=1).model)
+    return [dict(net='resnet18', float_bytes=float_, int8_bytes=int8)], [target('resnet18: times smaller', float_/int8, 3.8, 3.95)]
+
+def ort_run(data, x):
+    s = session(data)
+    feed = {s.get_inputs()[0].name:x.numpy()}
+    return lambda: s.run(None, feed)
+
+def openvino_run(data, x):
+    import openvino as ov
+    net = ov.compile_model(ov.Core().read_model(data), 'CPU', {'INFERENCE_NUM_THREADS':1, 'PERFORMANCE_HINT':'LATENCY'})
+    return lambda: net(x.numpy())
+
+def runners(
+    model:nn.Module, # A float model
+    px:int=224
+)->dict:
+    "Functions that run one image through `model` and through what is made of it, each on one thread"
+    data = noise(16, px)
+    learn,x = learner(model, data, data, bs=8),data.tensors[0][:1]
+    mine,batches = learn.quantize().model.data,calibration_set(learn)
+    found = {'eager float':lambda: model(x), 'fastquant, ONNX Runtime':ort_run(mine, x), 'ONNX Runtime, its own':ort_run(ort_file(model, batches), x)}
+    if installed('openvino'): found['fastquant, OpenVINO'] = openvino_run(mine, x)
+    return found
+
+def latencies(o, net):
+    "Rows and targets for one net"
+    name,fns = net.__name__,runners(settled(net))
+    with torch.inference_mode(): ms = in_turns(fns, o.some(50, 5))
+    eager,mine,its = ms['median'].iloc[:3]
+    rows = [dict(net=name, by=k, median_ms=r['median'], spread_ms=r['spread'], speedup=round(eager/r['median'], 3)) for k,r in ms.iterrows()]
+    return rows, [target(f'{name}: times faster than eager float', eager/mine, 4, 5.5), target(f"{name}: times the time of ONNX Runtime's own", mine/its, 1.1, 1)]
+
+@sections
+def latency(o):
+    rows,targets = zip(*[latencies(o, net) for net in (models.resnet18,models.resnet50,models.mobilenet_v2)])
+    return sum(rows, []),sum(targets, [])
+
+def calibrate(model, batches):
+    with evaluating(model):
+        for x in batches: model(x)
+    if rounding(model): set_ranges(model)
+
+def calibration_times(o, threads):
+    "Time of 8 batches through the float model, and through the prepared one that watches them and then sets its ranges"
+    torch.set_num_threads(threads)
+    model,batches = settled(models.resnet18),[torch.randn(o.some(64, 4), 3, 224, 224) for _ in range(8)]
+    watching = [prepare(copy_model(model), 'int8', batches[0], fold=True) for _ in range(3)]
+    fns = {'float':lambda: calibrate(model, batches), 'calibration':lambda: calibrate(watching.pop(), batches)}
+    calibrate(model, batches[:1])
+    ms = in_turns(fns, len(watching), warmup=0)['median']
+    return dict(net='resnet18', threads=threads, float_ms=ms['float'], calibration_ms=ms['calibration'], ratio=round(ms['calibration']/ms['float'], 3))
+
+@sections
+def calibration(o):
+    rows = [calibration_times(o, n) for n in sorted({1,os.cpu_count()})]
+    torch.set_num_threads(1)
+    return rows, [target(f"resnet18, {r['threads']} threads: calibration against plain forward passes", r['ratio'], 2., 1.3) for r in rows]
+
+if __name__=='__main__': run(sections, 'ptq')
