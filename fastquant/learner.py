@@ -49,7 +49,7 @@ def _twin(learn, model):
 
 def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
 
-# %% ../nbs/22_learner.ipynb #22lear4a049a
+# %% ../nbs/22_learner.ipynb #22learc58c9c
 class _Idxs:
     "Gives the same indices whenever asked, and can be pickled"
     def __init__(self, idxs): self.idxs = idxs
@@ -69,7 +69,7 @@ def calibration_dl(
     with no_random(reproducible=False), split(1) if split else nullcontext():
         if isinstance(dl, DataLoader) and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
-            dl = dl.new(shuffle=False, drop_last=False, get_idxs=_Idxs([i*dl.n//n for i in range(n)]))
+            dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=_Idxs([i*dl.n//n for i in range(n)]))
         yield dl
 
 # %% ../nbs/22_learner.ipynb #22lear3cf1e6
