@@ -69,7 +69,7 @@ kinds = {**{k:'layer' for k in ('conv1d','conv2d','conv3d','linear')},
         channel_shuffle flip roll repeat expand detach as_subclass clone T mT to'''.split()},
     **{k:'act' for k in ('relu','relu_','relu6','hardtanh','hardtanh_')}, 'batch_norm':'norm'}
 
-# %% ../nbs/04_trace.ipynb #04trac0412af
+# %% ../nbs/04_trace.ipynb #04trac3c4da6
 def kind_of(
     name:str,   # Name of the operation
     n_acts:int, # How many activations go in
@@ -82,6 +82,7 @@ def kind_of(
     if name in ('cat','concat') and n_acts==1 and not n_const: return 'move'
     if kind=='arith' and 'pool' not in name and (n_const or n_acts<2): return 'float'
     if name=='pad' and (kwargs.get('value') or (len(args)>3 and args[3])): return 'float'
+    if name in ('hardtanh','hardtanh_') and kwargs.get('min_val', args[1] if len(args)>1 else -1): return 'float'
     if name in ('interpolate','upsample') and kwargs.get('mode', args[3] if len(args)>3 else 'nearest')!='nearest': return 'float'
     return kind
 

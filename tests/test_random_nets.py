@@ -22,7 +22,7 @@ class Random(nn.Module):
         j = self.add(nn.BatchNorm2d(w, eps=self.rng.choice([1e-5,1e-3])))
         return lambda m,xs: [m.mods[j](xs[0]), *xs[1:]]
     def act(self, w, i):
-        f = self.rng.choice([F.relu, F.relu6, F.silu, F.hardswish, F.gelu, torch.sigmoid, lambda x: F.leaky_relu(x, .1)])
+        f = self.rng.choice([F.relu, F.relu6, F.silu, F.hardswish, F.gelu, F.hardtanh, torch.sigmoid, lambda x: F.leaky_relu(x, .1)])
         return lambda m,xs: [f(xs[0]), *xs[1:]]
     def join(self, w, i):
         how = self.rng.choice(['add','mul','cat','iadd'])

@@ -126,3 +126,15 @@ def test_shared_layer_and_float_input_list():
     with learn.no_bar(): q = learn.quantize()
     assert q.model.report.float_layers=={} and q.model.report.n_layers==3
     with learn.no_bar(), q.no_bar(): assert sqnr(learn.get_preds()[0], q.get_preds()[0])>30
+
+def test_quiet(vision, recwarn, capsys):
+    "No warnings and nothing printed, where there is nothing to say"
+    with vision.no_bar(): vision.quantize(n_batches=2)
+    assert [str(w.message) for w in recwarn]==[] and capsys.readouterr().out==''
+
+def test_one_scale_for_a_weight(vision):
+    "`int8_per_tensor` has one scale for each weight in the file, for engines that know nothing else"
+    import onnx
+    with vision.no_bar(): q = vision.quantize('int8_per_tensor', n_batches=2)
+    dims = [len(i.dims) for i in onnx.load_from_string(q.model.data).graph.initializer if i.name.endswith('.weight_scale')]
+    assert len(dims)==q.model.report.n_int8==22 and set(dims)=={0}
