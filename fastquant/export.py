@@ -214,7 +214,7 @@ def agreement(
     "Share of predictions that name the same class"
     return (x.argmax(1)==y.argmax(1)).float().mean().item() if x.ndim>1 and x.shape[1]>1 else None
 
-# %% ../nbs/07_export.ipynb #07expo3a9634
+# %% ../nbs/07_export.ipynb #07expod2b407
 class ExportMismatch(RuntimeError): "The exported file does something else than the model it was made from"
 
 @dataclass(frozen=True, repr=False)
@@ -224,7 +224,7 @@ class Report:
     n_int8:int          # Those that ONNX Runtime runs with integer kernels
     float_layers:dict   # Why each of the others does not, by module path
     n_items:int         # Items of the batches it was verified on
-    sqnr:float          # Of the file's output against its simulation's, in dB
+    sqnr:float          # Of the file's output against its simulation's, in dB; 200 if they are equal
     sqnr_float:float    # Of the file's output against the float model's, in dB
     agrees:float|None   # Share of predictions equal to the simulation's
     agrees_float:float|None # Share of predictions equal to the float model's
@@ -234,7 +234,7 @@ class Report:
         return f"{self.n_int8} of {self.n_layers} layers quantized{f'; in float: {rest}' if rest else ''}{same}"
     __repr__ = _repr_markdown_ = __str__
 
-# %% ../nbs/07_export.ipynb #07expoa0407a
+# %% ../nbs/07_export.ipynb #07expo9a8d03
 mismatch = """The exported file disagrees with its simulation: {db:.1f} dB apart on {n} items, where quantization itself makes {noise:.1f} dB of noise.
 Nothing was written. On an x86 processor without VNNI integer kernels can saturate; weights of 7 bits are safe there:
 Spec(weight=TensorSpec(Grid(7), per_channel=True)). Otherwise please report the model."""
@@ -255,7 +255,7 @@ def verify(
     refused = {k:f'ONNX Runtime runs it as {kernels.get(k)}' for k in r.layers if kernels.get(k) not in integer_kernels}
     why = {**r.float_layers, **refused}
     n = len(r.layers)+len(r.float_layers)
-    return Report(n, n-len(why), why, len(s), db, sqnr(f, e), agreement(s, e), agreement(f, e))
+    return Report(n, n-len(why), why, len(s), min(db, 200.), min(sqnr(f, e), 200.), agreement(s, e), agreement(f, e))
 
 # %% ../nbs/07_export.ipynb #07expo413e87
 def to_bytes(

@@ -24,7 +24,7 @@ from .report import *
 from .callback.quant import *
 
 # %% auto #0
-__all__ = ['copy_model', 'calibration_dl', 'describe', 'with_size']
+__all__ = ['copy_model', 'calibration_dl', 'describe']
 
 # %% ../nbs/22_learner.ipynb #22lear2e7f2e
 def copy_model(
@@ -113,23 +113,23 @@ def quantize(self:Learner,
     if (db:=new.model.report.sqnr_float)<10: warn(f"Rounding makes {db:.1f} dB of noise, so predictions may have suffered: {new.model.report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`.")
     return new
 
-# %% ../nbs/22_learner.ipynb #22learbedb1c
+# %% ../nbs/22_learner.ipynb #22lear5eec00
 def _inputs(learn, dl, n=2):
     "Inputs of the first batches of `dl`, where the model is"
     device = next(learn.model.parameters()).device
-    n_inp = getattr(learn.dls, 'n_inp', 1)
-    return [tuple(to_device(b, device)[:n_inp]) for b in itertools.islice(dl, n)]
+    n_inp = lambda b: getattr(learn.dls, 'n_inp', max(1, len(b)-1))
+    return [tuple(to_device(b, device)[:n_inp(b)]) for b in itertools.islice(dl, n)]
 
 def _verified(learn, sim, xb):
     "The file's bytes for the simulation `sim`, checked on `xb`"
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     plain = unprepare(copy_model(learn.model)).cpu()
     report = verify(plain, sim, proto.SerializeToString(), cpu(xb))
-    return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
+    return to_bytes(proto, report=asdict(report), **_with_size(describe(learn), xb[0]))
 
-def with_size(info, xb): return merge(info, dict(preprocess=merge(info['preprocess'], dict(size=[list(x.shape[1:]) for x in xb]))))
+def _with_size(info, xb): return merge(info, dict(preprocess=merge(info['preprocess'], dict(size=[list(x.shape[1:]) for x in xb]))))
 
-# %% ../nbs/22_learner.ipynb #22lear8250f6
+# %% ../nbs/22_learner.ipynb #22lear69b2f0
 @patch
 def export_onnx(self:Learner,
     fname='model.onnx' # Relative to `self.path`
@@ -140,7 +140,7 @@ def export_onnx(self:Learner,
     if rounding(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take rounding off with `unprepare(learn.model)`.")
     if not len(self.dls.train) and not len(self.dls[-1]): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
     with calibration_dl(self, self.dls[-1] if len(self.dls[-1]) else None, 1) as dl: xb = _inputs(self, dl, 1)[0]
-    return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **with_size(describe(self), xb)))
+    return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **_with_size(describe(self), xb)))
 
 # %% ../nbs/22_learner.ipynb #22lear057c7c
 @patch

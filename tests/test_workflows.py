@@ -120,8 +120,7 @@ def test_shared_layer_and_float_input_list():
             return self.out(torch.cat([self.b(h)+h, h[:,[1,0,2,3,4,5,6,7]]], dim=-1))
     set_seed(0)
     items = [(torch.randn(4), torch.randn(3), torch.tensor(i%2)) for i in range(64)]
-    data = DataLoaders.from_dsets(items, items, bs=16, n_inp=2, device='cpu', num_workers=0)
-    data.n_inp = 2
+    data = DataLoaders.from_dsets(items, items, bs=16, device='cpu', num_workers=0)
     learn = Learner(data, Odd(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(): q = learn.quantize()
     assert q.model.report.float_layers=={} and q.model.report.n_layers==3
