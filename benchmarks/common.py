@@ -1,6 +1,6 @@
 "What the benchmarks share: data, nets, training, a command line, and results with what made them"
 from __future__ import annotations
-import argparse, fastquant, io, json, os, platform, random, sys, time
+import argparse, fastquant, io, json, os, platform, sys
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from dataclasses import dataclass
@@ -157,22 +157,6 @@ def train(
     model = net()
     model.load_state_dict(load_file(fname))
     return model.eval()
-
-# Time
-
-def in_turns(
-    fns:dict,     # Functions without arguments, by name
-    rounds:int,   # How often to run each
-    warmup:int=3  # Rounds before, not counted
-)->pd.DataFrame: # Median and distance of the quartiles in ms, a row for each name
-    "Time `fns` one after the other, in another order each round: what ran before leaves its traces in the caches"
-    times,order = {k:[] for k in fns},random.Random(42)
-    for i in range(warmup+rounds):
-        for k in order.sample(list(fns), len(fns)):
-            start = time.perf_counter()
-            fns[k]()
-            if i>=warmup: times[k].append((time.perf_counter()-start)*1e3)
-    return pd.DataFrame({k:dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25]))) for k,t in times.items()}).round(3).T
 
 # Results
 

@@ -8,7 +8,7 @@ from fastquant.convert import *
 from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prepare import *
-from fastquant.report import n_bytes
+from fastquant.report import latency as in_turns, n_bytes
 from fastquant.trace import *
 from .common import *
 
@@ -164,7 +164,7 @@ def runners(
 def latencies(o, net):
     "Rows and targets for one net"
     name,fns = net.__name__,runners(settled(net))
-    with torch.inference_mode(): ms = in_turns(fns, o.some(50, 5))
+    with torch.inference_mode(): ms = in_turns(fns, o.some(50, 5), seconds=float('inf')).round(3)
     eager,mine,its = ms['median'].iloc[:3]
     rows = [dict(net=name, by=k, median_ms=r['median'], spread_ms=r['spread'], speedup=round(eager/r['median'], 3)) for k,r in ms.iterrows()]
     return rows, [target(f'{name}: times faster than eager float', eager/mine, 4, 5.5), target(f"{name}: times the time of ONNX Runtime's own", mine/its, 1.1, 1)]
@@ -186,7 +186,7 @@ def calibration_times(o, threads):
     watching = [prepare(copy_model(model), 'int8', batches[0], fold=True) for _ in range(3)]
     fns = {'float':lambda: calibrate(model, batches), 'calibration':lambda: calibrate(watching.pop(), batches)}
     calibrate(model, batches[:1])
-    ms = in_turns(fns, len(watching), warmup=0)['median']
+    ms = in_turns(fns, len(watching), warmup=0, seconds=float('inf')).round(3)['median']
     return dict(net='resnet18', threads=threads, float_ms=ms['float'], calibration_ms=ms['calibration'], ratio=round(ms['calibration']/ms['float'], 3))
 
 @sections
