@@ -22,16 +22,18 @@ def top1(
     x,y = test.tensors
     with torch.no_grad(): return (torch.cat([learn.model.eval()(b) for b in x.split(256)]).argmax(1)==y).float()
 
+lrs = {None:5e-4, 'int8':5e-4, 'w4a4':1e-3, 'w2a2':2e-3} # the fewer bits, the further weights have to go
+
 def tuned(
     o:Options,
     spec,           # The name of one; None for float
     data:tuple,     # Training and test set
-    epochs:int=6,
-    lr:float=5e-3
+    epochs:int=4
 )->Learner:
     "The trained ResNet-20, trained on for `epochs`, through the rounding of `spec`; from the cache if that has been done before"
+    lr = lrs[spec]
     fname = o.cache/f"resnet20-{spec}-{epochs}-{lr}{'-quick' if o.quick else ''}.safetensors"
-    learn = learner(resnet20(o), *data, bs=128).to_channelslast(use_amp=False)
+    learn = learner(resnet20(o), *data, bs=32).to_channelslast(use_amp=False)
     if not fname.exists():
         set_seed(42)
         learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),*([QuantAwareCallback(spec)] if spec else [])])
