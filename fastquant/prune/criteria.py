@@ -14,7 +14,7 @@ from ..basics import *
 from ..trace import evaluating
 
 # %% auto #0
-__all__ = ['criteria', 'statistics', 'needs', 'input_squares', 'watch_inputs']
+__all__ = ['criteria', 'statistics', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']
 
 # %% ../../nbs/10_prune.criteria.ipynb #10prun616f7d
 criteria = Registry('criterion')
@@ -86,3 +86,16 @@ def watch_inputs(
     finally:
         for h in hooks: h.remove()
     return found
+
+# %% ../../nbs/10_prune.criteria.ipynb #10prun1da377
+@torch.no_grad()
+def watch_gradients(
+    watched:dict, # Where to add: for each statistic, tensors by path
+    layers:dict,  # The layers to watch, by path, after a backward pass
+    names         # Which statistics, as from `needs`
+):
+    "Add what the gradients say to `watched`; layers without a gradient are left out"
+    for k,m in layers.items():
+        if (g:=m.weight.grad) is None: continue
+        for o,v in (('grad',g), ('moved',-g*m.weight)):
+            if o in names: watched.setdefault(o, {})[k] = watched.get(o, {}).get(k, 0)+v

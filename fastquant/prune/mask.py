@@ -65,7 +65,7 @@ def _load(m, state, prefix, meta, strict, missing, unexpected, errors):
 def _before_save(m, prefix, keep_vars): mask_of(m).zero()
 def _after_load(m, keys): mask_of(m).zero()
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun0806bb
+# %% ../../nbs/14_prune.mask.ipynb #14prunbd497b
 def mask_of(
     m:nn.Module # Any module
 )->Mask|None: # None if it has none
@@ -82,7 +82,7 @@ def set_mask(
     if not mask_of(m):
         m.register_buffer('weight_mask', torch.ones_like(m.weight, dtype=torch.bool), persistent=False)
         m.register_forward_pre_hook(Mask(m).before)
-        m._register_state_dict_hook(_save)
+        m.register_state_dict_post_hook(_save)
         m.register_state_dict_pre_hook(_before_save)
         m.register_load_state_dict_pre_hook(_load)
         m.register_load_state_dict_post_hook(_after_load)
