@@ -16,7 +16,7 @@ from ..prune.schedule import *
 from ..prune.select import *
 
 # %% auto #0
-__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'RigLCallback']
+__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'StatisticsCallback', 'RewindCallback', 'RigLCallback']
 
 # %% ../../nbs/21_callback.prune.ipynb #21call399ec5
 def _is_fit(learn): return learn.create_mbar and not hasattr(learn, 'lr_finder')
@@ -96,6 +96,35 @@ class PruneScheduleCallback(MaskingCallback):
         masks = {k:m.weight_mask for k,m in self.layers.items()}
         self.change(select(self.layers, masks, self.selection, share, self.watched))
         self.watched.pop('grad', None)
+
+# %% ../../nbs/21_callback.prune.ipynb #21call232fe9
+class StatisticsCallback(Callback):
+    "Watch gradients of a few batches, and change no weight"
+    order,run_valid = MaskingCallback.order,False
+    def __init__(self,
+        layers:dict, # Layers to watch, by path
+        names        # What to watch, as from `needs`
+    ):
+        store_attr()
+        self.watched = {}
+    def before_step(self):
+        watch_gradients(self.watched, self.layers, self.names)
+        raise CancelStepException()
+    def after_train(self): raise CancelFitException()
+
+# %% ../../nbs/21_callback.prune.ipynb #21call5f5a11
+class RewindCallback(Callback):
+    "Keep the model's state after so many steps of a fit, in `state`"
+    order,run_valid,_only_train_loop = MaskingCallback.order,False,True
+    def __init__(self,
+        step:int=0 # Steps of the fit before; 0 keeps the state before the first
+    ): store_attr()
+    def _keep(self): self.state = {k:t.clone() for k,t in get_model(self.learn.model).state_dict().items()}
+    def before_fit(self):
+        self.run = _is_fit(self.learn)
+        if self.run and self.step==0: self._keep()
+    def after_batch(self):
+        if self.epoch*self.n_iter+self.iter+1==self.step: self._keep()
 
 # %% ../../nbs/21_callback.prune.ipynb #21call61a2ca
 class RigLCallback(MaskingCallback):

@@ -24,7 +24,7 @@ def check_amount(amount):
     if amount==1: raise ValueError("amount=1: that leaves nothing. Pass a share below 1, like 0.9.")
     if not 0<amount<1: raise ValueError(f"amount={amount}: pass the share of weights to prune, above 0 and below 1.")
 
-# %% ../../nbs/12_prune.select.ipynb #12prun0b9ad9
+# %% ../../nbs/12_prune.select.ipynb #12prun4cc3e5
 @dataclass(frozen=True)
 class Selection:
     "What to prune, how much of it, and what competes with what; raises `ValueError` if that makes no sense"
@@ -39,7 +39,7 @@ class Selection:
         needs(self.criterion)
         if self.scope not in ('global','local'): raise ValueError(f"scope={self.scope!r}: all layers compete ('global'), or each gives its share ('local').")
         if isinstance(s, NM):
-            if self.amount not in (None,s.amount): raise ValueError(f"amount={self.amount}: {s} prunes {s.amount:g} of all weights, neither more nor less. Leave `amount` out.")
+            if self.amount is not None and set(self.amounts.values())!={s.amount}: raise ValueError(f"amount={self.amount}: {s} prunes {s.amount:g} of all weights, neither more nor less. Leave `amount` out.")
         elif self.amount in (None,{}): raise ValueError(f"amount={self.amount}: pass the share of weights to prune, like 0.9.")
         for a in self.amounts.values(): check_amount(a)
     @property
@@ -47,7 +47,7 @@ class Selection:
         "Amounts by pattern"
         if isinstance(self.amount, dict): return self.amount
         s = find_structure(self.structure)
-        return {'*':s.amount if isinstance(s, NM) else self.amount}
+        return {'*':s.amount if self.amount is None and isinstance(s, NM) else self.amount}
     @property
     def only(self)->tuple: return tuple(self.amount) if isinstance(self.amount, dict) else ()
 

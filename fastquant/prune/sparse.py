@@ -55,9 +55,9 @@ def unsqueeze(
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as e: raise ValueError(f'a part of it is damaged ({e})') from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun23a57c
+# %% ../../nbs/15_prune.sparse.ipynb #15prunb46e85
 def _ranks(b, size): return np.ascontiguousarray(b.reshape(-1, size).T).tobytes()
-def _unranks(b, size): return np.ascontiguousarray(np.frombuffer(b, np.uint8).reshape(size, -1).T)
+def _unranks(b, size): return np.frombuffer(b, np.uint8).reshape(size, -1).T.copy()
 
 def _digest(b, *facts): return hashlib.blake2b(json.dumps(facts).encode()+b, digest_size=8).hexdigest()
 
@@ -75,16 +75,18 @@ def encode(
     facts = dict(dtype=dtype, shape=shape, how=how, parts=[[len(p),len(s)] for p,s in zip(ways[how], small[how])])
     return b''.join(small[how]),dict(facts, digest=_digest(b.tobytes(), dtype, shape))
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun501166
+# %% ../../nbs/15_prune.sparse.ipynb #15prun226905
 _types = {str(t).removeprefix('torch.'):t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
     torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)}
+
+_facts = 'dtype','shape','how','parts','digest'
 
 def check_facts(
     facts # From the file
 )->tuple: # Number of values, and bytes of each
     "Raise a `ValueError` if `facts` cannot be true"
     int_ = lambda o: isinstance(o, int) and not isinstance(o, bool) and 0<=o<2**48
-    if not isinstance(facts, dict) or set(facts)!={'dtype','shape','how','parts','digest'}: raise ValueError('its description is incomplete')
+    if not isinstance(facts, dict) or set(facts)!=set(_facts): raise ValueError('its description is incomplete')
     if facts['dtype'] not in _types or facts['how'] not in ('dense','bitmask','deltas'): raise ValueError('its description names no known type or way')
     if not isinstance(facts['shape'], list) or not all(map(int_, facts['shape'])): raise ValueError('its shape is not a list of sizes')
     parts = facts['parts']
@@ -122,14 +124,14 @@ def decode(
     if _digest(b.tobytes(), facts['dtype'], facts['shape'])!=facts['digest']: raise ValueError('its checksum is wrong')
     return torch.from_numpy(b.reshape(-1)).view(_types[facts['dtype']]).reshape(facts['shape'])
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun7ef6e6
+# %% ../../nbs/15_prune.sparse.ipynb #15prun3858a0
 def to_sparse(
     tensors:dict, # By name
     **about       # Anything that JSON can say
 )->bytes: # A safetensors file
     "All of `tensors` in the smallest way, with what has to be known to read them"
     coded = {k:encode(t) for k,t in tensors.items()}
-    meta = dict(format='fastquant sparse 1', fastquant=__version__, tensors=json.dumps({k:f for k,(_,f) in coded.items()}, separators=(',',':')), about=json.dumps(about))
+    meta = dict(format='fastquant sparse 1', fastquant=__version__, tensors=json.dumps({k:list(f.values()) for k,(_,f) in coded.items()}, separators=(',',':')), about=json.dumps(about), about_digest=_digest(json.dumps(about).encode()))
     return save({k:torch.frombuffer(bytearray(b), dtype=torch.uint8) if b else torch.empty(0, dtype=torch.uint8) for k,(b,_) in coded.items()}, meta)
 
 def from_sparse(
@@ -146,25 +148,26 @@ def from_sparse(
     if (n:=sum(sizes.values()))>max_bytes: raise ValueError(f"The file unpacks to {n:,} bytes ({max(sizes, key=sizes.get)!r} is the largest part), more than max_bytes={max_bytes:,}. Pass a larger `max_bytes` if that is what you expect.")
     return {k:_named(k, decode, blobs[k].numpy().tobytes(), f) for k,f in facts.items()},about
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun476220
+# %% ../../nbs/15_prune.sparse.ipynb #15prun6d8606
 def _header(meta):
     try: facts,about = json.loads(meta['tensors']),json.loads(meta['about'])
     except (KeyError,ValueError) as e: raise ValueError("The file is damaged: its metadata cannot be read. Save it again.") from e
+    if meta.get('about_digest')!=_digest(meta['about'].encode()): raise ValueError("The file is damaged: the checksum of its metadata is wrong. Save it again.")
     if not isinstance(facts, dict) or not isinstance(about, dict): raise ValueError("The file is damaged: its metadata are of the wrong kind. Save it again.")
-    return facts,about
+    return {k:dict(zip(_facts, f)) if isinstance(f, list) and len(f)==len(_facts) else None for k,f in facts.items()},about
 
 def _named(name, f, *args):
     try: return f(*args)
     except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prune63800
+# %% ../../nbs/15_prune.sparse.ipynb #15prun50a858
 _onnx_types = {onnx.TensorProto.FLOAT:torch.float32, onnx.TensorProto.INT8:torch.int8, onnx.TensorProto.UINT8:torch.uint8, onnx.TensorProto.INT32:torch.int32,
     onnx.TensorProto.INT64:torch.int64}
 
 def _engine_tensors(data):
     proto,found = onnx.load_from_string(data),{}
     for i in proto.graph.initializer:
-        if i.data_type not in _onnx_types or not i.raw_data: continue
+        if i.data_type not in _onnx_types or len(i.raw_data)<512: continue # small ones compress better with the graph
         found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types[i.data_type]).reshape(tuple(i.dims))
         i.ClearField('raw_data')
     return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
