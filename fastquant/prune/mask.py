@@ -89,7 +89,7 @@ def set_mask(
     m.weight_mask.copy_(keep)
     mask_of(m).zero()
 
-# %% ../../nbs/14_prune.mask.ipynb #14prunc92823
+# %% ../../nbs/14_prune.mask.ipynb #14prunf90d82
 @torch.no_grad()
 def forget_pruned(
     opt,            # A fastai optimizer, or None
@@ -99,15 +99,15 @@ def forget_pruned(
     for m in masked(model).values():
         if (p:=m._parameters.get('weight')) is None: continue
         if p.grad is not None: p.grad.mul_(m.weight_mask)
-        state = {} if opt is None else opt.state.get(p, {})
-        for v in state.values():
-            if isinstance(v, Tensor) and v.shape==p.shape: v.mul_(m.weight_mask)
+        for o in (opt,getattr(opt, 'opt', None)): # fastai's OptimWrapper and Lookahead hold another
+            for v in getattr(o, 'state', {}).get(p, {}).values():
+                if isinstance(v, Tensor) and v.shape==p.shape: v.mul_(m.weight_mask)
     slow = getattr(opt, 'slow_weights', None) or [] # fastai's Lookahead
     for m in masked(model).values():
         for s,p in ((s,p) for ss,ps in zip(slow, opt.param_lists) for s,p in zip(ss, ps)):
             if p is m._parameters.get('weight'): s.mul_(m.weight_mask)
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun7be387
+# %% ../../nbs/14_prune.mask.ipynb #14prun22ee03
 def masked(
     model:nn.Module # Any model
 )->dict:
@@ -119,7 +119,7 @@ def sparsity(
 )->float:
     "Share of weights that are pruned, of those in layers with masks; 0 if there are none"
     keep = [m.weight_mask for m in masked(model).values()]
-    return 1-sum(k.sum().item() for k in keep)/max(1, sum(k.numel() for k in keep))
+    return sum((~k).sum().item() for k in keep)/max(1, sum(k.numel() for k in keep))
 
 def set_masks(
     model:nn.Module, # Changed in place

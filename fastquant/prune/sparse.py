@@ -17,7 +17,7 @@ from ..export import Engine
 from .mask import *
 
 # %% auto #0
-__all__ = ['deltas', 'positions', 'squeeze', 'unsqueeze', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
+__all__ = ['deltas', 'positions', 'deflate', 'inflate', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
            'from_sparse', 'pack_model', 'unpack_model', 'check_fit', 'layer_report']
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prun5b5f53
@@ -36,26 +36,26 @@ def positions(
     "The positions again"
     return (np.cumsum(np.where(gaps==255, 255, gaps.astype(np.int64)+1))-1)[gaps!=255]
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun61289e
-def squeeze(
+# %% ../../nbs/15_prune.sparse.ipynb #15pruna811e5
+def deflate(
     data:bytes
 )->bytes: # `data` itself, if it cannot be made smaller
     "`data` compressed with Zstandard"
     small = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress(data)
     return small if len(small)<len(data) else data
 
-def unsqueeze(
+def inflate(
     data:bytes,
     n:int # Bytes that should come out
 )->bytes:
-    "What was squeezed; raises `ValueError` if it is damaged, or of another size, before it is unpacked"
+    "What was deflated; raises `ValueError` if it is damaged, or of another size, before it is unpacked"
     if len(data)==n: return data
     try:
         if zstandard.get_frame_parameters(data).content_size!=n: raise ValueError('a part of it has another size than the file says')
         return zstandard.ZstdDecompressor().decompress(data)
     except zstandard.ZstdError as e: raise ValueError(f'a part of it is damaged ({e})') from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prunb46e85
+# %% ../../nbs/15_prune.sparse.ipynb #15prunde75f7
 def _ranks(b, size): return np.ascontiguousarray(b.reshape(-1, size).T).tobytes()
 def _unranks(b, size): return np.frombuffer(b, np.uint8).reshape(size, -1).T.copy()
 
@@ -69,7 +69,7 @@ def encode(
     left = b.any(1)
     vals = _ranks(b[left], t.element_size())
     ways = dict(dense=[_ranks(b, t.element_size())], bitmask=[np.packbits(left).tobytes(),vals], deltas=[deltas(left.nonzero()[0]).tobytes(),vals])
-    small = {k:[squeeze(p) for p in parts] for k,parts in ways.items()}
+    small = {k:[deflate(p) for p in parts] for k,parts in ways.items()}
     how = min(small, key=lambda k: sum(map(len, small[k])))
     dtype,shape = str(t.dtype).removeprefix('torch.'),list(t.shape)
     facts = dict(dtype=dtype, shape=shape, how=how, parts=[[len(p),len(s)] for p,s in zip(ways[how], small[how])])
@@ -103,7 +103,7 @@ def check_parts(how, sizes, n, size):
     if not ok: raise ValueError('its parts are not as large as its shape says')
     return n,size
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prune81a87
+# %% ../../nbs/15_prune.sparse.ipynb #15prun79ba17
 def decode(
     data:bytes, # From `encode`
     facts:dict  # Likewise
@@ -113,7 +113,7 @@ def decode(
     if len(data)!=sum(p[1] for p in facts['parts']): raise ValueError('it has more or fewer bytes than the file says')
     parts,at = [],0
     for raw,small in facts['parts']:
-        parts.append(unsqueeze(data[at:at+small], raw))
+        parts.append(inflate(data[at:at+small], raw))
         at += small
     if facts['how']=='dense': b = _unranks(parts[0], size)
     else:
