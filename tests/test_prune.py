@@ -3,7 +3,7 @@ import os, socket, numpy as np, pytest, torch, torch.multiprocessing as mp
 from functools import partial
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, GradientClip, ImageBlock,
-    Learner, Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RAdam, RandomSplitter, Resize, SaveModelCallback, SGD, Adam, SkipToEpoch,
+    Learner, Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RAdam, RandomSplitter, SaveModelCallback, SGD, Adam,
     accuracy, load_learner, resnet18, set_seed, unet_learner, vision_learner)
 from fastai.callback.core import CancelFitException
 from sklearn.datasets import load_digits

@@ -19,13 +19,14 @@ __all__ = ['structures', 'prunable', 'NM', 'find_structure', 'outputs_first', 'c
 # %% ../../nbs/11_prune.groups.ipynb #11prun752818
 structures = Registry('structure')
 
-# %% ../../nbs/11_prune.groups.ipynb #11pruna47173
+# %% ../../nbs/11_prune.groups.ipynb #11prundd227c
 @structures
 def weight(w): return w.unsqueeze(-1)
 
 @structures
 def row(w): return w
 
+# %% ../../nbs/11_prune.groups.ipynb #11prun9c84e5
 @structures
 def kernel(w):
     if w.ndim<3: raise ValueError('it has no kernels')

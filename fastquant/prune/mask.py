@@ -54,7 +54,7 @@ def unpack(
     if data.dtype!=torch.uint8 or data.shape!=(-(-n//8),): raise ValueError(f"A mask of {n} weights is {-(-n//8)} bytes, not {tuple(data.shape)} of {data.dtype}.")
     return (data[:,None]&_bits.to(data.device)).bool().flatten()[:n].view(shape)
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun5f125f
+# %% ../../nbs/14_prune.mask.ipynb #14prun0d1052
 def _save(m, state, prefix, meta): state[prefix+'weight_mask'] = pack(m.weight_mask)
 
 def _load(m, state, prefix, meta, strict, missing, unexpected, errors):
@@ -62,6 +62,7 @@ def _load(m, state, prefix, meta, strict, missing, unexpected, errors):
     try: m.weight_mask.copy_(unpack(data, m.weight_mask.shape))
     except ValueError as e: errors.append(f'{prefix}weight_mask: {e}')
 
+# %% ../../nbs/14_prune.mask.ipynb #14prun9408ac
 def _before_save(m, prefix, keep_vars): mask_of(m).zero()
 def _after_load(m, keys): mask_of(m).zero()
 
