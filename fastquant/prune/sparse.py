@@ -125,15 +125,15 @@ def decode(
     if _digest(b.tobytes(), facts['dtype'], facts['shape'])!=facts['digest']: raise ValueError('its checksum is wrong')
     return torch.from_numpy(b.reshape(-1)).view(_types[facts['dtype']]).reshape(facts['shape'])
 
-# %% ../../nbs/15_prune.sparse.ipynb #15pruna21592
+# %% ../../nbs/15_prune.sparse.ipynb #15prun0d7ecf
 def to_sparse(
     tensors:dict, # By name
     **about       # Anything that JSON can say
 )->bytes: # A safetensors file
     "All of `tensors` in the smallest way, with what has to be known to read them"
     coded = {k:encode(t) for k,t in tensors.items()}
-    said = json.dumps(about)
-    meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=_digest(said.encode()), tensors=json.dumps({k:list(f.values()) for k,(_,f) in coded.items()}, separators=(',',':')))
+    said,facts = json.dumps(about),json.dumps({k:list(f.values()) for k,(_,f) in coded.items()}, separators=(',',':'))
+    meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=_digest(said.encode()), tensors=facts)
     return save({k:torch.frombuffer(bytearray(b), dtype=torch.uint8) if b else torch.empty(0, dtype=torch.uint8) for k,(b,_) in coded.items()}, meta)
 
 def from_sparse(
