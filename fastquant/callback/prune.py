@@ -29,24 +29,23 @@ def _same_everywhere(keep):
         keep[k] = m.bool()
     return keep
 
-# %% ../../nbs/21_callback.prune.ipynb #21call0b8172
+# %% ../../nbs/21_callback.prune.ipynb #21call55c77e
 class MaskingCallback(Callback):
     "What callbacks that change masks during a fit have in common"
     order = Recorder.order+.5 # it has made its table, which gets a column, and the progress bar has not shown it yet
     run_valid,remove_on_fetch,_only_train_loop = False,True,True
     def before_fit(self):
-        self.to_prune,self.watched,self.run = None,{},_is_fit(self.learn)
+        self.to_prune,self.watched,self.reached,self.run = None,{},sparsity(self.net),_is_fit(self.learn)
         if not self.run or not hasattr(self.learn, 'recorder'): return
         r = self.recorder
         at = len(r.metric_names)-r.add_time
         r.sparsities,r.metric_names = [],L([*r.metric_names[:at],'sparsity',*r.metric_names[at:]])
     def after_validate(self):
-        if hasattr(self.learn, 'recorder'): self.recorder.log.append(self.reached())
+        if hasattr(self.learn, 'recorder'): self.recorder.log.append(self.reached)
     @property
     def net(self):
         "The model itself, without what distributes it"
         return get_model(self.learn.model)
-    def reached(self): return sparsity(self.net)
     def before_batch(self):
         if self.to_prune is None: self.start()
     def find(self, *args, **kwargs):
@@ -54,17 +53,19 @@ class MaskingCallback(Callback):
         layers,self.left_alone = groups(self.net, *args, *self.xb, **kwargs)
         self.to_prune = layers if all(m.weight.requires_grad for m in layers.values()) else {}
         set_masks(self.net, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in self.to_prune.items() if not mask_of(m)})
+        self.reached = sparsity(self.net)
     def change(self, keep):
         "Put masks on, and let gradients and optimizer forget what they prune"
         set_masks(self.net, _same_everywhere(keep))
         forget_pruned(self.opt, self.net)
+        self.reached = sparsity(self.net)
     @property
     def step(self): return self.epoch*self.n_iter+self.iter+1
     @property
     def n_steps(self): return self.n_epoch*self.n_iter
     def after_batch(self):
         if self.to_prune: self.update()
-        if hasattr(self.learn, 'recorder'): self.recorder.sparsities.append(self.reached())
+        if hasattr(self.learn, 'recorder'): self.recorder.sparsities.append(self.reached)
 
 # %% ../../nbs/21_callback.prune.ipynb #21callb4318a
 class PruneScheduleCallback(MaskingCallback):
