@@ -5,6 +5,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision import models
 from fastquant.convert import *
+from fastquant.data import *
 from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prepare import *
@@ -63,8 +64,7 @@ def simulation(
 )->nn.Module:
     "What the file of `qlearn` was made of; raises `RuntimeError` if that is not so"
     sim = prepare(copy_model(learn.model), 'int8', *batches[0], fold=True)
-    with evaluating(sim):
-        for xb in batches: sim(*xb)
+    for xb in batches: watch(sim, *xb)
     set_ranges(sim)
     if to_onnx(convert(sim), *batches[0]).graph!=onnx.load_from_string(qlearn.model.data).graph:
         raise RuntimeError("The simulation made here gives another file than `quantize`.")
@@ -174,18 +174,20 @@ def latency(o):
     rows,targets = zip(*[latencies(o, net) for net in (models.resnet18,models.resnet50,models.mobilenet_v2)])
     return sum(rows, []),sum(targets, [])
 
+def forward(model, x):
+    with evaluating(model): model(x)
+
 def calibrate(model, batches):
-    with evaluating(model):
-        for x in batches: model(x)
-    if rounding(model): set_ranges(model)
+    for x in batches: watch(model, x)
+    set_ranges(model)
 
 def calibration_times(o, threads):
     "Time of 8 batches through the float model, and through the prepared one that watches them and then sets its ranges"
     torch.set_num_threads(threads)
     model,batches = settled(models.resnet18),[torch.randn(o.some(64, 4), 3, 224, 224) for _ in range(8)]
     watching = [prepare(copy_model(model), 'int8', batches[0], fold=True) for _ in range(3)]
-    fns = {'float':lambda: calibrate(model, batches), 'calibration':lambda: calibrate(watching.pop(), batches)}
-    calibrate(model, batches[:1])
+    fns = {'float':lambda: [forward(model, x) for x in batches], 'calibration':lambda: calibrate(watching.pop(), batches)}
+    forward(model, batches[0])
     ms = in_turns(fns, len(watching), warmup=0, seconds=float('inf')).round(3)['median']
     return dict(net='resnet18', threads=threads, float_ms=ms['float'], calibration_ms=ms['calibration'], ratio=round(ms['calibration']/ms['float'], 3))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Grid', 'qparams', 'quantize', 'dequantize', 'fake_quant']
+__all__ = ['Grid', 'qparams', 'quantize', 'dequantize', 'fake_quant', 'round_channels', 'round_tensor']
 
 # %% ../nbs/01_affine.ipynb #01affi34d4ea
 @dataclass(frozen=True)
@@ -82,14 +82,46 @@ def dequantize(
     "The floats that the integers `q` stand for"
     return torch.ops.fastquant.dequantize(q, scale, zero_point, axis)
 
-# %% ../nbs/01_affine.ipynb #01affide90e1
+# %% ../nbs/01_affine.ipynb #01affie90cec
+def _dot(a, b): return torch.dot(a.view(-1), b.view(-1)) if a.is_contiguous() and b.is_contiguous() else (a*b).sum()
+
+class _FakeQuant(torch.autograd.Function):
+    "Rounding of `x` to multiples of `s` from `lo` to `hi`, with a gradient for `x` and one, `k` times as large as it is, for `scale`"
+    @staticmethod
+    def forward(ctx, x, scale, s, lo, hi, inside, k):
+        ctx.s,ctx.inside,ctx.k = s,inside,k
+        y = (x.float() if x.dtype in (torch.half,torch.bfloat16) else x).div(s).round_().clamp_(lo, hi).mul_(s).to(x.dtype)
+        ctx.save_for_backward(x, *[y][:ctx.needs_input_grad[1]])
+        return y
+    @staticmethod
+    def backward(ctx, g):
+        x,*y = ctx.saved_tensors
+        one = not isinstance(ctx.s, Tensor)
+        dx = torch.ops.aten.hardtanh_backward(g, x if one else x/ctx.s, *ctx.inside)
+        if not y: return dx,*[None]*6
+        if one: ds = (_dot(g, y[0])-_dot(dx, x))/ctx.s
+        else: ds = ((g*y[0]-dx*x).flatten(1).sum(1)/ctx.s.flatten())
+        return dx,ds.float()*ctx.k,*[None]*5
+
+# %% ../nbs/01_affine.ipynb #01affifb836a
 def fake_quant(
     x:Tensor,          # Floats
     scale:Tensor,      # Distance of neighbours on the grid: a scalar, or one per channel
-    zero_point:Tensor, # The integer that means 0 (int32), shaped like `scale`
+    zero_point:Tensor, # The integer that means 0 (int32), shaped like `scale`; 0 for all channels if there are several
     grid:Grid,         # Where the values have to fit
-    axis:int=0         # Dimension of `x` that channels lie along
+    k:float=1.         # Factor for the gradient of `scale`
 )->Tensor: # Floats, all of them on the grid
-    "Round `x` to the grid and back, with the straight-through gradient (Bengio et al. 2013)"
-    if scale.ndim: return torch.fake_quantize_per_channel_affine(x, scale, zero_point, axis, grid.lo, grid.hi)
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, grid.lo, grid.hi)
+    "Round `x` to the grid and back, with the straight-through gradient (Bengio et al. 2013); channels lie along the first dimension"
+    if scale.ndim: return round_channels(x, scale, grid, k)
+    return round_tensor(x, scale.item(), zero_point.item(), grid, scale if scale.requires_grad else None, k)
+
+def round_channels(x, scale, grid, k=1.):
+    "`fake_quant` with a scale for each channel, on a grid around 0"
+    s = _along(scale.detach(), x, 0)
+    return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k)
+
+def round_tensor(x, s, z, grid, scale=None, k=1., cap=None):
+    "`fake_quant` with scale and zero point as numbers, of `x` clipped at 0 and `cap` if that is given"
+    lo,hi = grid.lo-z,grid.hi-z
+    inside = ((lo-.5)*s, (hi+.5)*s) if cap is None else (0., min((hi+.5)*s, cap))
+    return _FakeQuant.apply(x, scale, s, lo, hi, inside, k)

@@ -1,10 +1,12 @@
 "Everything at once, as fastai's own `all` modules do: `from fastquant.all import *`"
 from .basics import *
 from .affine import *
+from .lsq import *
 from .observe import *
 from .spec import *
 from .trace import *
 from .prepare import *
+from .train import *
 from .convert import *
 from .export import *
 from .report import *
@@ -15,6 +17,8 @@ from .prune.schedule import *
 from .prune.mask import *
 from .prune.sparse import *
 from .prune.regrow import *
+from .data import *
+from .optimizer import *
 from .callback.quant import *
 from .callback.prune import *
 from .learner import *

@@ -65,8 +65,10 @@ def test_file_equals_simulation(seed):
     net.eval()
     sim = prepare(copy.deepcopy(net), 'int8', x, fold=True)
     with torch.no_grad(): assert sqnr(net(x), sim(x))>60, 'folding changed the model'
+    watch(sim, x)
     set_ranges(sim)
-    report = verify(net, convert(sim), to_onnx(sim, x).SerializeToString(), [(x,)])
+    rounded = copy.deepcopy(sim)
+    report = verify(net, rounded, convert(sim), to_onnx(sim, x).SerializeToString(), [(x,)])
     # a ReLU whose grid is shared with the signed input of a layer that runs twice cannot be fused
     assert set(report.float_layers.values())<=({'ONNX Runtime runs it as FusedConv'} if net.shared else set()), report
     assert report.sqnr>25 and report.sqnr_float>8, (report.sqnr, report.sqnr_float)

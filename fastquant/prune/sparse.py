@@ -180,9 +180,10 @@ def _engine_bytes(tensors):
         if i.name in tensors: i.raw_data = tensors[i.name].numpy().tobytes()
     return proto.SerializeToString()
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun67771b
+# %% ../../nbs/15_prune.sparse.ipynb #15prun5f8e59
 def _model_tensors(model):
     state = model.state_dict()
+    if 'rounding_spec' in state: raise ValueError("This model is in training for quantization. Save what `quantize` makes of it, or take the rounding off with `learn.remove_quant()`.")
     masks = [k for k,m in masked(model).items() if torch.equal(m.weight!=0, m.weight_mask)]
     for k in masks: del state[_key(k, 'weight_mask')]
     odd = [k for k,t in state.items() if not isinstance(t, Tensor)]
