@@ -13,7 +13,7 @@ from ..basics import *
 # %% auto #0
 __all__ = ['Mask', 'pack', 'unpack', 'mask_of', 'set_mask', 'forget_pruned', 'masked', 'sparsity', 'set_masks', 'remove_masks']
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun8726cc
+# %% ../../nbs/14_prune.mask.ipynb #14prun1a297b
 class Mask:
     "Keeps pruned weights of the layer `m` at zero"
     def __init__(self, m): self.m,self.version,self.dense,self.watching = m,None,None,False
@@ -28,12 +28,12 @@ class Mask:
         if m.training: w.data.mul_(m.weight_mask) # faster than `zero`, but makes -0. of what is negative
         elif self.version!=w._version: self.zero()
         self.version = None if m.training else w._version
-        if w.requires_grad and not self.hooked(w): w.register_hook(self.grad)
-    def hooked(self, w): return any(getattr(h, '__self__', None) is self for h in (w._backward_hooks or {}).values())
-    def grad(self, g):
-        "The gradient `g` of the weight, without that of what is pruned"
-        if self.watching: self.dense = g.detach().clone() if self.dense is None else self.dense+g.detach()
-        return torch.where(self.m.weight_mask, g, torch.zeros((), dtype=g.dtype, device=g.device))
+        if w.requires_grad and not self.hooked(w): w.register_post_accumulate_grad_hook(self.grad)
+    def hooked(self, w): return any(getattr(h, '__self__', None) is self for h in (w._post_accumulate_grad_hooks or {}).values())
+    def grad(self, w):
+        "Hook after a gradient has been added to that of `w`: take away that of what is pruned"
+        if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
+        w.grad.mul_(self.m.weight_mask)
 
 # %% ../../nbs/14_prune.mask.ipynb #14prunf5fa02
 _bits = torch.tensor([1<<i for i in range(8)], dtype=torch.uint8)
@@ -129,7 +129,7 @@ def set_masks(
     "`set_mask` for each layer in `keep`"
     for k,mask in keep.items(): set_mask(model.get_submodule(k), mask)
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun6cad0a
+# %% ../../nbs/14_prune.mask.ipynb #14prun1950e9
 def remove_masks(
     model:nn.Module # Changed in place
 )->nn.Module: # `model`
@@ -141,7 +141,7 @@ def remove_masks(
         for hooks,f in ((m._state_dict_hooks, _save), (m._state_dict_pre_hooks, _before_save), (m._load_state_dict_post_hooks, _after_load)):
             _unhook(hooks, lambda h: h is f)
         _unhook(m._load_state_dict_pre_hooks, lambda h: getattr(h, 'hook', None) is _load)
-        if (w:=m._parameters.get('weight')) is not None and w._backward_hooks: _unhook(w._backward_hooks, lambda h: getattr(h, '__self__', None) is mask)
+        if (w:=m._parameters.get('weight')) is not None: _unhook(w._post_accumulate_grad_hooks or {}, lambda h: getattr(h, '__self__', None) is mask)
         del m.weight_mask
     return model
 
