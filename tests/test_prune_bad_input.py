@@ -5,7 +5,9 @@ from safetensors.torch import save
 from torch import nn
 from fastquant.all import *
 
-def net(): return nn.Sequential(nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+def net():
+    convs = nn.Conv2d(2, 8, 3, bias=False),nn.BatchNorm2d(8),nn.ReLU(),nn.Conv2d(8, 6, 3),nn.ReLU()
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
 
 @pytest.fixture
 def learn(tmp_path):
@@ -20,8 +22,8 @@ amounts = {30:'so 0.3 for 30%', -.2:'above 0 and below 1', 1.:'leaves nothing', 
 
 @pytest.mark.parametrize('amount', amounts, ids=str)
 def test_amounts(learn, amount):
-    for f in (learn.prune, PruneScheduleCallback, lambda a: PruneScheduleCallback({'0':a}), lambda a: learn.prune({'0':a}), RigLCallback, lambda a: learn.lottery_ticket(a, 1),
-            lambda a: learn.prune_sensitivity((a,))):
+    by_pattern = lambda a: PruneScheduleCallback({'0':a}),lambda a: learn.prune({'0':a})
+    for f in (learn.prune, PruneScheduleCallback, *by_pattern, RigLCallback, lambda a: learn.lottery_ticket(a, 1), lambda a: learn.prune_sensitivity((a,))):
         with pytest.raises(ValueError, match=amounts[amount]): f(amount)
     assert masked(learn.model)=={}
 
@@ -65,10 +67,14 @@ def test_fit(learn, case):
     assert sparsity(learn.model)==0
     learn.fit(1)
 
-@pytest.mark.parametrize('kwargs', [dict(start=.9, end=.1), dict(start=-.1), dict(end=1.2), dict(schedule=lambda p: p/2), dict(schedule='cubik'), dict(every=0), dict(schedule=lambda p: 3*p-2*p*p*1.)],
-    ids=['order','negative','beyond','half','unknown','never','overshoot'])
-def test_schedules(kwargs):
-    with pytest.raises(ValueError): PruneScheduleCallback(.5, **kwargs)
+schedules_ = dict(order=(dict(start=.9, end=.1), 'the start comes first'), negative=(dict(start=-.1), 'parts of the fit from 0 to 1'), beyond=(dict(end=1.2), 'parts of the fit'),
+    half=(dict(schedule=lambda p: p/2), 'ends at 0.5'), unknown=(dict(schedule='cubik'), "Did you mean 'cubic'"), never=(dict(every=0), 'every=0'),
+    overshoot=(dict(schedule=lambda p: 3*p-2*p*p), 'stays from 0 to 1'))
+
+@pytest.mark.parametrize('case', schedules_)
+def test_schedules(case):
+    kwargs,message = schedules_[case]
+    with pytest.raises(ValueError, match=message): PruneScheduleCallback(.5, **kwargs)
 
 def test_left_out_layers_are_named(learn):
     cb = PruneScheduleCallback(structure=NM(2,4))

@@ -1,5 +1,5 @@
 "Pruning and quantization on one model: zeros stay zeros through rounding"
-import numpy as np, onnx, pytest, torch
+import onnx, pytest, torch
 from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
 from sklearn.datasets import load_digits
 from torch import nn

@@ -90,23 +90,22 @@ def set_mask(
     m.weight_mask.copy_(keep)
     mask_of(m).zero()
 
-# %% ../../nbs/14_prune.mask.ipynb #14prunf90d82
+# %% ../../nbs/14_prune.mask.ipynb #14prune3775b
 @torch.no_grad()
 def forget_pruned(
     opt,            # A fastai optimizer, or None
     model:nn.Module # A model with masks
 ):
     "Set to zero what gradients and `opt` remember of pruned weights"
-    for m in masked(model).values():
-        if (p:=m._parameters.get('weight')) is None: continue
-        if p.grad is not None: p.grad.mul_(m.weight_mask)
+    masks = {m.weight:m.weight_mask for m in masked(model).values() if 'weight' in m._parameters}
+    slow = zip(opt.slow_weights, opt.param_lists) if getattr(opt, 'slow_weights', None) else () # fastai's Lookahead
+    for s,p in ((s,p) for ss,ps in slow for s,p in zip(ss, ps)):
+        if p in masks: s.mul_(masks[p])
+    for p,mask in masks.items():
+        if p.grad is not None: p.grad.mul_(mask)
         for o in (opt,getattr(opt, 'opt', None)): # fastai's OptimWrapper and Lookahead hold another
             for v in getattr(o, 'state', {}).get(p, {}).values():
-                if isinstance(v, Tensor) and v.shape==p.shape: v.mul_(m.weight_mask)
-    slow = getattr(opt, 'slow_weights', None) or [] # fastai's Lookahead
-    for m in masked(model).values():
-        for s,p in ((s,p) for ss,ps in zip(slow, opt.param_lists) for s,p in zip(ss, ps)):
-            if p is m._parameters.get('weight'): s.mul_(m.weight_mask)
+                if isinstance(v, Tensor) and v.shape==p.shape: v.mul_(mask)
 
 # %% ../../nbs/14_prune.mask.ipynb #14prun22ee03
 def masked(
