@@ -129,6 +129,21 @@ def digits():
     convs = [ConvLayer(1, 16, 5), nn.MaxPool2d(2), ConvLayer(16, 32), nn.MaxPool2d(2), ConvLayer(32, 64), nn.MaxPool2d(2)]
     return nn.Sequential(*convs, nn.Flatten(), nn.Linear(64*9, 10))
 
+def settled(
+    net, # A function that makes the net
+    px:int=224
+)->nn.Module:
+    "The net with random weights, and batchnorms that have seen random images: untrained ones are refused"
+    set_seed(42)
+    model = net()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d): m.momentum = None
+    with torch.no_grad():
+        for _ in range(3): model.train()(torch.randn(8, 3, px, px))
+    return model.eval()
+
+def noise(n, px): return TensorDataset(torch.randn(n, 3, px, px), torch.zeros(n, dtype=torch.long))
+
 # Training
 
 class Flip(Callback):

@@ -117,21 +117,6 @@ def mnist(o):
 
 # Size and speed
 
-def settled(
-    net, # A function that makes the net
-    px:int=224
-)->nn.Module:
-    "The net with random weights, and batchnorms that have seen random images: untrained ones are refused"
-    set_seed(42)
-    model = net()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d): m.momentum = None
-    with torch.no_grad():
-        for _ in range(3): model.train()(torch.randn(8, 3, px, px))
-    return model.eval()
-
-def noise(n, px): return TensorDataset(torch.randn(n, 3, px, px), torch.zeros(n, dtype=torch.long))
-
 @sections
 def size(o):
     model = settled(models.resnet18, 64)

@@ -149,7 +149,7 @@ def pack(
     proto.ir_version = max(proto.ir_version, 10)
     return proto
 
-# %% ../nbs/07_export.ipynb #07expoc42f70
+# %% ../nbs/07_export.ipynb #07expo6e2f03
 def _constant(name, dtype, dims, values): return onnx.helper.make_node('Constant', [], [name], value=onnx.helper.make_tensor(name, dtype, dims, values))
 
 def _steps(name, first, *steps):
@@ -157,6 +157,7 @@ def _steps(name, first, *steps):
     names = [first,*(f'{name}_{i}' for i in range(len(steps)-1)),f'{name}_int8']
     return [onnx.helper.make_node(o, [a]+([second] if second else []), [b], **attrs) for (o,second,attrs),a,b in zip(steps, names, names[1:])]
 
+# %% ../nbs/07_export.ipynb #07expo2aca79
 def packed_four(name, q, room):
     "An initializer of 4-bit integers, and the nodes that make int8 of it"
     small = onnx.helper.make_tensor(name, INT4, q.shape, q.flatten().tolist())

@@ -30,14 +30,14 @@ class StepGroup:
         assert len(self.param_lists)>2
         self.freeze_to(-1)
 
-# %% ../nbs/19_optimizer.ipynb #19optie9498b
+# %% ../nbs/19_optimizer.ipynb #19opticd5e42
 @lru_cache
 def _with_group(cls): return type(cls.__name__, (StepGroup,cls), {'__doc__':cls.__doc__, '__module__':cls.__module__})
 
 def own_group(
     opt,            # A fastai optimizer, or an `OptimWrapper`; changed in place
     params:list,    # Step sizes; nothing happens if there are none
-    step_lr:float=.1 # Their learning rate, as a share of that of the last group
+    step_lr:float=1. # Their learning rate, as a share of that of the last group
 ):
     "Put `params` into a group of their own, the first, and take them out of the others"
     if not params: return
@@ -46,6 +46,7 @@ def own_group(
     opt.step_lr = step_lr
     for k in ('lr','wd'): opt.set_hyper(k, L(opt.hypers).attrgot(k)[1:] if k in opt.hypers[-1] else 0.)
 
+# %% ../nbs/19_optimizer.ipynb #19opti884676
 def _add_group(opt, params):
     "A new first group with the hyper-parameters of the last"
     mine = {id(p) for p in params}
@@ -62,6 +63,7 @@ def _add_group(opt, params):
         for p in params: inner.state.setdefault(p, {}) # a state that was loaded has no default
     opt.__class__ = _with_group(type(opt))
 
+# %% ../nbs/19_optimizer.ipynb #19optiac2017
 def drop_group(
     opt # An optimizer; changed in place
 ):

@@ -207,6 +207,15 @@ class Rounder(Where):
         m = self.model.get_submodule(path)
         return [None if (q:=getattr(m, k)) is None else dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point')) for k in ('weight','bias')]
 
+# %% ../nbs/05_prepare.ipynb #05prep56d4c9
+@patch
+def pop(self:Rounder, m, args, out):
+    super(Rounder, self).pop(m, args, out)
+    if not isinstance(m, nn.SyncBatchNorm): return None
+    key = self.paths.get(id(vars(m)), ''),'batch_norm',0
+    site = self.rounding.sites.get(key)
+    return self.rounding.act(site, out) if site and not self.count[key[:2]] else None
+
 # %% ../nbs/05_prepare.ipynb #05prepcf25e4
 def folded(
     w:Tensor,      # Weight of the layer, output channels first

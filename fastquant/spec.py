@@ -95,12 +95,10 @@ def find_spec(
     if isinstance(o, Spec): return o
     raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {o!r}.")
 
-# %% ../nbs/03_spec.ipynb #03specd525c9
+# %% ../nbs/03_spec.ipynb #03specd76979
 def _observer_name(o): return o if isinstance(o, str) else camel2snake(getattr(o, '__name__', repr(o)))
 
-def spec_to_json(
-    spec:Spec
-)->str:
+def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
     return json.dumps(asdict(spec), default=_observer_name)
 

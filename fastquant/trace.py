@@ -170,7 +170,7 @@ def trace(
     with parametrize.cached(), evaluating(model), t: out = model(*xb)
     return Trace(t.ops, inputs, {t.vals[id(o)] for o in floats(out) if id(o) in t.vals}, t.ran, t.users)
 
-# %% ../nbs/04_trace.ipynb #04tracd13636
+# %% ../nbs/04_trace.ipynb #04trac078733
 class Plan:
     "What of a `Trace` runs in int8 under `spec`, and where values are rounded"
     def __init__(self,
@@ -220,18 +220,22 @@ class Plan:
             self.place(end, o.path, o.name!='linear' or end!=o.outs[0] or self.wanted(end))
         for v in o.outs:
             if v not in self.grid: self.place(v, o.path, self.wanted(v))
-    def share(self):
-        "One grid for all inputs of a layer that runs more than once"
-        for first,*others in self.layers.values():
-            same = {self.grid[v] for v in others}-{self.grid[first]}
-            self.grid = {v:self.grid[first] if g in same else g for v,g in self.grid.items()}
-    @property
-    def layers(self)->dict:
-        "Paths of the layers that run in int8, with the values that go into each"
-        found = defaultdict(list)
-        for o in self.tr.ops:
-            if o.kind=='layer' and o.key in self.int8: found[o.path].append(o.ins[0])
-        return dict(found)
+
+# %% ../nbs/04_trace.ipynb #04trac4b7361
+@patch(as_prop=True)
+def layers(self:Plan)->dict:
+    "Paths of the layers that run in int8, with the values that go into each"
+    found = defaultdict(list)
+    for o in self.tr.ops:
+        if o.kind=='layer' and o.key in self.int8: found[o.path].append(o.ins[0])
+    return dict(found)
+
+@patch
+def share(self:Plan):
+    "Give all inputs of a layer the grid of the first"
+    for first,*others in self.layers.values():
+        same = {self.grid[v] for v in others}-{self.grid[first]}
+        self.grid = {v:self.grid[first] if g in same else g for v,g in self.grid.items()}
 
 # %% ../nbs/04_trace.ipynb #04trac2bfc71
 @patch

@@ -13,7 +13,7 @@ from .lsq import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['joined', 'follow', 'move_grids', 'largest', 'start', 'first_scale', 'unseen', 'ends', 'steps', 'keep_positive',
+__all__ = ['joined', 'follow', 'move_grids', 'largest', 'start', 'first_scale', 'unseen', 'ends', 'steps', 'limit_change',
            'freeze_norms']
 
 # %% ../nbs/05a_train.ipynb #05atra6b829d
@@ -106,7 +106,7 @@ def ends(
     side = lambda k: torch.tensor([getattr(s.spec.grid, k) for s in r.all])
     return torch.stack([(side(k)-r.zero_point.cpu())*r.scale.detach().cpu() for k in ('lo','hi')], 1)
 
-# %% ../nbs/05a_train.ipynb #05atracdf315
+# %% ../nbs/05a_train.ipynb #05atrad1f8b1
 def steps(
     model:nn.Module # Any model
 )->list: # No, one or two parameters
@@ -115,12 +115,12 @@ def steps(
     return [p for p in (r.scale,r.weight_scale) if isinstance(p, nn.Parameter)] if r else []
 
 @torch.no_grad()
-def keep_positive(
+def limit_change(
     params:list, # Step sizes
     before:list  # What they were
 ):
-    "Undo of each change what goes below half of the value before"
-    for p,b in zip(params, before): p.copy_(torch.where(b.isnan(), p, p.maximum(b/2)))
+    "Undo of each change what goes beyond a tenth of the value before"
+    for p,b in zip(params, before): p.copy_(torch.where(b.isnan(), p, p.clamp(.9*b, 1.1*b)))
 
 # %% ../nbs/05a_train.ipynb #05atra84724b
 def freeze_norms(

@@ -46,7 +46,7 @@ class PTQCalibrate(Callback):
             if not self.was_ready: unprepare(self.model)
             raise
 
-# %% ../../nbs/20_callback.quant.ipynb #20call769b5d
+# %% ../../nbs/20_callback.quant.ipynb #20callf9f716
 class QuantAwareCallback(Callback):
     "Train through the rounding of weights and activations; raises `ValueError` if the model cannot be rounded, or is already in another way"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+1,False,True # the model is on its device, and nobody has wrapped or saved it
@@ -57,7 +57,7 @@ class QuantAwareCallback(Callback):
         freeze_bn:float=.7,   # Part of the fit after which batchnorms use their running statistics; 1 for never
         freeze:float=.9,      # Part of the fit after which ranges stop moving; 1 for never
         mom:float=.01,        # Share of the way to the extremes of a batch that a range goes
-        step_lr:float=.1      # Learning rate of learned step sizes, as a share of that of the model's head
+        step_lr:float=1.      # Learning rate of learned step sizes, as a share of that of the model's head
     ):
         store_attr()
         self.spec = find_spec(spec).excluding(exclude)
@@ -75,7 +75,7 @@ class QuantAwareCallback(Callback):
     def after_pred(self):
         if self._training(): follow(self.net, self.mom, f'in batch {self.iter} of epoch {self.epoch}')
     def before_step(self): self.before = [p.detach().clone() for p in steps(self.net)]
-    def after_step(self): keep_positive(steps(self.net), self.before)
+    def after_step(self): limit_change(steps(self.net), self.before)
     def after_batch(self):
         self.trained = self.trained or self._training()
         if self._training() and hasattr(self, 'recorder') and self.train_iter%max(1, self.n_epoch*self.n_iter//200)==0:

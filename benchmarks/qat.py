@@ -1,0 +1,139 @@
+"Training through rounding: accuracy against float trained as long, time and memory of a step"
+from __future__ import annotations
+import multiprocessing, resource, warnings
+from functools import partial
+from torchvision import models
+from fastquant.callback.quant import *
+from fastquant.export import quiet
+from fastquant.learner import *
+from fastquant.prepare import *
+from fastquant.report import latency as in_turns, n_bytes
+from fastquant.train import *
+from .common import *
+
+sections = Registry('section')
+
+# Accuracy
+
+def top1(
+    learn:Learner,
+    test            # A dataset
+)->Tensor: # 1. for each image that it gets right
+    x,y = test.tensors
+    with torch.no_grad(): return (torch.cat([learn.model.eval()(b) for b in x.split(256)]).argmax(1)==y).float()
+
+def tuned(
+    o:Options,
+    spec,           # The name of one; None for float
+    data:tuple,     # Training and test set
+    epochs:int=6,
+    lr:float=5e-3
+)->Learner:
+    "The trained ResNet-20, trained on for `epochs`, through the rounding of `spec`; from the cache if that has been done before"
+    fname = o.cache/f"resnet20-{spec}-{epochs}-{lr}{'-quick' if o.quick else ''}.safetensors"
+    learn = learner(resnet20(o), *data, bs=128).to_channelslast(use_amp=False)
+    if not fname.exists():
+        set_seed(42)
+        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),*([QuantAwareCallback(spec)] if spec else [])])
+        fname.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(fname, save({k:t.contiguous() for k,t in learn.model.state_dict().items()}))
+    if spec: prepare(learn.model, spec, data[1].tensors[0][:2])
+    learn.model.load_state_dict(load_file(fname))
+    return learn
+
+def row(spec, how, right, than, learn):
+    "Top-1 in percent, how far above float trained as long, and the standard error of that"
+    gain = 100*(right-than)
+    return dict(spec=spec, how=how, top1=round(100*right.mean().item(), 3), above_float=round(gain.mean().item(), 3),
+        error=round(gain.std().item()/len(gain)**.5, 3), bytes=n_bytes(learn.model))
+
+@sections
+def cifar(o):
+    data = cifar10(o)
+    float_ = tuned(o, None, data)
+    than = top1(float_, data[1])
+    rows = [row('float', 'trained', than, than, float_)]
+    for spec in ('int8','w4a4','w2a2'):
+        for how,learn in (('calibrated',float_), ('trained',tuned(o, spec, data))):
+            with warnings.catch_warnings(action='ignore'): shipped = learn.quantize(spec)
+            rows.append(row(spec, how, top1(shipped, data[1]), than, shipped))
+    above = {(r['spec'],r['how']):r['above_float'] for r in rows}
+    goals = dict(int8=(-.1,0.), w4a4=(-.6,-.2), w2a2=(-3.,-2.))
+    return rows, [target(f'resnet20, {k}: top-1 above float trained as long (points)', above[k,'trained'], *g) for k,g in goals.items()]
+
+# Time and memory
+
+def through_fx(model, x):
+    "`model` prepared for training by torch's FX graph mode; None where torch no longer has it"
+    try:
+        from torch.ao.quantization import get_default_qat_qconfig_mapping
+        from torch.ao.quantization.quantize_fx import prepare_qat_fx
+    except ImportError: return None
+    with quiet(): return prepare_qat_fx(model.train(), get_default_qat_qconfig_mapping('x86'), (x,))
+
+def rounded(spec, model, x):
+    "`model` prepared with `spec`, with ranges"
+    prepare(model, spec, x)
+    rounding(model).how = Site.follow
+    model.train()(x)
+    follow(model)
+    start(model)
+    return model
+
+ways = {'float':lambda m, x: m, 'int8, ranges follow':partial(rounded, 'int8'), 'int8, ranges frozen':partial(rounded, 'int8'),
+    'w4a4, steps learn':partial(rounded, 'w4a4'), 'FX graph mode':through_fx}
+
+def step(
+    net, # A function that makes the net
+    way:str # One of `ways`
+):
+    "A function that does a whole step: forward, backward, optimizer, and what the callback does; None if there is no such way"
+    x,y = torch.randn(16, 3, 128, 128),torch.randint(0, 1000, (16,))
+    model = ways[way](settled(net, 64).train(), x)
+    if model is None: return None
+    opt,follows = SGD(trainable_params(model), lr=1e-3, mom=.9),rounding(model) and 'frozen' not in way
+    def run():
+        if follows: rounding(model).how = Site.follow
+        loss = F.cross_entropy(model(x), y)
+        if follows: follow(model)
+        loss.backward()
+        was = [p.detach().clone() for p in steps(model)]
+        opt.step()
+        limit_change(steps(model), was)
+        opt.zero_grad()
+    return run
+
+@sections
+def time(o):
+    rows,targets = [],[]
+    for net,goal in ((models.resnet18,(1.6,1.25)), (models.mobilenet_v2,(2.2,1.5))):
+        fns = {k:f for k in ways if (f:=step(net, k))}
+        ms = in_turns(fns, o.some(30, 2), warmup=2, seconds=float('inf')).round(3)
+        name,base = net.__name__,ms['median']['float']
+        rows += [dict(net=name, way=k, median_ms=r['median'], spread_ms=r['spread'], ratio=round(r['median']/base, 3)) for k,r in ms.iterrows()]
+        targets.append(target(f'{name}: int8 step against float step', ms['median']['int8, ranges follow']/base, *goal))
+    return rows, targets
+
+def peak(net, way, q):
+    "Put into `q` by how many bytes three steps raise the peak of this process, of a net that is there already"
+    torch.set_num_threads(1)
+    run = step(net, way)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3): run()
+    q.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)*1024)
+
+@sections
+def memory(o):
+    rows,context = [],multiprocessing.get_context('spawn')
+    for net in (models.resnet18,models.mobilenet_v2)[:o.some(2, 1)]:
+        for way in ways:
+            if way=='FX graph mode' and through_fx(nn.Sequential(nn.Linear(1, 1)), torch.zeros(1, 1)) is None: continue
+            q = context.Queue()
+            p = context.Process(target=peak, args=(net, way, q))
+            p.start()
+            rows.append(dict(net=net.__name__, way=way, bytes=q.get()))
+            p.join()
+    base = {r['net']:r['bytes'] for r in rows if r['way']=='float'}
+    return [dict(r, ratio=round(r['bytes']/base[r['net']], 3)) for r in rows], []
+
+if __name__=='__main__': run(sections, 'qat')
