@@ -162,15 +162,15 @@ def _named(name, f, *args):
     try: return f(*args)
     except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun50a858
+# %% ../../nbs/15_prune.sparse.ipynb #15prun2ddd61
 _onnx_types = {onnx.TensorProto.FLOAT:torch.float32, onnx.TensorProto.INT8:torch.int8, onnx.TensorProto.UINT8:torch.uint8, onnx.TensorProto.INT32:torch.int32,
     onnx.TensorProto.INT64:torch.int64}
 
 def _engine_tensors(data):
     proto,found = onnx.load_from_string(data),{}
     for i in proto.graph.initializer:
-        if i.data_type not in _onnx_types or len(i.raw_data)<512: continue # small ones compress better with the graph
-        found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types[i.data_type]).reshape(tuple(i.dims))
+        if len(i.raw_data)<512: continue # small ones compress better with the graph
+        found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8)) # others, like packed 4 bits, as bytes
         i.ClearField('raw_data')
     return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
 
