@@ -162,22 +162,27 @@ def _named(name, f, *args):
     try: return f(*args)
     except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun2ddd61
+# %% ../../nbs/15_prune.sparse.ipynb #15prun2b3f5e
 _onnx_types = {onnx.TensorProto.FLOAT:torch.float32, onnx.TensorProto.INT8:torch.int8, onnx.TensorProto.UINT8:torch.uint8, onnx.TensorProto.INT32:torch.int32,
     onnx.TensorProto.INT64:torch.int64}
+_nibbles = onnx.TensorProto.INT4,onnx.TensorProto.UINT4
 
 def _engine_tensors(data):
     proto,found = onnx.load_from_string(data),{}
     for i in proto.graph.initializer:
         if len(i.raw_data)<512: continue # small ones compress better with the graph
-        found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8)) # others, like packed 4 bits, as bytes
+        raw = np.frombuffer(i.raw_data, np.uint8)
+        if i.data_type in _nibbles: raw = np.stack([raw&15, raw>>4], -1).reshape(-1)
+        found[i.name] = torch.from_numpy(raw.copy()).view(_onnx_types.get(i.data_type, torch.uint8))
         i.ClearField('raw_data')
     return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
 
 def _engine_bytes(tensors):
     proto = onnx.load_from_string(tensors[''].numpy().tobytes())
     for i in proto.graph.initializer:
-        if i.name in tensors: i.raw_data = tensors[i.name].numpy().tobytes()
+        if i.name not in tensors: continue
+        raw = tensors[i.name].view(torch.uint8).numpy()
+        i.raw_data = (raw[::2]|raw[1::2]<<4 if i.data_type in _nibbles else raw).tobytes()
     return proto.SerializeToString()
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prun5f8e59
