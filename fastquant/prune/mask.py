@@ -11,7 +11,8 @@ from torch import nn, Tensor
 from ..basics import *
 
 # %% auto #0
-__all__ = ['Mask', 'pack', 'unpack', 'mask_of', 'set_mask', 'forget_pruned', 'masked', 'sparsity', 'set_masks', 'remove_masks']
+__all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'set_mask', 'forget_pruned', 'masked', 'sparsity', 'set_masks',
+           'remove_masks']
 
 # %% ../../nbs/14_prune.mask.ipynb #14prun1a297b
 class Mask:
@@ -35,18 +36,18 @@ class Mask:
         if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
         w.grad.mul_(self.m.weight_mask)
 
-# %% ../../nbs/14_prune.mask.ipynb #14prunf5fa02
+# %% ../../nbs/14_prune.mask.ipynb #14prun0f9aac
 _bits = torch.tensor([1<<i for i in range(8)], dtype=torch.uint8)
 
-def pack(
+def pack_bits(
     mask:Tensor # Of any shape
 )->Tensor: # Bytes, the first weight in the lowest bit of the first
     "Eight booleans in a byte"
     b = nn.functional.pad(mask.flatten().to(torch.uint8), (0,-mask.numel()%8))
     return (b.view(-1,8)*_bits.to(b.device)).sum(1, dtype=torch.uint8)
 
-def unpack(
-    data:Tensor, # From `pack`
+def unpack_bits(
+    data:Tensor, # From `pack_bits`
     shape        # Of the mask
 )->Tensor:
     "The booleans in `data`; raises `ValueError` if it holds more or fewer"
@@ -54,12 +55,12 @@ def unpack(
     if data.dtype!=torch.uint8 or data.shape!=(-(-n//8),): raise ValueError(f"A mask of {n} weights is {-(-n//8)} bytes, not {tuple(data.shape)} of {data.dtype}.")
     return (data[:,None]&_bits.to(data.device)).bool().flatten()[:n].view(shape)
 
-# %% ../../nbs/14_prune.mask.ipynb #14prun0d1052
-def _save(m, state, prefix, meta): state[prefix+'weight_mask'] = pack(m.weight_mask)
+# %% ../../nbs/14_prune.mask.ipynb #14prundf7c4f
+def _save(m, state, prefix, meta): state[prefix+'weight_mask'] = pack_bits(m.weight_mask)
 
 def _load(m, state, prefix, meta, strict, missing, unexpected, errors):
     if (data:=state.pop(prefix+'weight_mask', None)) is None: return
-    try: m.weight_mask.copy_(unpack(data, m.weight_mask.shape))
+    try: m.weight_mask.copy_(unpack_bits(data, m.weight_mask.shape))
     except ValueError as e: errors.append(f'{prefix}weight_mask: {e}')
 
 # %% ../../nbs/14_prune.mask.ipynb #14prun9408ac

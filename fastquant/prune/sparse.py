@@ -162,7 +162,7 @@ def _named(name, f, *args):
     try: return f(*args)
     except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prun2b3f5e
+# %% ../../nbs/15_prune.sparse.ipynb #15pruncf7b37
 _onnx_types = {onnx.TensorProto.FLOAT:torch.float32, onnx.TensorProto.INT8:torch.int8, onnx.TensorProto.UINT8:torch.uint8, onnx.TensorProto.INT32:torch.int32,
     onnx.TensorProto.INT64:torch.int64}
 _nibbles = onnx.TensorProto.INT4,onnx.TensorProto.UINT4
@@ -170,19 +170,22 @@ _nibbles = onnx.TensorProto.INT4,onnx.TensorProto.UINT4
 def _engine_tensors(data):
     proto,found = onnx.load_from_string(data),{}
     for i in proto.graph.initializer:
-        if len(i.raw_data)<512: continue # small ones compress better with the graph
-        raw = np.frombuffer(i.raw_data, np.uint8)
-        if i.data_type in _nibbles: raw = np.stack([raw&15, raw>>4], -1).reshape(-1)
-        found[i.name] = torch.from_numpy(raw.copy()).view(_onnx_types.get(i.data_type, torch.uint8))
-        i.ClearField('raw_data')
+        if i.data_type in _nibbles and len(i.int32_data)>=512: # onnx keeps a byte with two of them in each of these
+            b = np.array(i.int32_data, np.uint8)
+            found[i.name] = torch.from_numpy(np.stack([b&15, b>>4], -1).reshape(-1))
+            i.ClearField('int32_data')
+        elif i.data_type not in _nibbles and len(i.raw_data)>=512: # small ones compress better with the graph
+            found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8))
+            i.ClearField('raw_data')
     return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
 
 def _engine_bytes(tensors):
     proto = onnx.load_from_string(tensors[''].numpy().tobytes())
     for i in proto.graph.initializer:
         if i.name not in tensors: continue
-        raw = tensors[i.name].view(torch.uint8).numpy()
-        i.raw_data = (raw[::2]|raw[1::2]<<4 if i.data_type in _nibbles else raw).tobytes()
+        q = tensors[i.name].view(torch.uint8).numpy()
+        if i.data_type in _nibbles: i.int32_data.extend((q[::2]|q[1::2]<<4).tolist())
+        else: i.raw_data = q.tobytes()
     return proto.SerializeToString()
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prun5f8e59
@@ -199,7 +202,7 @@ def _model_tensors(model):
         if t.numel() and first.setdefault(at, k)!=k: same[k] = first[at]
     return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same)
 
-# %% ../../nbs/15_prune.sparse.ipynb #15prunedf738
+# %% ../../nbs/15_prune.sparse.ipynb #15prun2f5707
 def pack_model(
     model:nn.Module, # With masks or without, or an `Engine`
     **about          # Anything that JSON can say
@@ -222,7 +225,7 @@ def unpack_model(
     packed = {k:tensors.pop(k) for k in list(tensors) if k.split('.')[-1]=='weight_mask'}
     check_fit(model, tensors, [*masks, *(k.removesuffix('weight_mask').rstrip('.') for k in packed)])
     keep = {k:tensors[_key(k, 'weight')]!=0 for k in masks}
-    keep.update({(o:=k.removesuffix('weight_mask').rstrip('.')):_named(k, unpack, t, tensors[_key(o, 'weight')].shape) for k,t in packed.items()})
+    keep.update({(o:=k.removesuffix('weight_mask').rstrip('.')):_named(k, unpack_bits, t, tensors[_key(o, 'weight')].shape) for k,t in packed.items()})
     remove_masks(model).load_state_dict(tensors)
     set_masks(model, keep)
     return model,about
