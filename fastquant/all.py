@@ -10,7 +10,16 @@ from .train import *
 from .convert import *
 from .export import *
 from .report import *
+from .prune.criteria import *
+from .prune.groups import *
+from .prune.select import *
+from .prune.schedule import *
+from .prune.mask import *
+from .prune.sparse import *
+from .prune.regrow import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *
+from .callback.prune import *
 from .learner import *
+from .prune.learner import *

@@ -1,0 +1,179 @@
+"What pruning costs in accuracy, and what it buys: `python -m benchmarks.prune --data ../shared/data`"
+from __future__ import annotations
+import tempfile
+from torchvision.models import resnet18
+from fastquant.affine import *
+from fastquant.callback.prune import *
+from fastquant.export import *
+from fastquant.learner import *
+from fastquant.prune.groups import *
+from fastquant.prune.learner import *
+from fastquant.prune.mask import *
+from fastquant.prune.sparse import *
+from fastquant.report import latency as in_turns
+from fastquant.spec import *
+from .common import *
+
+sections = Registry('section')
+
+def right(learn)->float:
+    "Top-1 on the test set, in percent"
+    return 100*learn.validate()[1]
+
+def trained(
+    o:Options,
+    name:str,   # Of what comes out; found under it if it was trained before
+    learn,      # A Learner to start from, changed by training
+    epochs:int,
+    lr:float,
+    cbs=None
+)->Learner:
+    "`learn` after a fit, or as it was after one; what is kept is the library's own sparse file"
+    fname = o.cache/f"prune-{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
+    if not fname.exists():
+        set_seed(42)
+        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=cbs)
+        fname.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(fname, pack_model(learn.model))
+    learn.model,_ = unpack_model(fname.read_bytes(), learn.model)
+    return learn
+
+def copy_of(learn): return learner(copy_model(learn.model), learn.dls.train_ds, learn.dls.valid_ds, bs=learn.dls.train.bs)
+
+# MNIST
+
+@sections
+def mnist(o):
+    "The claim this project started from: nine of ten weights of a small conv net on MNIST cost next to nothing"
+    data = mnist_images(o)
+    start = learner(train(o, digits, data), *data, bs=128)
+    n = 5
+    longer = trained(o, 'mnist-float', copy_of(start), n, 2e-3)
+    rows = [dict(net='as trained', sparsity=0., top1=right(start)), dict(net=f'{n} epochs more', sparsity=0., top1=right(longer))]
+    for amount in (.9,.95,.98):
+        l = trained(o, f'mnist-{amount}', copy_of(start), n, 2e-3, PruneScheduleCallback(amount))
+        rows.append(dict(net=f'{n} epochs more, cubic schedule', sparsity=sparsity(l.model), top1=right(l)))
+    rows += [dict(net='one shot', sparsity=a, top1=right(start.prune(a))) for a in (.5,.9)]
+    for r in rows: r['lost'] = rows[1]['top1']-r['top1']
+    return rows,[target('points lost at 90%', rows[2]['lost'], .1, 0)]
+
+# LeNet: pruned, quantized, packed
+
+def lenet_300_100():
+    first = nn.Flatten(),nn.Linear(784,300),nn.ReLU(),nn.Dropout(.2)
+    return nn.Sequential(*first, nn.Linear(300,100), nn.ReLU(), nn.Dropout(.2), nn.Linear(100,10))
+
+def lenet_5():
+    convs = nn.Conv2d(1,20,5),nn.MaxPool2d(2),nn.Conv2d(20,50,5),nn.MaxPool2d(2)
+    return nn.Sequential(*convs, nn.Flatten(), nn.Linear(800,500), nn.ReLU(), nn.Dropout(.2), nn.Linear(500,10))
+
+lenets = dict(lenet_300_100=(lenet_300_100, {'1':.93, '4':.88, '7':.4}, 5, 40), lenet_5=(lenet_5, {'0':.3, '2':.85, '5':.96, '8':.75}, 5, 39))
+
+@sections
+def lenet(o):
+    "Bytes of a pruned, quantized and packed net against its weights as float32, as in Deep Compression (Han et al. 2016, table 1)"
+    rows,targets,data = [],[],mnist_images(o)
+    for name,(net,amounts,bits,aim) in lenets.items():
+        set_seed(42)
+        start = trained(o, name, learner(net(), *data, bs=128), 12, 2e-3)
+        longer = trained(o, f'{name}-longer', copy_of(start), 24, 2e-3)
+        pruned = trained(o, f'{name}-pruned', copy_of(start), 24, 2e-3, PruneScheduleCallback(amounts, last=True, end=.6))
+        q = pruned.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', per_channel=True)))
+        size,loaded = packed(q)
+        floats,best = 4*sum(p.numel() for p in start.model.parameters()),max(right(start), right(longer))
+        sizes = {'float':(start,floats), 'float, 24 epochs more':(longer,floats), 'pruned, 24 epochs more':(pruned,len(pack_model(pruned.model))),
+            f'and weights of {bits} bits, as ONNX':(q,len(q.model.data)), 'and packed':(loaded,size)}
+        rows += [dict(net=name, what=k, bytes=b, times_smaller=floats/b, top1=right(l), lost=best-right(l)) for k,(l,b) in sizes.items()]
+        targets += [target(f'{name}: times smaller', floats/size, 30, aim), target(f'{name}: points lost', rows[-1]['lost'], 0., -.01)]
+    return rows,targets
+
+def packed(q)->tuple:
+    "Bytes of the sparse file of `q`, and what is loaded from it"
+    with tempfile.TemporaryDirectory() as d:
+        fname = q.save_sparse(Path(d)/'q.safetensors')
+        size,loaded = fname.stat().st_size,q.load_sparse(fname)
+    if loaded.model.data!=q.model.data: raise RuntimeError("The file does not give back the model that it was made of.")
+    return size,loaded
+
+# CIFAR-10
+
+class Shift(Callback):
+    "Mirror a random half of each batch, and move all of it by up to four pixels"
+    run_valid = False
+    def before_batch(self):
+        x = torch.where(torch.rand(len(self.x),1,1,1)<.5, self.x.flip(3), self.x)
+        i,j = torch.randint(0, 9, (2,)).tolist()
+        self.learn.xb = (F.pad(x, (4,4,4,4))[:,:,i:i+32,j:j+32],)
+
+def cifar_learner(o, model):
+    learn = learner(model, *cifar10(o), bs=128).to_channelslast(use_amp=False)
+    return learn
+
+epochs = 6
+
+@sections
+def cifar(o):
+    "The trained ResNet-20, fine-tuned with schedules to 80% and 90%, and to 2:4, against the float net fine-tuned as long"
+    start,again = cifar_learner(o, resnet20(o)),lambda: cifar_learner(o, resnet20(o))
+    runs = {'float':None, '80%':PruneScheduleCallback(.8), '90%':PruneScheduleCallback(.9), '2:4':PruneScheduleCallback(structure=NM(2,4))}
+    rows = [dict(net='as it came', sparsity=0., top1=right(start))]
+    for name,cb in runs.items():
+        l = trained(o, f"cifar-{name.strip('%').replace(':','of')}", again(), epochs, 4e-3, [Shift(),*L(cb)])
+        rows.append(dict(net=f'{name}, {epochs} epochs', sparsity=sparsity(l.model), top1=right(l)))
+    rows.append(dict(net='2:4 in one shot', sparsity=.5, top1=right(start.prune(structure=NM(2,4)))))
+    rows += [dict(net=f'{a:.0%} in one shot', sparsity=a, top1=right(start.prune(a))) for a in (.8,.9)]
+    for r in rows: r['lost'] = rows[1]['top1']-r['top1']
+    goals = ('80% sparse',2,.7,.3),('90% sparse',3,2.,1.2),('2:4',4,.3,0)
+    return rows,[target(f'points lost, {what}', rows[i]['lost'], floor, aim) for what,i,floor,aim in goals]
+
+@sections
+def rigl(o):
+    "RigL, a random mask that stays, and gradual pruning: ResNet-20 from random weights to 90%, the same number of epochs"
+    runs = {'dense':None, 'random mask that stays':RigLCallback(.9, every=10**9), 'RigL':RigLCallback(.9), 'gradual pruning':PruneScheduleCallback(.9)}
+    rows = []
+    for name,cb in runs.items():
+        set_seed(42)
+        l = trained(o, f"rigl-{name.replace(' ','-')}", cifar_learner(o, CifarResNet()), epochs, 8e-3, [Shift(),*L(cb)])
+        rows.append(dict(training=name, sparsity=sparsity(l.model), top1=right(l)))
+    return rows,[]
+
+# Time
+
+@sections
+def steps(o):
+    "A training step of ResNet-18 with a mask of 90%, against one without; 128 px, batches of 16, in turns"
+    x,y = torch.randn(16,3,128,128),torch.randint(0, 10, (16,))
+    def step(prune):
+        set_seed(42)
+        model = resnet18(num_classes=10).train()
+        if prune: set_masks(model, {k:torch.rand_like(m.weight)<.1 for k,m in groups(model, 'weight', x)[0].items()})
+        opt = Adam(model.parameters(), lr=1e-4)
+        def one():
+            F.cross_entropy(model(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+        return one
+    table = in_turns({'float':step(False), 'masked':step(True)}, n=o.some(40, 3), seconds=o.some(300, 20))
+    ratio = table['median']['masked']/table['median']['float']
+    return table.rename_axis('step').reset_index().to_dict('records'),[target('step with a mask / step without', ratio, 1.1, 1.03)]
+
+@sections
+def latency(o):
+    "What scattered zeros do for the speed of engines for dense matrices, which is nothing: ResNet-18 at 224 px in ONNX Runtime"
+    set_seed(42)
+    x = torch.randn(8,3,224,224)
+    data = torch.utils.data.TensorDataset(x, torch.zeros(8).long())
+    with torch.no_grad(): model = resnet18(num_classes=10).train()
+    model(x)
+    learn = learner(model, data, data, bs=4)
+    sparse = learn.prune(.9)
+    with tempfile.TemporaryDirectory() as d:
+        files = {k:l.export_onnx(Path(d)/f'{k}.onnx').read_bytes() for k,l in dict(dense=learn, sparse=sparse).items()}
+        packed = sparse.save_sparse(Path(d)/'s.safetensors').stat().st_size
+    engines = {k:Engine(b) for k,b in files.items()}
+    table = in_turns({k:lambda m=m: m(x[:1]) for k,m in engines.items()}, n=o.some(50, 3))
+    rows = table.rename_axis('net').reset_index().to_dict('records')
+    for r in rows: r['bytes'] = packed if r['net']=='sparse' else len(files['dense'])
+    return rows,[]
+
+if __name__=='__main__': run(sections, 'prune')
