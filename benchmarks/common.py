@@ -153,6 +153,15 @@ class Flip(Callback):
         x = self.x
         self.learn.xb = (torch.where(torch.rand(len(x),1,1,1)<.5, x.flip(3), x),)
 
+class Crop(Callback):
+    "Move each image of a batch by up to four pixels"
+    run_valid = False
+    def before_batch(self):
+        n,_,h,w = self.x.shape
+        i,j = (torch.randint(0, 9, (n,1))+torch.arange(k) for k in (h,w))
+        x = F.pad(self.x, (4,4,4,4))[torch.arange(n)[:,None,None],:,i[:,:,None],j[:,None,:]]
+        self.learn.xb = (x.permute(0,3,1,2),)
+
 def train(
     o:Options,
     net,                # A function that makes the net

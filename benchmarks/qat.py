@@ -22,21 +22,22 @@ def top1(
     x,y = test.tensors
     with torch.no_grad(): return (torch.cat([learn.model.eval()(b) for b in x.split(256)]).argmax(1)==y).float()
 
-lrs = {None:5e-4, 'int8':5e-4, 'w4a4':1e-3, 'w2a2':2e-3} # the fewer bits, the further weights have to go
+lrs = {None:3e-4, 'int8':3e-4, 'w4a4':5e-4, 'w2a2':2e-3} # the fewer bits, the further weights have to go
 
 def tuned(
     o:Options,
     spec,           # The name of one; None for float
     data:tuple,     # Training and test set
-    epochs:int=4
+    epochs:int=2
 )->Learner:
-    "The trained ResNet-20, trained on for `epochs`, through the rounding of `spec`; from the cache if that has been done before"
+    "The trained ResNet-20, trained on for `epochs`, calibrated before and through the rounding of `spec`; from the cache if that has been done before"
     lr = lrs[spec]
     fname = o.cache/f"resnet20-{spec}-{epochs}-{lr}{'-quick' if o.quick else ''}.safetensors"
-    learn = learner(resnet20(o), *data, bs=32).to_channelslast(use_amp=False)
+    learn = learner(resnet20(o), *data, bs=64).to_channelslast(use_amp=False)
     if not fname.exists():
         set_seed(42)
-        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),*([QuantAwareCallback(spec)] if spec else [])])
+        if spec: learn.validate(cbs=PTQCalibrate(spec=spec))
+        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),Crop(),*([QuantAwareCallback(spec)] if spec else [])])
         fname.parent.mkdir(parents=True, exist_ok=True)
         write_whole(fname, save({k:t.contiguous() for k,t in learn.model.state_dict().items()}))
     if spec: prepare(learn.model, spec, data[1].tensors[0][:2])

@@ -93,10 +93,10 @@ def quantize(self:Learner,
     _say_if_noisy(new.model.report)
     return new
 
-# %% ../nbs/22_learner.ipynb #22leardce92b
+# %% ../nbs/22_learner.ipynb #22learc08e3f
 def _verified(learn, model, xb):
     "The file's bytes for the rounded `model`, checked on `xb`"
-    trained,rounded = rounding(learn.model) is not None and rounding(model).spec==rounding(learn.model).spec and not rounding(model).folded,copy_model(model).cpu()
+    trained,rounded = not rounding(model).folded,copy_model(model).cpu()
     sim = convert(model)
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     report = verify(unprepare(copy_model(learn.model)).cpu(), rounded, sim, proto.SerializeToString(), cpu(xb), trained)

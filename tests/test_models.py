@@ -1,6 +1,7 @@
 "The support matrix: each of these models quantizes, verifies, and runs every layer in int8 unless it is named here"
 from collections import Counter
 import numpy as np, pandas as pd, pytest, torch, torchvision
+from fastai.callback.training import ShortEpochCallback
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, create_unet_model, create_vision_model, resnet18, set_seed
 from fastai.vision.models.xresnet import xresnet18
@@ -60,5 +61,19 @@ def test_model(name):
     assert not {'Conv','FusedConv','Gemm','FusedGemm'} & set(kernels)
     assert kernels['QLinearConv']==sum(isinstance(m, nn.Conv2d) for m in learn.model.modules())
     assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items())
+    with qlearn.no_bar(), learn.no_bar(): p,q = learn.get_preds()[0],qlearn.get_preds()[0]
+    assert sqnr(p, q)>10
+
+@pytest.mark.parametrize('name', models)
+def test_parity_after_training(name):
+    "After a fit through rounding the engine predicts what the rounded model does, and every parameter and step has had its part in it"
+    learn,spec = models[name](),'w4a8' if name in ('resnet18','mobilenet_v2','tabular') else 'int8'
+    with learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-4, cbs=[QuantAwareCallback(spec, start=.2),ShortEpochCallback(.25)])
+        qlearn = learn.quantize(n_batches=1)
+    report = qlearn.model.report
+    print(f'{name}, {spec}: {report}, {report.sqnr:.1f} dB from its simulation')
+    assert report.trained and set(report.float_layers)==set(in_float.get(name, []))
+    assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
     with qlearn.no_bar(), learn.no_bar(): p,q = learn.get_preds()[0],qlearn.get_preds()[0]
     assert sqnr(p, q)>10

@@ -1,0 +1,127 @@
+"Data parallel training through rounding: two processes with gloo on a CPU, by fastai's own `distrib_ctx`"
+import os, pytest, socket, torch
+from contextlib import contextmanager
+import torch.multiprocessing as mp
+from fastai.distributed import DistributedDL
+from fastai.vision.all import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, set_seed
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastquant.all import *
+
+digits = load_digits()
+xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
+n,bs = 320,16 # of each process
+
+def net(norm):
+    "With batchnorms each process computes statistics of its own half of a batch; without, both together do what one process does"
+    def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU())
+    return nn.Sequential(conv(1, 16), conv(16, 32), nn.Flatten(), nn.Linear(128, 10))
+
+class Note(Callback):
+    "The model's tensors after each step"
+    order,run_valid = 50,False
+    def before_fit(self): self.log = []
+    def after_batch(self): self.log.append({k:v.detach().clone() for k,v in get_model(self.model).state_dict().items()})
+
+def get_model(m): return getattr(m, 'module', m)
+
+def learner(weights, norm, idxs, bs, opt_func=SGD):
+    set_seed(0)
+    dls = [DataLoader(TensorDataset(xs[i], ys[i]), bs=b, shuffle=False, num_workers=0, device=torch.device('cpu')) for i,b in ((idxs,bs),(range(1000,1200),40))]
+    dls = DataLoaders(*dls, device=torch.device('cpu'))
+    learn = Learner(dls, net(norm), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func)
+    learn.model.load_state_dict(weights)
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+    learn.logger = lambda *args: None
+    return learn
+
+def fit(learn, spec):
+    note = Note()
+    learn.fit_one_cycle(2, 2e-2, cbs=[note,*([QuantAwareCallback(spec)] if spec else [])])
+    return note.log
+
+@contextmanager
+def alone():
+    "fastai gathers metrics from all processes, unless it is told that there is one"
+    os.environ['WORLD_SIZE'] = '0'
+    yield
+    os.environ['WORLD_SIZE'] = '2'
+
+def work(rank, port, folder, weights, cases):
+    "What each of the two processes does"
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU='true')
+    torch.set_num_threads(1)
+    def broadcast(self, t, rank): # fastai's own puts the indices on a GPU
+        t = torch.LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    DistributedDL._broadcast = broadcast
+    for i,(spec,norm,calibrated) in enumerate(cases):
+        learn,done = learner(weights[norm], norm, range(2*n), bs),None
+        if calibrated:
+            with alone(): learn.validate(cbs=PTQCalibrate(spec=spec))
+        with learn.distrib_ctx(sync_bn=False, cpu=True): log = fit(learn, spec)
+        if spec and rank==0:
+            with alone(): done = learn.validate(),learn.quantize(n_batches=1).validate()
+        torch.distributed.barrier()
+        torch.save((log,done), f'{folder}/{i}.{rank}.pt')
+    torch.distributed.destroy_process_group()
+
+cases = [(None,False,False),(None,True,False),*[(s,norm,False) for s in ('int8','w4a4') for norm in (False,True)],('int8',False,True),('w4a4',False,True)]
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "By case: the logs of both processes, that of one process on the joined batches, and what came of it"
+    weights,folder = {},tmp_path_factory.mktemp('ddp')
+    for norm in (False,True):
+        torch.manual_seed(0)
+        weights[norm] = net(norm).state_dict()
+        learn = learner(weights[norm], norm, range(1000), 32, Adam)
+        learn.fit_one_cycle(4, 1e-2)
+        weights[norm] = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(work, (port, folder, weights, cases), nprocs=2)
+    joined = [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
+    def one(spec, norm, calibrated):
+        learn = learner(weights[norm], norm, joined, 2*bs)
+        if calibrated: learn.validate(cbs=PTQCalibrate(spec=spec))
+        return fit(learn, spec)
+    return {c:(*(torch.load(folder/f'{i}.{r}.pt', weights_only=False) for r in (0,1)), one(*c)) for i,c in enumerate(cases)}
+
+rounds = pytest.mark.parametrize('case', [c for c in cases if c[0]], ids=lambda c: f"{c[0]}{'-norm' if c[1] else ''}{'-calibrated' if c[2] else ''}")
+
+@rounds
+def test_same_on_both_ranks(runs, case):
+    "Ranges, grids, step sizes and weights, after every step"
+    (a,_),(b,_),_ = runs[case]
+    assert len(a)==len(b)==2*n//bs
+    local = 'running_mean','running_var' # those of its own batches, until rank 0's are broadcast
+    for s,t in zip(a, b):
+        assert s.keys()==t.keys() and all(torch.equal(v.float().nan_to_num(-7), t[k].float().nan_to_num(-7)) for k,v in s.items() if not k.endswith(local))
+    assert a[-1]['rounding_scale'].isfinite().all() and not torch.equal(a[-1]['rounding_range'], a[len(a)//2]['rounding_range'])
+
+def distance(a, b): return max((a[k]-b[k]).abs().max().item() for k in a if k.endswith(('weight','bias')))
+
+@pytest.mark.parametrize('calibrated', [False,True])
+@pytest.mark.parametrize('spec', ['int8','w4a4'])
+def test_equals_one_process(runs, spec, calibrated):
+    "On the joined batches ranges and steps are those of one process, and weights are as close as data parallel training comes without rounding"
+    (plain,_),_,plain_one = runs[None,False,False]
+    (two,_),_,one = runs[spec,False,calibrated]
+    moved,near,far = distance(plain_one[0], plain_one[-1]),distance(plain[-1], plain_one[-1]),distance(two[-1], one[-1])
+    print(f'{spec}: {far:.2g} from one process, {near:.2g} without rounding, of {moved:.2g} that weights moved')
+    assert moved>1e-2 and near<1e-5*moved and far<1e-4*moved
+    for k in ('rounding_range','rounding_scale','rounding_weight_scale'):
+        a,b = (torch.stack([s[k] for s in log]).nan_to_num(-7) for log in (two,one))
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (k, (a-b).abs().max())
+        assert not torch.equal(b[-1], b[len(b)//2])
+
+@rounds
+def test_quantizes(runs, case):
+    "What the fit leaves is an ordinary Learner that rounds, and an engine that predicts the same"
+    (_,(rounded,shipped)),_,_ = runs[case]
+    assert rounded[1]>.85 and abs(rounded[1]-shipped[1])<=.01
