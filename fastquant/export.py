@@ -275,7 +275,7 @@ def agreement(
     "Share of predictions that name the same class"
     return (x.argmax(1)==y.argmax(1)).float().mean().item() if x.ndim>1 and x.shape[1]>1 else None
 
-# %% ../nbs/07_export.ipynb #07expofcdc83
+# %% ../nbs/07_export.ipynb #07expo58d4f1
 class ExportMismatch(RuntimeError): "The exported file does something else than the model it was made from"
 
 @dataclass(frozen=True, repr=False)
@@ -290,15 +290,15 @@ class Report:
     agrees:float|None   # Share of predictions equal to the simulation's
     agrees_float:float|None # Share of predictions equal to the float model's
     agrees_rounded:float|None=None # Share of predictions equal to those of the PyTorch model that rounds
-    trained:bool=False  # Was it trained with rounding? Then that model counts, and not the float one
+    trained:bool=False  # Did the Learner's own model round, after training or calibration? Then that one counts, and not float
     def __str__(self):
         rest = ', '.join(f'{k} ({why})' for k,why in self.float_layers.items())
-        share,whom = (self.agrees_rounded,'the model in training') if self.trained else (self.agrees_float,'float')
+        share,whom = (self.agrees_rounded,'the model that rounds') if self.trained else (self.agrees_float,'float')
         same = '' if share is None else f', {share:.1%} of {self.n_items} predictions equal to {whom}'
         return f"{self.n_int8} of {self.n_layers} layers quantized{f'; in float: {rest}' if rest else ''}{same}"
     __repr__ = _repr_markdown_ = __str__
 
-# %% ../nbs/07_export.ipynb #07expo8bf202
+# %% ../nbs/07_export.ipynb #07expo1270af
 mismatch = """The {what} disagrees with its {of}: {db:.1f} dB apart on {n} items, where quantization itself makes {noise:.1f} dB of noise.
 Nothing was written. On an x86 processor without VNNI integer kernels can saturate; weights of 7 bits are safe there:
 Spec(weight=TensorSpec(Grid(7), per_channel=True)). Otherwise please report the model."""
@@ -311,7 +311,7 @@ def verify(
     sim:nn.Module,     # The same from `convert`
     data:bytes,        # The file made of it
     batches,           # Tuples of inputs, real ones
-    trained=False      # Was it trained with rounding?
+    trained=False      # Did the Learner's own model round?
 )->Report:
     "Run all four on `batches`; raises `ExportMismatch` if the file does not do what the simulation does, or this not what the model did that rounded"
     with evaluating(model), evaluating(rounded): f,r,s,e = (torch.cat([first_output(m, xb) for xb in batches]) for m in (model,rounded,sim,Engine(data)))

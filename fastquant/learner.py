@@ -51,7 +51,7 @@ def _twin(learn, model):
 
 def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
 
-# %% ../nbs/22_learner.ipynb #22lear3cf1e6
+# %% ../nbs/22_learner.ipynb #22leara0f150
 def _numbers(o): return [round(v, 8) for v in tensor(o).flatten().tolist()]
 
 def _plain(o): return [_plain(v) for v in o] if is_listy(o) or hasattr(o, 'o2i') else str(o)
@@ -60,7 +60,8 @@ def describe(
     learn:Learner
 )->dict: # Plain data
     "Classes and preprocessing of `learn`: `vocab`, and `size`, `mean`, `std` of its inputs as far as they are known"
-    vocab,tfms = getattr(learn.dls, 'vocab', None),getattr(learn.dls[-1], 'after_batch', None) or []
+    vocab,tfms = getattr(learn.dls, 'vocab', None),getattr(learn.dls[-1], 'after_batch', None)
+    if not isinstance(tfms, Pipeline): tfms = [] # in a DataLoader without transforms it is a method
     scale = [dict(divide_by=float(t.div)) for t in tfms if type(t).__name__=='IntToFloatTensor']
     norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
     return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*scale, *norm))
@@ -108,7 +109,7 @@ def _say_if_noisy(report):
     if report.trained or report.sqnr_float>=10: return
     warn(f"Rounding makes {report.sqnr_float:.1f} dB of noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
 
-# %% ../nbs/22_learner.ipynb #22lear7b1576
+# %% ../nbs/22_learner.ipynb #22lear8ea2d0
 restorers = Registry('restorer')
 
 @restorers
@@ -117,10 +118,10 @@ def restore_rounding(
     state:dict # The state dict that is about to be loaded
 ):
     "Put on `learn.model` the rounding that `state` comes from"
-    text = state.get('rounding_spec')
-    if text is None or rounding(get_model(learn.model)): return
-    with calibration_dl(learn, None, 1) as dl: prepare(get_model(learn.model), spec_from_json(bytes(text.tolist()).decode()), *inputs(learn, dl, 1)[0])
-    own_group(learn.opt, steps(get_model(learn.model)))
+    text,model = state.get('rounding_spec'),get_model(learn.model)
+    if text is not None and not rounding(model):
+        with calibration_dl(learn, None, 1) as dl: prepare(model, spec_from_json(bytes(text.tolist()).decode()), *inputs(learn, dl, 1)[0])
+        own_group(learn.opt, steps(model))
 
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
 
@@ -134,6 +135,17 @@ def load(self:Learner, file, device=None, **kwargs):
     return _load(self, file, device=device, **kwargs)
 
 Learner.load.__wrapped__ = _load
+
+# %% ../nbs/22_learner.ipynb #22lear2d0b4d
+_create_opt = getattr(Learner.create_opt, '__wrapped__', Learner.create_opt)
+
+@patch
+def create_opt(self:Learner):
+    "Create an optimizer, with a group of their own for learned step sizes"
+    _create_opt(self)
+    own_group(self.opt, steps(get_model(self.model)))
+
+Learner.create_opt.__wrapped__ = _create_opt
 
 # %% ../nbs/22_learner.ipynb #22learc4e65d
 @patch

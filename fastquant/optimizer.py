@@ -30,7 +30,7 @@ class StepGroup:
         assert len(self.param_lists)>2
         self.freeze_to(-1)
 
-# %% ../nbs/19_optimizer.ipynb #19opticd5e42
+# %% ../nbs/19_optimizer.ipynb #19opti6d410b
 @lru_cache
 def _with_group(cls): return type(cls.__name__, (StepGroup,cls), {'__doc__':cls.__doc__, '__module__':cls.__module__})
 
@@ -40,7 +40,7 @@ def own_group(
     step_lr:float=1. # Their learning rate, as a share of that of the last group
 ):
     "Put `params` into a group of their own, the first, and take them out of the others"
-    if not params: return
+    if opt is None or not params: return
     if isinstance(opt, StepGroup) and [*map(id, params)]!=[*map(id, opt.param_lists[0])]: drop_group(opt)
     if not isinstance(opt, StepGroup): _add_group(opt, params)
     opt.step_lr = step_lr

@@ -274,7 +274,7 @@ def touching(self:Plan, grid)->list:
     ops = [o for o in self.tr.ops if o.key in self.int8 and (self.ends[o.key] in vals or vals.intersection(o.ins))]
     return list(dict.fromkeys(o.path for o in ops))
 
-# %% ../nbs/04_trace.ipynb #04trac42f9cd
+# %% ../nbs/04_trace.ipynb #04traca27c2f
 weighted = nn.Linear,nn.modules.conv._ConvNd,nn.Bilinear,nn.RNNBase,nn.MultiheadAttention
 
 def float_layers(
@@ -287,6 +287,7 @@ def float_layers(
         user = plan.tr.users.get(id(getattr(m, 'weight', None)))
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: raise ValueError(f"{path!r} never ran on the calibration batch, so nothing is known of its activations. Pass exclude={path!r} to leave it in float, or calibrate on data that uses it.")
+        if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it comes from a floating-point input'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
     return {k:why(k, m) for k,m in model.named_modules() if isinstance(m, weighted) and k not in plan.layers}

@@ -7,8 +7,9 @@ from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLo
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
 from fastai.vision.all import (Adam, Callback, CancelFitException, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
-    EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageBlock, L, Learner, MaskBlock, MixUp, PILImage, PILImageBW, PILMask, RandomSplitter, ReduceLROnPlateau,
-    SGD, SaveModelCallback, accuracy, aug_transforms, load_learner, params, ranger, resnet18, set_seed, unet_learner, vision_learner)
+    EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageBlock, L, Learner, MaskBlock, MixUp, PILImage, PILImageBW,
+    PILMask, RandomSplitter, ReduceLROnPlateau, SGD, SaveModelCallback, accuracy, aug_transforms, load_learner, params, ranger,
+    resnet18, set_seed, unet_learner, vision_learner)
 from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_digits
 from torch import nn

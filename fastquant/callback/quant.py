@@ -46,7 +46,7 @@ class PTQCalibrate(Callback):
             if not self.was_ready: unprepare(self.model)
             raise
 
-# %% ../../nbs/20_callback.quant.ipynb #20callf9f716
+# %% ../../nbs/20_callback.quant.ipynb #20call8f33e3
 class QuantAwareCallback(Callback):
     "Train through the rounding of weights and activations; raises `ValueError` if the model cannot be rounded, or is already in another way"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+1,False,True # the model is on its device, and nobody has wrapped or saved it
@@ -74,7 +74,10 @@ class QuantAwareCallback(Callback):
         if self.pct_train<self.freeze or not r.ready: r.how = Site.follow
     def after_pred(self):
         if self._training(): follow(self.net, self.mom, f'in batch {self.iter} of epoch {self.epoch}')
-    def before_step(self): self.before = [p.detach().clone() for p in steps(self.net)]
+    def before_step(self):
+        self.before = [p.detach().clone() for p in steps(self.net)]
+        if self.before and not rounding(self.net).ready:
+            for p in steps(self.net): p.grad = None # nothing is rounded yet, so there is nothing to learn from
     def after_step(self): limit_change(steps(self.net), self.before)
     def after_batch(self):
         self.trained = self.trained or self._training()
@@ -87,7 +90,7 @@ class QuantAwareCallback(Callback):
         if self.trained and (never:=unseen(self.net)) and not rounding(self.net).ready:
             warn(f"Nothing was rounded, because {', '.join(map(repr, never))} never ran in training, so no range is known there. Leave it in float with `exclude`.")
 
-# %% ../../nbs/20_callback.quant.ipynb #20callafec62
+# %% ../../nbs/20_callback.quant.ipynb #20call9a2067
 @patch(as_prop=True)
 def net(self:QuantAwareCallback): return get_model(self.model)
 
@@ -104,7 +107,9 @@ def _ready(self:QuantAwareCallback):
     if rounding(self.net): prepare(self.net, self.spec)
     elif hasattr(self.learn, 'lr_finder'): return
     else:
-        with calibration_dl(self.learn, None, 1) as dl: prepare(self.net, self.spec, *inputs(self.learn, dl, 1)[0])
+        with calibration_dl(self.learn, None, 1) as dl: xb = inputs(self.learn, dl, 1)[0]
+        prepare(self.net, self.spec, *xb)
+        guess(self.net, *xb)
         self.put_on = True
     own_group(self.opt, steps(self.net), self.step_lr)
     if hasattr(self, 'recorder') and (self.epoch==0 or not hasattr(self.recorder, 'ranges')): self.recorder.ranges = []
