@@ -67,7 +67,7 @@ def largest(w, spec):
     w = w.detach().abs()
     return (w.amax(tuple(range(1, w.ndim))) if spec.per_channel else w.amax()[None]).float()
 
-# %% ../nbs/05a_train.ipynb #05atrac57c72
+# %% ../nbs/05a_train.ipynb #05atra21b15d
 @torch.no_grad()
 def start(
     model:nn.Module # A prepared model that has followed some batches
@@ -89,6 +89,7 @@ def first_scale(w, spec):
     w = w.detach().abs()
     return first_step(w.flatten(1).mean(1) if spec.per_channel else w.mean()[None], spec.grid)
 
+# %% ../nbs/05a_train.ipynb #05atra76244c
 @torch.no_grad()
 def guess(
     model:nn.Module, # A prepared model that rounds nothing yet
@@ -104,6 +105,7 @@ def guess(
         if s.isfinite(): r.scale.data[i] = s
     r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w) for k,w in r.weights.items()]))
 
+# %% ../nbs/05a_train.ipynb #05atrada697e
 def unseen(
     model:nn.Module # A prepared model
 )->list:

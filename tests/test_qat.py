@@ -143,7 +143,7 @@ def test_fit_after_fit(make, spec):
     for kwargs in (dict(cbs=QuantAwareCallback(spec)), dict(cbs=QuantAwareCallback(spec), reset_opt=True), dict()):
         want,got = of_ranges(model),[]
         learn.fit_one_cycle(1, 2e-3, **{**kwargs, 'cbs':[*L(kwargs.get('cbs')),Do(order=-8, before_batch=lambda l: got.append(of_ranges(l.model)))]})
-        assert same(got[0], want) and learn.model is model and rounding(model) is r and len(model._forward_pre_hooks)==1
+        assert same(got[0], want) and learn.model is model and rounding(model) is r and len(model._load_state_dict_pre_hooks)==1
         check_owned(learn)
     assert same({**got[-1], **{k:want[k] for k in ('rounding_scale','rounding_weight_scale')}}, want), 'without the callback only learned steps may move'
     assert same(got[-1], want)==(spec=='int8')

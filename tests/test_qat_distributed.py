@@ -115,6 +115,7 @@ def test_equals_one_process(runs, spec, calibrated):
     moved,near,far = distance(plain_one[0], plain_one[-1]),distance(plain[-1], plain_one[-1]),distance(two[-1], one[-1])
     print(f'{spec}: {far:.2g} from one process, {near:.2g} without rounding, of {moved:.2g} that weights moved')
     assert moved>1e-2 and near<1e-5*moved and far<1e-4*moved
+    two,one = ([s for s in log if (s['rounding_zero_point']>=0).all()] for log in (two,one)) # before rounding starts, scales are a guess that nobody uses
     for k in ('rounding_range','rounding_scale','rounding_weight_scale'):
         a,b = (torch.stack([s[k] for s in log]).nan_to_num(-7) for log in (two,one))
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (k, (a-b).abs().max())
