@@ -111,17 +111,17 @@ def time(o):
     rows,targets = [],[]
     for net,goal in ((models.resnet18,(1.6,1.25)), (models.mobilenet_v2,(2.2,1.5))):
         fns = {k:f for k in ways if (f:=step(net, k))}
-        ms = in_turns(fns, o.some(30, 2), warmup=2, seconds=float('inf')).round(3)
+        ms = in_turns(fns, o.some(15, 2), warmup=2, seconds=float('inf')).round(3)
         name,base = net.__name__,ms['median']['float']
         rows += [dict(net=name, way=k, median_ms=r['median'], spread_ms=r['spread'], ratio=round(r['median']/base, 3)) for k,r in ms.iterrows()]
         targets.append(target(f'{name}: int8 step against float step', ms['median']['int8, ranges follow']/base, *goal))
     return rows, targets
 
 def peak(net, way, q):
-    "Put into `q` by how many bytes three steps raise the peak of this process, of a net that is there already"
+    "Put into `q` by how many bytes the net and three steps raise the peak of this process"
     torch.set_num_threads(1)
-    run = step(net, way)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = step(net, way)
     for _ in range(3): run()
     q.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)*1024)
 
