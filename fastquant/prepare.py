@@ -23,11 +23,11 @@ from .trace import *
 __all__ = ['Site', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of', 'check_trained', 'prepare',
            'put_on', 'blank', 'watch', 'set_ranges', 'weight_range', 'by_grid', 'put_rows', 'set_qparams', 'unprepare']
 
-# %% ../nbs/05_prepare.ipynb #05prepfef020
+# %% ../nbs/05_prepare.ipynb #05prepc4ccca
 class Site:
     "A place where an activation is rounded"
     def __init__(self,
-        of:Rounding,     # What it belongs to
+        of,              # The `Rounding` it belongs to
         i:int,           # Its row in the model's tensors
         spec:TensorSpec, # How it rounds
         source:str,      # Path of the module whose output this is
