@@ -137,3 +137,37 @@ def test_one_scale_for_a_weight(vision):
     with vision.no_bar(): q = vision.quantize('int8_per_tensor', n_batches=2)
     dims = [len(i.dims) for i in onnx.load_from_string(q.model.data).graph.initializer if i.name.endswith('.weight_scale')]
     assert len(dims)==q.model.report.n_int8==22 and set(dims)=={0}
+
+def test_without_batchnorm_float_is_the_standard():
+    "A net without batchnorms that was only calibrated is compared with float, and warned of if rounding ruins it"
+    set_seed(0)
+    x = torch.randn(64, 8)
+    data = DataLoaders.from_dsets([(o,o.argmax()) for o in x], [(o,o.argmax()) for o in x], bs=16, device='cpu', num_workers=0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    learn = Learner(data, model, CrossEntropyLossFlat())
+    with learn.no_bar(): report = learn.quantize(n_batches=2).model.report
+    assert not report.trained and 'equal to float' in str(report)
+    with torch.no_grad():
+        for p in model[0].parameters(): p[0] *= 1000
+        model[2].weight[:,0] /= 1000
+    with learn.no_bar(), pytest.warns(UserWarning, match='layer_errors'): learn.quantize(n_batches=2)
+
+def test_progress(monkeypatch):
+    "Whatever takes longer than a moment shows a bar, unless the Learner shows none"
+    import fastquant.data
+    shown,bar = [],fastquant.data.progress_bar
+    def spy(items, **kwargs):
+        shown.append(kwargs['display'])
+        return bar(items, **{**kwargs, 'display':False})
+    monkeypatch.setattr(fastquant.data, 'progress_bar', spy)
+    set_seed(0)
+    x = torch.randn(32, 8)
+    ds = [(o,o.argmax()) for o in x]
+    data = DataLoaders.from_dsets(ds, ds, bs=16, device='cpu', num_workers=0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    learn = Learner(data, model, CrossEntropyLossFlat(), metrics=accuracy)
+    for f in (lambda: learn.quantize(n_batches=1), lambda: learn.layer_errors(show_plot=False), lambda: learn.prune_sensitivity((.5,), show_plot=False)):
+        f()
+        with learn.no_bar(): f()
+        assert shown==[True,False]
+        shown.clear()

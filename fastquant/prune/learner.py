@@ -211,7 +211,7 @@ def prune_sensitivity(self:Learner,
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = _measure(twin, dl)
-        rows = {k:{a:_alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl) for a in sorted(amounts)} for k,m in layers.items()}
+        rows = {k:{a:_alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl) for a in sorted(amounts)} for k,m in with_bar(self, list(layers.items()))}
     found = Sensitivity(pd.DataFrame(rows).T, base, self.metrics[0].name if self.metrics else 'loss')
     if show_plot: found.plot()
     return found
