@@ -51,7 +51,7 @@ models = dict(resnet18=tv('resnet18'), resnet50=tv('resnet50'), mobilenet_v2=tv(
     vit_tiny=timm('vit_tiny_patch16_224', 224))
 in_float = {} # By model, the layers that stay in float
 
-columns = 'int8','OpenVINO','pruned','sparse file','trained'
+columns = 'int8','OpenVINO','pruned','trained'
 committed = Path(__file__).parent/'support.json'
 
 @pytest.fixture
@@ -88,19 +88,13 @@ def test_model(name, supports):
     supports('OpenVINO')
 
 @pytest.mark.parametrize('name', models)
-def test_prune_model(name, supports, tmp_path):
-    "A fit that prunes leaves zeros, and what is left comes back from a file"
+def test_prune_model(name, supports):
+    "A fit that prunes leaves as many zeros as it was told to"
     learn = models[name]()
-    learn.path = tmp_path
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[PruneScheduleCallback(.5, end=.2),ShortEpochCallback(.25)])
     w = torch.cat([m.weight.flatten() for m in masked(learn.model).values()])
     assert len(w) and abs((w==0).float().mean()-.5)<.01 and abs(sparsity(learn.model)-.5)<.001
     supports('pruned')
-    learn.save_sparse('m.safetensors')
-    loaded = models[name]().load_sparse(tmp_path/'m.safetensors')
-    with loaded.no_bar(), learn.no_bar(): p,q = learn.get_preds()[0],loaded.get_preds()[0]
-    assert torch.equal(p, q)
-    supports('sparse file')
 
 @pytest.mark.parametrize('name', models)
 def test_parity_after_training(name, supports):

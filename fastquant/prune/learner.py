@@ -211,7 +211,8 @@ def prune_sensitivity(self:Learner,
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = _measure(twin, dl)
-        rows = {k:{a:_alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl) for a in sorted(amounts)} for k,m in with_bar(self, list(layers.items()))}
+        measure = lambda k,m,a: _alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl)
+        rows = {k:{a:measure(k, m, a) for a in sorted(amounts)} for k,m in with_bar(self, list(layers.items()))}
     found = Sensitivity(pd.DataFrame(rows).T, base, self.metrics[0].name if self.metrics else 'loss')
     if show_plot: found.plot()
     return found
