@@ -91,7 +91,7 @@ def test_model(name, supports):
 def test_prune_model(name, supports):
     "A fit that prunes leaves as many zeros as it was told to"
     learn = models[name]()
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[PruneScheduleCallback(.5, end=.2),ShortEpochCallback(.25)])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[PruneScheduleCallback(.5, scope='local', end=.2),ShortEpochCallback(.25)])
     w = torch.cat([m.weight.flatten() for m in masked(learn.model).values()])
     assert len(w) and abs((w==0).float().mean()-.5)<.01 and abs(sparsity(learn.model)-.5)<.001
     supports('pruned')
