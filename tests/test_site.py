@@ -11,7 +11,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-chromium,driver = shutil.which('chromium'),shutil.which('chromedriver')
+chromium = next(filter(None, map(shutil.which, ('chromium','google-chrome','chromium-browser'))), None)
+driver = shutil.which('chromedriver')
 pytestmark = pytest.mark.skipif(not (chromium and driver), reason='the docs are opened in Chromium: apt-get install chromium chromium-driver')
 root = Path(__file__).parent.parent
 flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
