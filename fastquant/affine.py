@@ -115,12 +115,25 @@ def fake_quant(
     if scale.ndim: return round_channels(x, scale, grid, k)
     return round_tensor(x, scale.item(), zero_point.item(), grid, scale if scale.requires_grad else None, k)
 
-def round_channels(x, scale, grid, k=1.):
+def round_channels(
+    x:Tensor,     # Floats, channels along the first dimension
+    scale:Tensor, # Distance of neighbours on the grid, one per channel
+    grid:Grid,    # As in `fake_quant`
+    k:float=1.    # As in `fake_quant`
+)->Tensor:
     "`fake_quant` with a scale for each channel, on a grid around 0"
     s = _along(scale.detach(), x, 0)
     return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k)
 
-def round_tensor(x, s, z, grid, scale=None, k=1., cap=None):
+def round_tensor(
+    x:Tensor,  # Floats
+    s:float,   # Distance of neighbours on the grid
+    z:int,     # The integer that means 0
+    grid:Grid, # As in `fake_quant`
+    scale:Tensor|None=None, # `s` as a parameter, if it is to learn
+    k:float=1., # As in `fake_quant`
+    cap:float|None=None # Upper end of a clipping activation that comes first
+)->Tensor:
     "`fake_quant` with scale and zero point as numbers, of `x` clipped at 0 and `cap` if that is given"
     lo,hi = grid.lo-z,grid.hi-z
     inside = ((lo-.5)*s, (hi+.5)*s) if cap is None else (0., min((hi+.5)*s, cap))

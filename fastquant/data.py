@@ -22,7 +22,7 @@ class _Idxs:
 
 @contextmanager
 def calibration_dl(
-    learn:Learner,
+    learn:Learner,  # Its data, if there is no `dl`
     dl=None,        # A DataLoader; the training set if None
     n_batches:int=8 # Batches to take of it
 ):
@@ -39,7 +39,7 @@ def calibration_dl(
 
 # %% ../nbs/18_data.ipynb #18data64bf90
 def inputs(
-    learn:Learner,
+    learn:Learner, # Its model says where to, its data how many of a batch are inputs
     dl,     # A DataLoader, or any iterable of batches
     n:int=2 # Batches
 )->list: # A tuple of inputs for each

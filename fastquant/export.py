@@ -116,7 +116,9 @@ def name_ends(g, ends, name):
 
 unpacking = {'DequantizeLinear','Transpose','Cast','Mul','Sub','Unsqueeze','BitShift','BitwiseAnd','Slice','Reshape'}
 
-def layer_nodes(proto):
+def layer_nodes(
+    proto:onnx.ModelProto # A model that fastquant exported
+)->dict:
     "The node that computes with the weight of each module, by the module's path"
     users = {}
     for n in proto.graph.node:

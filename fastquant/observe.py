@@ -36,7 +36,9 @@ class Observer(nn.Module):
         return self.lo,self.hi
 
 # %% ../nbs/02_observe.ipynb #02obsebfd52a
-def min_max_of(x):
+def min_max_of(
+    x:Tensor # A row for each channel
+)->tuple: # One of each for each row
     "Smallest and largest value of each row; one row is a full reduction, which is faster"
     return [o[None] for o in x.aminmax()] if len(x)==1 else x.aminmax(dim=1)
 

@@ -82,7 +82,12 @@ def site_errors(
     return pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude']).sort_values('output', ignore_index=True)
 
 # %% ../nbs/08_report.ipynb #08repob33bac
-def alone(model, site, out, xb):
+def alone(
+    model:nn.Module, # A prepared model with ranges
+    site:Site,       # The one to round
+    out:Tensor,      # What `model` puts out without rounding
+    xb               # Inputs
+)->float: # In dB
     "SQNR of the model's output if only `site`, and the weight of the layer it belongs to, are rounded"
     weights = {site.source}.intersection(rounding(model).layers)
     y,_ = capture(model, lambda s,x: s.forward(x) if s is site else x, weights, *xb)

@@ -23,18 +23,24 @@ __all__ = ['kinds', 'weighted', 'tensors', 'floats', 'op_name', 'Where', 'kind_o
            'trace', 'Plan', 'float_layers']
 
 # %% ../nbs/04_trace.ipynb #04trac6cdc48
-def tensors(o):
+def tensors(
+    o # Anything
+)->list:
     "All the tensors in nested lists, tuples and dictionaries"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = list(o.values())
     return [t for x in o for t in tensors(x)] if isinstance(o, (list,tuple)) else []
 
-def floats(o):
+def floats(
+    o # Anything
+)->list:
     "All the floating-point tensors in nested lists, tuples and dictionaries"
     return [t for t in tensors(o) if t.is_floating_point()]
 
 _names = {}
-def op_name(func):
+def op_name(
+    func # As a `TorchFunctionMode` gets it
+)->str:
     "Short name of an operation, the same for its function, method and operator forms"
     if func not in _names: _names[func] = (resolve_name(func) or func.__name__).removesuffix('.__get__').split('.')[-1]
     return _names[func]

@@ -51,3 +51,17 @@ def test_every_name_has_an_example():
     last = {n:n.split('.')[-1] for n in names}
     assert not [n for n,l in last.items() if l not in found and l not in parts]
     assert not [p for p in parts if p in found or p not in last.values()], 'not parts any more'
+
+def silent(o):
+    "Arguments of `o` that neither a comment nor its docstring explains; those that it hands on or inherits are explained where they come from"
+    if inspect.isclass(o) and not {'__init__','__dataclass_fields__'} & set(vars(o)): return []
+    f = o.__init__ if inspect.isclass(o) else o
+    src,doc = inspect.getsource(o),o.__doc__ or ''
+    code = getattr(inspect.unwrap(f), '__code__', None)
+    own = code.co_varnames[:code.co_argcount+code.co_kwonlyargcount] if code else inspect.signature(o).parameters
+    of_base = {p for b in getattr(o, '__mro__', ())[1:] if inspect.isfunction(vars(b).get('__init__')) for p in inspect.signature(b).parameters}
+    named = lambda p: re.search(rf'^[^#\n]*\b{p}\b[^#\n]*#\s*\S', src, re.M) or f'`{p}`' in doc
+    return [p for p in own if p not in {'self','args','kwargs','cls','ctx','ax'} | of_base and not named(p)]
+
+def test_arguments_are_explained():
+    assert not {n:s for n,o in names.items() if n.split('.')[-1] not in [*parts,'load'] and (s:=silent(o))} # `load` is fastai's

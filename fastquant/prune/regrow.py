@@ -31,7 +31,10 @@ def erk(
         dense |= over
 
 # %% ../../nbs/16_prune.regrow.ipynb #16prun5023c3
-def uniform(layers, amount):
+def uniform(
+    layers:dict, # Layers, by path
+    amount:float # Share of weights to prune in all
+)->dict: # Amounts, by path
     "The same amount for each layer"
     check_amount(amount)
     return dict.fromkeys(layers, amount)

@@ -37,14 +37,14 @@ def positions(
 
 # %% ../../nbs/15_prune.sparse.ipynb #15pruna811e5
 def deflate(
-    data:bytes
+    data:bytes # Anything
 )->bytes: # `data` itself, if it cannot be made smaller
     "`data` compressed with Zstandard"
     small = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress(data)
     return small if len(small)<len(data) else data
 
 def inflate(
-    data:bytes,
+    data:bytes, # From `deflate`
     n:int # Bytes that should come out
 )->bytes:
     "What was deflated; raises `ValueError` if it is damaged, or of another size, before it is unpacked"
