@@ -29,12 +29,16 @@ from .callback.quant import *
 __all__ = ['restorers', 'copy_model', 'describe', 'restore_rounding']
 
 # %% ../nbs/22_learner.ipynb #22lear2e7f2e
+def _copy(model):
+    "A copy of `model` without what hooks have stored in it"
+    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
+    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+
 def copy_model(
     model:nn.Module # Left as it is
 )->nn.Module:
-    "A copy of `model` without what hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
-    model = deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+    "A copy of `model` for inference: without what hooks have stored, and without layers that only change a tensor's class"
+    model = _copy(model)
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
@@ -129,10 +133,15 @@ _load = getattr(Learner.load, '__wrapped__', Learner.load)
 @delegates(_load)
 def load(self:Learner, file, device=None, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises `ValueError` if it cannot be"
-    saved = torch.load(join_path_file(file, self.path/self.model_dir, ext='.pth'), map_location='cpu', weights_only=False, mmap=True)
-    if self.opt is None: self.create_opt()
-    for f in restorers.values(): f(self, saved['model'] if set(saved)=={'model','opt'} else saved)
-    return _load(self, file, device=device, **kwargs)
+    model = get_model(self.model)
+    own = model.load_state_dict
+    def load_state_dict(state, *args, **kwargs):
+        for f in restorers.values(): f(self, state)
+        return own(state, *args, **kwargs)
+    try:
+        model.load_state_dict = load_state_dict
+        return _load(self, file, device=device, **kwargs)
+    finally: del model.load_state_dict
 
 Learner.load.__wrapped__ = _load
 

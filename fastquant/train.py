@@ -22,7 +22,7 @@ def joined(
     seen:Tensor # Smallest, largest and mean absolute value, a row for each site
 )->Tensor: # Those over all processes
     "What all processes of a data parallel training have seen"
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return seen
+    if not distributed(): return seen
     ends,mean = torch.stack([-seen[:,0],seen[:,1]]),seen[:,2].clone()
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     dist.all_reduce(mean)

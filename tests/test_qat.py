@@ -1,6 +1,8 @@
 "What a fastai user does to a Learner, done to one that trains through rounding: it survives, and does what it should"
 import copy, numpy as np, pandas as pd, pytest, random, torch
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -417,6 +419,18 @@ def test_load_where_rounding_is_on_already(make):
     learn.load('done', with_opt=True)
     assert same_opt(opt_state(learn.opt), was)
     check_rounds(learn)
+
+class Sly:
+    "Runs code where it is unpickled"
+    def __reduce__(self): return Path.touch,(Path('ran'),)
+
+def test_load_runs_no_code(make, tmp_path, monkeypatch):
+    "A file that is not only tensors is refused as fastai refuses it, and nothing in it runs"
+    monkeypatch.chdir(tmp_path)
+    learn = make()
+    torch.save({'model':learn.model.state_dict(),'opt':Sly()}, learn.save('sly', with_opt=False))
+    with pytest.raises(UnpicklingError, match='weights_only|Unsupported'): learn.load('sly')
+    assert not Path('ran').exists() and 'load_state_dict' not in vars(learn.model)
 
 # A callback that is left attached
 

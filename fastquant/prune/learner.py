@@ -7,16 +7,13 @@ Docs: https://fastquant-dev.github.io/fastquant/prune.learner.html.md"""
 # %% ../../nbs/23_prune.learner.ipynb #23prun537cc3
 from __future__ import annotations
 import numpy as np, pandas as pd
-from copy import deepcopy
 from dataclasses import dataclass
 from fastai.basics import *
-from fastai.callback.hook import Hook, Hooks
 from fastai.callback.schedule import *
 from ..basics import *
-from ..trace import tensors
 from ..export import Engine
 from ..data import *
-from ..learner import describe, restorers, _twin
+from ..learner import describe, restorers, _copy, _twin
 from ..callback.prune import *
 from .criteria import *
 from .groups import *
@@ -28,11 +25,6 @@ from .sparse import *
 __all__ = ['restore_masks', 'plot_report', 'Sensitivity']
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun93f017
-def _copy(model):
-    "A copy of `model` without what hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
-    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
-
 def _trainable(learn, model):
     "A Learner like `learn` around `model`, to be trained in the same parameter groups"
     new = _twin(learn, model)
