@@ -561,5 +561,6 @@ d = { 'settings': { 'branch': 'main',
                                  'fastquant.train.limit_change': ('train.html#limit_change', 'fastquant/train.py'),
                                  'fastquant.train.move_grids': ('train.html#move_grids', 'fastquant/train.py'),
                                  'fastquant.train.start': ('train.html#start', 'fastquant/train.py'),
+                                 'fastquant.train.stay_inside': ('train.html#stay_inside', 'fastquant/train.py'),
                                  'fastquant.train.steps': ('train.html#steps', 'fastquant/train.py'),
                                  'fastquant.train.unseen': ('train.html#unseen', 'fastquant/train.py')}}}

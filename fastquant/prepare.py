@@ -8,7 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/prepare.html.md"""
 from __future__ import annotations
 import math, torch
 import torch.distributed as dist
-from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -100,10 +99,10 @@ class Rounding:
         self.model,self.spec,self.float_layers = model,plan.spec,floats
         ids = [*(v for v in plan.source if v in plan.grid.values()),*plan.doors]
         ends = {plan.grid[v] for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_') for v in o.outs if v in plan.grid}
-        spec = lambda g: replace(s:=plan.tensor_spec(g), learned=s.learned and g not in ends)
-        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, spec(g), plan.source[g], plan.touching(g))
+        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
         self.all = [make(i, g) for i,g in enumerate(ids)]
         site = dict(zip(ids, self.all))
+        self.capped = [s.i for g,s in site.items() if g in ends and s.spec.learned]
         self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
