@@ -16,7 +16,9 @@ def run_nb(path, kwargs):
     ok,_ = test_nb(path, **kwargs)
     return ok,err.getvalue()
 
-def pytest_addoption(parser): parser.addoption('--flags', default='', help='nbdev test flags to run that are normally skipped, e.g. "slow"')
+def pytest_addoption(parser):
+    parser.addoption('--flags', default='', help='nbdev test flags to run that are normally skipped, e.g. "slow"')
+    parser.addoption('--write-support', action='store_true', help='write tests/support.json, which the docs show, instead of comparing with it')
 
 def pytest_configure(config):
     # The server imports fastai once; every notebook starts as a fork of it, so that none leans on what another did.

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from torch.utils.data import TensorDataset
 from torchvision.models import MobileNetV2
 from fastai.vision.all import *
+from fastprogress.fastprogress import progress_bar
 from fastquant.basics import *
 
 results = Path(__file__).parent/'results'
@@ -239,7 +240,7 @@ def run(
     p.add_argument('--quick', action='store_true', help='small subsets, to see that everything runs; writes no results')
     a = p.parse_args()
     torch.set_num_threads(1)
-    for section in a.only:
+    for section in progress_bar(a.only):
         rows,targets = sections[section](Options(a.data, a.cache, a.quick))
         show(section, rows, targets)
         if not a.quick: add_result(results/f'{name}.json', section, made=made_by(f'benchmarks.{name}'), rows=rows, targets=targets)

@@ -182,4 +182,17 @@ def calibration(o):
     torch.set_num_threads(1)
     return rows, [target(f"resnet18, {r['threads']} threads: calibration against plain forward passes", r['ratio'], 2., 1.3) for r in rows]
 
+@sections
+def pareto(o):
+    "Size and latency of the nets whose accuracy `cifar` and `other` measure"
+    rows = []
+    for net in (partial(resnet20, o),vgg,resnet14b,mobilenet):
+        name,model,data = getattr(net, '__name__', 'resnet20'),settled(net, 32),noise(16, 32)
+        learn,x = learner(model, data, data, bs=8),data.tensors[0][:1]
+        file = learn.quantize().model.data
+        with torch.inference_mode(): ms = in_turns({'float':lambda: model(x), 'int8':ort_run(file, x)}, o.some(200, 5), seconds=60).round(3)
+        bytes_ = {'float':n_bytes(model), 'int8':len(file)}
+        rows += [dict(net=name, by=k, bytes=bytes_[k], median_ms=r['median'], spread_ms=r['spread']) for k,r in ms.iterrows()]
+    return rows, []
+
 if __name__=='__main__': run(sections, 'ptq')

@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from contextlib import contextmanager, nullcontext
 from fastai.basics import *
+from fastprogress.fastprogress import progress_bar
 
 # %% auto #0
-__all__ = ['calibration_dl', 'inputs']
+__all__ = ['calibration_dl', 'inputs', 'with_bar']
 
 # %% ../nbs/18_data.ipynb #18datac58c9c
 class _Idxs:
@@ -46,3 +47,11 @@ def inputs(
     device = next(learn.model.parameters()).device
     n_inp = lambda b: getattr(learn.dls, 'n_inp', max(1, len(b)-1))
     return [tuple(to_device(b, device)[:n_inp(b)]) for b in itertools.islice(dl, n)]
+
+# %% ../nbs/18_data.ipynb #18databa7002
+def with_bar(
+    learn:Learner, # Shows no progress where this one does not
+    items          # What to go through; has a length
+):
+    "`items` with a progress bar that is gone afterwards"
+    return progress_bar(items, leave=False, display=hasattr(learn, 'progress'))

@@ -303,7 +303,9 @@ mismatch = """The {what} disagrees with its {of}: {db:.1f} dB apart on {n} items
 Nothing was written. On an x86 processor without VNNI integer kernels can saturate; weights of 7 bits are safe there:
 Spec(weight=TensorSpec(Grid(7), per_channel=True)). Otherwise please report the model."""
 
-def first_output(m, xb): return floats(m(*xb))[0].detach().as_subclass(Tensor).cpu()
+def first_output(m, xb):
+    "The first floating-point output of `m`, on the CPU"
+    return floats(m(*xb))[0].detach().as_subclass(Tensor).cpu()
 
 def verify(
     model:nn.Module,   # The float model

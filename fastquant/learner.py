@@ -87,31 +87,36 @@ def quantize(self:Learner,
         if wanted not in (r.spec, Spec()): raise ValueError(f"The model is prepared already, with {r.spec}, so it cannot be quantized with {wanted}. Take that off with `learn.remove_quant()`.")
         r.refresh()
         if not r.ready: wanted,model = r.spec,unprepare(model)
+    trained = rounding(model) is not None
     with calibration_dl(self, dl, n_batches) as dl:
         xb = inputs(self, dl)
-        if not rounding(model):
+        if not trained:
             prepare(model, wanted, *xb[0], fold=True)
             _twin(self, model).validate(dl=dl, cbs=PTQCalibrate(n_batches))
-    data = _verified(self, model, xb)
+    data = _verified(self, model, xb, trained)
     if fname: write_whole(fname, data)
     new = _twin(self, Engine(data))
     _say_if_noisy(new.model.report)
     return new
 
 # %% ../nbs/22_learner.ipynb #22learc08e3f
-def _verified(learn, model, xb):
+def _verified(learn, model, xb, trained):
     "The file's bytes for the rounded `model`, checked on `xb`"
-    trained,rounded = not rounding(model).folded,copy_model(model).cpu()
+    steps = iter(with_bar(learn, ('exporting','verifying')))
+    next(steps)
+    rounded = copy_model(model).cpu()
     sim = convert(model)
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
+    next(steps)
     report = verify(unprepare(copy_model(learn.model)).cpu(), rounded, sim, proto.SerializeToString(), cpu(xb), trained)
+    next(steps, None)
     return to_bytes(proto, report=asdict(report), **_with_size(describe(learn), xb[0]))
 
 def _with_size(info, xb): return merge(info, dict(preprocess=merge(info['preprocess'], dict(size=[list(x.shape[1:]) for x in xb]))))
 
 def _say_if_noisy(report):
     if report.trained or report.sqnr_float>=10: return
-    warn(f"Rounding makes {report.sqnr_float:.1f} dB of noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
+    warn(f"Rounding leaves the output only {report.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
 
 # %% ../nbs/22_learner.ipynb #22lear8ea2d0
 restorers = Registry('restorer')
@@ -254,6 +259,6 @@ def layer_errors(self:Learner,
         batches = [[x[:32] for x in xb] for xb in inputs(self, dl, n_batches)]
         prepare(model, find_spec(spec).excluding(exclude), *batches[0], fold=True)
         for xb in batches: watch(model, *xb)
-    errors = site_errors(model, *batches[0])
+    errors = site_errors(model, *batches[0], through=partial(with_bar, self))
     if show_plot: plot_errors(errors)
     return errors

@@ -361,7 +361,9 @@ def by_grid(r):
     grids = [s.spec.grid for s in r.all]
     return {g:[i for i,o in enumerate(grids) if o==g] for g in dict.fromkeys(grids)}
 
-def put_rows(r, rows, scale, zero_point): r.scale.data[rows],r.zero_point[rows] = scale,zero_point.float()
+def put_rows(r, rows, scale, zero_point):
+    "Put scale and zero point of some sites where `r` keeps those of all"
+    r.scale.data[rows],r.zero_point[rows] = scale,zero_point.float()
 
 def set_qparams(r, lo, hi, seen, weights):
     "Write scales and zero points for the ranges `lo..hi` of the sites, and the scales `weights`"

@@ -68,7 +68,8 @@ def capture(
 # %% ../nbs/08_report.ipynb #08repob12913
 def site_errors(
     model:nn.Module, # A prepared model that has watched some batches; it will round afterwards
-    *xb              # A batch to measure on
+    *xb,             # A batch to measure on
+    through=iter     # What to go through a list with, for example a progress bar
 )->pd.DataFrame: # A row for each site, worst first
     "What rounding does at each site of `model`, in dB"
     r = rounding(model)
@@ -76,7 +77,8 @@ def site_errors(
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
     own = lambda s,x: fake_quant(x, s.scale.detach(), s.zero_point, s.spec.grid)
-    rows = [dict(layer=s.source, exclude=s.touching, own=sqnr(x, own(s, x)), sqnr=sqnr(x, got[s]), output=alone(model, s, out, xb)) for s,x in ref.items()]
+    def row(s, x): return dict(layer=s.source, exclude=s.touching, own=sqnr(x, own(s, x)), sqnr=sqnr(x, got[s]), output=alone(model, s, out, xb))
+    rows = [row(*o) for o in through(list(ref.items()))]
     return pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude']).sort_values('output', ignore_index=True)
 
 # %% ../nbs/08_report.ipynb #08repob33bac

@@ -7,12 +7,15 @@ nbdev-docs and nbdev-readme do the same with Quarto where it is installed. Quart
 so pandoc (the pypandoc_binary package) reads these pages as Quarto does, heading ids included.
 The pages ask nothing of other hosts: one that would fails the build as a broken link does.
 """
-import base64, html, html.parser, itertools, json, re, shutil, sys
+import base64, html, html.parser, itertools, json, os, re, shutil, sys
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import pypandoc, yaml
+from PIL import Image
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
@@ -34,11 +37,13 @@ def directives(src):
     return found,'\n'.join(lines).strip('\n')
 
 def picture(data, mime, f, dest):
-    "Markdown for the picture in `data`, once it is in the file `f` below `dest`"
+    "Markdown for the picture in `data`, once it is in the file `f` below `dest`; one with twice the usual dots is shown in the usual size"
     f,raw = f.with_suffix(pictures[mime]),text(data[mime])
     (dest/f).parent.mkdir(exist_ok=True, parents=True)
     (dest/f).write_bytes(raw.encode() if mime.endswith('xml') else base64.b64decode(raw))
-    return f'![]({f.as_posix()})'
+    if mime!='image/png': return f'![]({f.as_posix()})'
+    with Image.open(dest/f) as im: fine,w = im.info.get('dpi', (100,))[0]>150,im.width
+    return f'![]({f.as_posix()})' + (f'{{width={w//2}}}' if fine else '')
 
 def output(o, f, dest):
     "Markdown for one output of a cell, in the richest form it has; None if it has nothing to show"
@@ -99,19 +104,43 @@ def broken(pages, site):
             found = pages.get(to.relative_to(site).as_posix()) if to.is_relative_to(site) and to.is_file() else None
             if not to.is_file() or (u.fragment and found and unquote(u.fragment) not in found.ids): yield f'{nm}: {ref} leads nowhere'
 
-def group(nm, cfg):
-    "Heading of the navigation under which the notebook called `nm` goes: its number says what it is for"
-    if nm==cfg.readme_nb: return 'Start'
-    return 'Tutorials' if nm.startswith('9') else 'Reference'
+def globs(contents):
+    "The patterns in a list of Quarto's sidebar"
+    return [c['auto'] if isinstance(c, dict) else c for c in contents]
+
+def place(nm, sections):
+    "Where the notebook called `nm` goes: the numbers of its group and of the pattern in it, as `_quarto.yml` has them"
+    for i,s in enumerate(sections):
+        for j,p in enumerate(globs(s['contents'])):
+            if fnmatch(nm, p): return i,j
+    sys.exit(f'{nm} is in no group of the navigation: call it otherwise, or add it to the sidebar in nbs/_quarto.yml')
 
 def nav(pages, here, root):
     "Links to all `pages`, a list of (address, title, group), in their groups"
     link = lambda n,t: f'<li><a href="{root}{n}"{" aria-current=page" if n==here else ""}>{html.escape(t)}</a></li>'
     return ''.join(f'<b>{g}</b><ul>{"".join(link(n,t) for n,t,_ in ps)}</ul>' for g,ps in itertools.groupby(pages, lambda p: p[2]))
 
+def turn(pages, here, root):
+    "Links to the pages before and after this one"
+    i = [n for n,*_ in pages].index(here)
+    link = lambda j,rel: f'<a rel="{rel}" href="{root}{pages[j][0]}"><small>{pages[j][2]}</small>{html.escape(pages[j][1])}</a>' if 0<=j<len(pages) else '<span></span>'
+    return link(i-1, 'prev')+link(i+1, 'next')
+
+def render(nm, meta, md, fn, menu, cfg):
+    "The page `nm`, as HTML"
+    root = '../'*nm.count('/')
+    head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url,
+        notebook=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{fn.name}')
+    head['description-meta'] = head['description'].replace('`', '')
+    out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
+        '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}',
+        '--variable', f'nav={nav(menu, nm, root)}', '--variable', f'turn={turn(menu, nm, root)}'])
+    return re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S)
+
 def build():
     cfg = get_config()
     proc,site,url = cfg.config_path/'_proc',cfg.doc_path.resolve(),cfg.doc_url.rstrip('/')
+    sections = yaml.safe_load((cfg.nbs_path/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     for d in (proc, site): shutil.rmtree(d, ignore_errors=True)
     proc_nbs(n_workers=1)
     shutil.copytree(here, site, ignore=shutil.ignore_patterns('page.html'))
@@ -119,23 +148,18 @@ def build():
         if f.suffix in ('.png','.jpg','.gif','.svg','.csv','.json'):
             (site/f.relative_to(proc)).parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(f, site/f.relative_to(proc))
-    srcs,order = [],('Start','Tutorials','Reference')
-    for fn in sorted(proc.rglob('*.ipynb'), key=lambda p: (order.index(group(p.name, cfg)), p)):
+    srcs = []
+    for fn in sorted(proc.rglob('*.ipynb'), key=lambda p: (place(p.name, sections), p)):
         rel = fn.relative_to(proc).parent
         meta,md = page(fn, site/rel)
-        srcs.append(((rel/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, group(fn.name, cfg), fn))
-    files = {fn.name: Path(nm).name for nm,_,_,_,fn in srcs} # links may name a notebook, as they do in Jupyter
-    menu = [(n, m['title'].replace('`', ''), g) for n,m,_,g,_ in srcs]
-    for nm,meta,md,*_ in srcs:
-        root = '../'*nm.count('/')
-        head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url)
-        head['description-meta'] = head['description'].replace('`', '')
-        out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
-            '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}', '--variable', f'nav={nav(menu, nm, root)}'])
+        srcs.append(((rel/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
+    files = {fn.name: Path(nm).name for nm,_,_,fn in srcs} # links may name a notebook, as they do in Jupyter
+    menu = [(n, m['title'].replace('`', ''), sections[place(fn.name, sections)[0]]['section']) for n,m,_,fn in srcs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: outs = list(pool.map(lambda s: render(*s, menu, cfg), srcs))
+    for (nm,*_),out in zip(srcs, outs):
         out = re.sub(r'(?<=href=")([^":]*?)([^"/:#]+\.ipynb)', lambda m: m[1]+files.get(m[2], m[2]), out)
-        out = re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S)
         (site/nm).parent.mkdir(exist_ok=True, parents=True)
-        (site/nm).write_text(out.replace(f'href="{url}/', f'href="{root}') if url else out, encoding='utf-8')
+        (site/nm).write_text(out.replace(f'href="{url}/', f'href="{"../"*nm.count("/")}') if url else out, encoding='utf-8')
     pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}
     index = [dict(href=f'{n}#{i}', page=t, title=h.strip(), text=' '.join(b.split())) for n,t,_ in menu for i,h,b in pages[n].sections]
     (site/'search-index.js').write_text(f'const search_index = {json.dumps(index, indent=0)}\n', encoding='utf-8')

@@ -1,6 +1,8 @@
 "The support matrix: each of these models quantizes, verifies, and runs every layer in int8 unless it is named here"
+import json
 from collections import Counter
-import numpy as np, pandas as pd, pytest, torch, torchvision
+from pathlib import Path
+import numpy as np, openvino as ov, pandas as pd, pytest, torch, torchvision
 from fastai.callback.training import ShortEpochCallback
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, create_unet_model, create_vision_model, resnet18, set_seed
@@ -49,8 +51,23 @@ models = dict(resnet18=tv('resnet18'), resnet50=tv('resnet50'), mobilenet_v2=tv(
     vit_tiny=timm('vit_tiny_patch16_224', 224))
 in_float = {} # By model, the layers that stay in float
 
+columns = 'int8','OpenVINO','pruned','trained'
+committed = Path(__file__).parent/'support.json'
+
+@pytest.fixture
+def supports(request, name):
+    "Note that the model can do something: `support.json` has to say the same, or is written with `--write-support`"
+    def note(column, what='yes'):
+        said = json.loads(committed.read_text()) if committed.exists() else {}
+        if request.config.getoption('--write-support'):
+            row = {**said.get(name, {}), column:what}
+            said[name] = {c:row[c] for c in columns if c in row}
+            write_whole(committed, (json.dumps({k:said[k] for k in models if k in said}, indent=1)+'\n').encode())
+        else: assert said.get(name, {}).get(column)==what, f'{column} of {name} is {what!r}, and tests/support.json says otherwise: pytest tests/test_models.py --write-support'
+    return note
+
 @pytest.mark.parametrize('name', models)
-def test_model(name):
+def test_model(name, supports):
     learn = models[name]()
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     with learn.no_bar(): qlearn = learn.quantize(n_batches=2)
@@ -63,9 +80,24 @@ def test_model(name):
     assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items())
     with qlearn.no_bar(), learn.no_bar(): p,q = learn.get_preds()[0],qlearn.get_preds()[0]
     assert sqnr(p, q)>10
+    supports('int8', f'{report.n_int8} of {report.n_layers}')
+    xb = inputs(learn, learn.dls.valid, 1)[0]
+    ours = qlearn.model(*xb)
+    theirs, = ov.Core().compile_model(ov.Core().read_model(qlearn.model.data))([x.numpy() for x in xb]).values()
+    assert sqnr(ours, torch.from_numpy(theirs))>10
+    supports('OpenVINO')
 
 @pytest.mark.parametrize('name', models)
-def test_parity_after_training(name):
+def test_prune_model(name, supports):
+    "A fit that prunes leaves as many zeros as it was told to"
+    learn = models[name]()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[PruneScheduleCallback(.5, scope='local', end=.2),ShortEpochCallback(.25)])
+    w = torch.cat([m.weight.flatten() for m in masked(learn.model).values()])
+    assert len(w) and abs((w==0).float().mean()-.5)<.01 and abs(sparsity(learn.model)-.5)<.001
+    supports('pruned')
+
+@pytest.mark.parametrize('name', models)
+def test_parity_after_training(name, supports):
     "After a fit through rounding the engine predicts what the rounded model does, and every parameter and step has had its part in it"
     learn,spec = models[name](),'w4a8' if name in ('resnet18','mobilenet_v2','tabular') else 'int8'
     with learn.no_bar(), learn.no_logging():
@@ -77,3 +109,9 @@ def test_parity_after_training(name):
     assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
     with qlearn.no_bar(), learn.no_bar(): p,q = learn.get_preds()[0],qlearn.get_preds()[0]
     assert sqnr(p, q)>10
+    supports('trained', spec)
+
+def test_nothing_else_is_said():
+    "Every entry of the matrix is one that a test below makes"
+    said = json.loads(committed.read_text())
+    assert list(said)==list(models) and all(tuple(row)==columns for row in said.values())

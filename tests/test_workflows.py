@@ -1,5 +1,5 @@
 "What fastai users do before and after `quantize`, with fastai's own data blocks and learners"
-import numpy as np, pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, re, torch
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, ImageBlock, Learner, MaskBlock, MixUp, PILImage,
     PILMask, RandomSplitter, RegressionBlock, Resize, SegmentationInterpretation, accuracy, aug_transforms, load_learner, mae, resnet18, set_seed,
@@ -137,3 +137,48 @@ def test_one_scale_for_a_weight(vision):
     with vision.no_bar(): q = vision.quantize('int8_per_tensor', n_batches=2)
     dims = [len(i.dims) for i in onnx.load_from_string(q.model.data).graph.initializer if i.name.endswith('.weight_scale')]
     assert len(dims)==q.model.report.n_int8==22 and set(dims)=={0}
+
+def test_without_batchnorm_float_is_the_standard():
+    "A net without batchnorms that was only calibrated is compared with float, and warned of if rounding ruins it"
+    learn = tiny()
+    model = learn.model
+    with learn.no_bar(): report = learn.quantize(n_batches=2).model.report
+    assert not report.trained and 'equal to float' in str(report)
+    with torch.no_grad():
+        for p in model[0].parameters(): p[0] *= 1000
+        model[2].weight[:,0] /= 1000
+    with learn.no_bar(), pytest.warns(UserWarning, match='layer_errors'): learn.quantize(n_batches=2)
+
+def tiny():
+    set_seed(0)
+    ds = [(o,o.argmax()) for o in torch.randn(32, 8)]
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    return Learner(DataLoaders.from_dsets(ds, ds, bs=16, device='cpu', num_workers=0), model, CrossEntropyLossFlat(), metrics=accuracy)
+
+def test_displays():
+    "Tables and reports have a rich form for notebooks, and a plain one that says the same in a terminal"
+    learn = tiny()
+    with learn.no_bar():
+        q = learn.quantize(n_batches=1)
+        shown = [q.model.report, learn.compare(q, n=2), learn.layer_errors(show_plot=False), learn.prune_sensitivity((.5,), show_plot=False), learn.prune_report(show_plot=False)]
+        learn.validate(cbs=PTQCalibrate(1))
+        shown.append(ranges(learn.model))
+    for o in shown:
+        rich = (getattr(o, '_repr_html_', None) or o._repr_markdown_)()
+        numbers = set(re.findall(r'\d\.\d{2,4}', str(o)))
+        assert rich and len(str(o))>20 and '<' not in str(o).replace('<NA>', '') and all(n in rich for n in numbers)
+
+def test_progress(monkeypatch):
+    "Whatever takes longer than a moment shows a bar, unless the Learner shows none"
+    import fastquant.data
+    shown,bar = [],fastquant.data.progress_bar
+    def spy(items, **kwargs):
+        shown.append(kwargs['display'])
+        return bar(items, **{**kwargs, 'display':False})
+    monkeypatch.setattr(fastquant.data, 'progress_bar', spy)
+    learn = tiny()
+    for f in (lambda: learn.quantize(n_batches=1), lambda: learn.layer_errors(show_plot=False), lambda: learn.prune_sensitivity((.5,), show_plot=False)):
+        f()
+        with learn.no_bar(): f()
+        assert shown==[True,False]
+        shown.clear()

@@ -161,7 +161,7 @@ def plot_sparsity(self:Recorder,
     return ax
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun63881a
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     "What pruning each layer alone does to a metric"
     table:pd.DataFrame # The metric, a row for each layer and a column for each amount
@@ -175,6 +175,9 @@ class Sensitivity:
         found = {k:max(self.table.columns[row]) for k,row in ok.iterrows() if row.any()}
         if not found: raise ValueError(f"No layer can spare any of these amounts within {change} of {self.metric}={self.base:.4g}. Allow a larger `change`, or try smaller amounts.")
         return found
+    def __repr__(self): return f'{self._title()}\n{self.table.round(4).to_string()}'
+    def _repr_html_(self): return f'<p>{self._title()}</p>{self.table.round(4).to_html()}'
+    def _title(self): return f'{self.metric} with this share of a layer pruned; {self.base:.4g} without'
     def plot(self, ax=None):
         ax = ax or plt.subplots(figsize=(7,3.5))[1]
         for k,row in self.table.iterrows(): ax.plot([0,*row.index], [self.base,*row], marker='.', label=k)
@@ -203,7 +206,8 @@ def prune_sensitivity(self:Learner,
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = _measure(twin, dl)
-        rows = {k:{a:_alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl) for a in sorted(amounts)} for k,m in layers.items()}
+        measure = lambda k,m,a: _alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl)
+        rows = {k:{a:measure(k, m, a) for a in sorted(amounts)} for k,m in with_bar(self, list(layers.items()))}
     found = Sensitivity(pd.DataFrame(rows).T, base, self.metrics[0].name if self.metrics else 'loss')
     if show_plot: found.plot()
     return found

@@ -1,0 +1,53 @@
+"The reference: every public name says what it is, and is used somewhere in the docs"
+import ast, importlib, inspect, json, pkgutil, re
+from pathlib import Path
+from fastai.basics import Learner
+from fastai.learner import Recorder
+import fastquant, fastquant.all, pytest
+from fastquant.basics import Registry
+
+root = Path(__file__).parent.parent
+modules = [m.name for m in pkgutil.walk_packages(fastquant.__path__, 'fastquant.') if not m.name.endswith(('all','_modidx')) and not m.ispkg]
+
+def public():
+    "Names of functions and classes in the modules' `__all__`, and of the methods that they add to fastai's classes"
+    for m in modules:
+        mod = importlib.import_module(m)
+        for n in mod.__all__:
+            o = getattr(mod, n)
+            if inspect.isfunction(o) or inspect.isclass(o): yield f'{m}.{n}',o
+    for c in (Learner,Recorder):
+        for n,o in vars(c).items():
+            if inspect.isfunction(o) and not n.startswith('_') and o.__module__.startswith('fastquant'): yield f'{c.__name__}.{n}',o
+
+def used():
+    "Names that cells of the docs use, other than those that define the package"
+    found = set()
+    for f in root.glob('nbs/*.ipynb'):
+        for c in json.loads(f.read_text(encoding='utf-8'))['cells']:
+            src = ''.join(c['source'])
+            if c['cell_type']!='code' or re.search(r'^#\|\s*(export|hide)', src, re.M): continue
+            tree = ast.parse(re.sub(r'^\s*[%!].*$', '', src, flags=re.M))
+            found |= {n.id if isinstance(n, ast.Name) else n.attr for n in ast.walk(tree) if isinstance(n, (ast.Name,ast.Attribute))}
+            found |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)} # what is chosen by name
+    return found
+
+names = dict(public())
+
+# What others are made of, documented beside them: nobody calls these from outside, and the docs show what they do as a part of the whole
+parts = '''blank by_grid cap_of check_facts check_finite check_fit check_parts computed_no_more create_opt first_output first_scale guess joined largest
+    move_grids name_ends norms_of pack packed_four packed_two put_on put_rows reason restore_masks restore_rounding set_constants set_integers set_qparams
+    tidy weight_range MaskingCallback Report StepGroup Tracer'''.split()
+
+def test_there_are_names(): assert len(names)>100
+
+@pytest.mark.parametrize('name', names)
+def test_has_a_docstring(name):
+    o = names[name]
+    assert o.__doc__ and len(o.__doc__)>10 and not o.__doc__.startswith(f'{o.__name__}('), 'say in a sentence what it is'
+
+def test_every_name_has_an_example():
+    found = used()
+    last = {n:n.split('.')[-1] for n in names}
+    assert not [n for n,l in last.items() if l not in found and l not in parts]
+    assert not [p for p in parts if p in found or p not in last.values()], 'not parts any more'

@@ -1,0 +1,196 @@
+"Every page of the docs, as the offline builder makes it, in a real browser"
+import functools, json, re, shutil, subprocess, sys, threading
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag, urlparse
+import pytest
+
+webdriver = pytest.importorskip('selenium.webdriver', reason='selenium drives the browser: pip install -e ".[dev]"')
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+chromium,driver = shutil.which('chromium'),shutil.which('chromedriver')
+pytestmark = pytest.mark.skipif(not (chromium and driver), reason='the docs are opened in Chromium: apt-get install chromium chromium-driver')
+root = Path(__file__).parent.parent
+flags = '''--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
+    --disable-sync --disable-dev-shm-usage --hide-scrollbars'''.split()
+missing = re.compile(r'\$[^$\n]{1,200}\$|\\(?:frac|begin|mathrm|left|right|sum|sqrt|text|hat|quad)\b') # LaTeX that nobody has set
+directive = re.compile(r'^\s*(?:#\|\s*\w|:{3,}|`{3,}|\{=html\})', re.M)
+
+@pytest.fixture(scope='module')
+def site():
+    "The folder with the built docs: built now, unless they are newer than all that they are made of"
+    made,of = root/'_docs'/'index.html',[*root.glob('nbs/*.ipynb'),*root.glob('nbs/*.yml'),*root.glob('scripts/**/*.*'),*root.glob('benchmarks/results/*')]
+    if not made.exists() or made.stat().st_mtime<max(f.stat().st_mtime for f in of):
+        r = subprocess.run([sys.executable, 'scripts/docs.py'], cwd=root, capture_output=True, text=True)
+        assert r.returncode==0, r.stdout+r.stderr
+    return made.parent
+
+@contextmanager
+def served(folder):
+    "The address of `folder`"
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    with ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}/'
+        server.shutdown()
+
+@pytest.fixture(scope='module')
+def url(site):
+    with served(site) as u: yield u
+
+@pytest.fixture(scope='module')
+def browser(tmp_path_factory):
+    o = webdriver.ChromeOptions()
+    o.binary_location = chromium
+    for f in [*flags, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]: o.add_argument(f)
+    o.set_capability('goog:loggingPrefs', dict(browser='ALL', performance='ALL'))
+    b = webdriver.Chrome(options=o, service=Service(driver))
+    yield b
+    b.quit()
+
+def size(b, width, height=900): b.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=height, deviceScaleFactor=1, mobile=width<600))
+def scheme(b, name): b.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=[dict(name='prefers-color-scheme', value=name)]))
+
+look = '''
+const text = document.querySelector('main').cloneNode(true), shown = document.querySelector('main').innerText
+text.querySelectorAll('pre, code, math').forEach(o => o.remove())
+return {ids: [...document.querySelectorAll('[id]')].map(o => o.id), links: [...document.querySelectorAll('a[href]')].map(o => o.href),
+    broken: [...document.images].filter(o => !o.complete || !o.naturalWidth).map(o => o.src), text: text.textContent, shown,
+    formulas: [...document.querySelectorAll('math')].map(o => o.getBoundingClientRect().width)}'''
+
+def requests(b):
+    "What pages have asked for since last time, and what of it has failed; what the browser asks for by itself is left out"
+    events = [json.loads(e['message'])['message'] for e in b.get_log('performance')]
+    of = lambda m: [e['params'] for e in events if e['method']==m]
+    asked = {e['requestId']:e['request']['url'] for e in of('Network.requestWillBeSent') if e['documentURL'].startswith('http')}
+    failed = [e['requestId'] for e in of('Network.loadingFailed')] + [e['requestId'] for e in of('Network.responseReceived') if e['response']['status']>=400]
+    return list(asked.values()),[asked[i] for i in failed if i in asked]
+
+def visit(b, url, name):
+    "What there is to see of the page `name`, on a desk and on a phone"
+    size(b, 1280)
+    b.get(url+name)
+    asked,failed = requests(b)
+    p = dict(b.execute_script(look), asked=asked, failed=failed, errors=[e['message'] for e in b.get_log('browser') if e['level']=='SEVERE'])
+    size(b, 390)
+    return dict(p, width=b.execute_script('return document.documentElement.scrollWidth'))
+
+@pytest.fixture(scope='module')
+def pages(site, url, browser): return {n:visit(browser, url, n) for n in sorted(f.relative_to(site).as_posix() for f in site.rglob('*.html'))}
+
+def each(pages, what):
+    "What `what` finds wrong with `pages`, by page"
+    return {k:bad for k,p in pages.items() if (bad:=what(p))}
+
+checks = dict(error_in_the_console=lambda p: p['errors'], request_that_fails=lambda p: p['failed'], broken_picture=lambda p: p['broken'],
+    other_host=lambda p: [u for u in p['asked'] if not u.startswith(('http://127.0.0.1:','data:'))],
+    scrolling_sideways_on_a_phone=lambda p: p['width']>390 and p['width'], raw_latex=lambda p: missing.findall(p['text']),
+    directive=lambda p: directive.findall(p['shown']), error_of_a_cell=lambda p: 'Traceback (most recent call last)' in p['shown'])
+
+@pytest.mark.parametrize('no', checks)
+def test_no(no, pages): assert not each(pages, checks[no])
+
+def test_checks_find_what_is_wrong(browser, tmp_path):
+    "A page on which everything is wrong"
+    (tmp_path/'bad.html').write_text('''<main>The sum $x^2$ is <img src="none.png"> <img src="http://localhost:9/x.png"><pre>#| hide
+        x = 1</pre><pre>Traceback (most recent call last)</pre><div style="width:500px">wide</div></main><script>throw Error('bad')</script>''')
+    with served(tmp_path) as u: p = visit(browser, u, 'bad.html')
+    assert all(check(p) for check in checks.values())
+
+def test_every_notebook_has_a_page(pages): assert len(pages)==len(list(root.glob('nbs/*.ipynb')))
+def test_formulas(pages):
+    assert len(pages['affine.html']['formulas'])>10
+    assert not each(pages, lambda p: [w for w in p['formulas'] if not w])
+
+def test_every_link_leads_somewhere(pages, url):
+    def lost(link):
+        to,fragment = urldefrag(link)
+        if not to.startswith(url): return urlparse(to).scheme not in ('https','mailto')
+        name = to[len(url):] or 'index.html'
+        return name not in pages or fragment and unquote(fragment) not in pages[name]['ids']
+    assert not each(pages, lambda p: [l for l in p['links'] if lost(l)])
+
+def test_every_page_can_be_reached(pages, url):
+    seen,todo = set(),['index.html']
+    while todo:
+        if (name:=todo.pop()) in seen or name not in pages: continue
+        seen.add(name)
+        todo += [urldefrag(l)[0][len(url):] for l in pages[name]['links'] if l.startswith(url)]
+    assert seen==set(pages)
+
+# What one does with the site
+
+def open_page(b, url, name, width=1280):
+    size(b, width)
+    b.get(url+name)
+
+def one(b, css): return b.find_element(By.CSS_SELECTOR, css)
+def background(b): return b.execute_script("return getComputedStyle(document.body).backgroundColor")
+def luminance(rgb): return sum(map(int, re.findall(r'\d+', rgb)[:3]))/3/255
+def in_view(b, id): return b.execute_script('const r = document.getElementById(arguments[0]).getBoundingClientRect(); return r.top>=0 && r.bottom<=innerHeight', id)
+
+def test_search_jumps_to_a_name(browser, url):
+    open_page(browser, url, 'affine.html')
+    one(browser, 'body').send_keys('/')
+    q = browser.switch_to.active_element
+    q.send_keys('QuantAwareCallback')
+    first = one(browser, '#hits li')
+    assert first.is_displayed() and first.text.startswith('QuantAwareCallback')
+    q.send_keys(Keys.ENTER)
+    assert browser.current_url==url+'callback.quant.html#quantawarecallback' and in_view(browser, 'quantawarecallback')
+    assert not one(browser, '#hits').is_displayed()
+
+def test_search_with_keys_and_without_hits(browser, url):
+    open_page(browser, url, 'index.html')
+    q = one(browser, '#q')
+    q.send_keys('percentile')
+    q.send_keys(Keys.ARROW_DOWN)
+    chosen = lambda: [li.get_attribute('aria-selected') for li in browser.find_elements(By.CSS_SELECTOR, '#hits li')].index('true')
+    assert chosen()==1
+    q.send_keys(Keys.ARROW_UP)
+    assert chosen()==0
+    q.send_keys(' and no such words')
+    assert one(browser, '#hits').text=='Nothing found'
+    q.send_keys(Keys.ESCAPE)
+    assert not one(browser, '#hits').is_displayed() and q.get_attribute('value')==''
+
+def test_navigation(browser, url, pages):
+    open_page(browser, url, 'index.html')
+    titles = [b.text for b in browser.find_elements(By.CSS_SELECTOR, 'nav b')]
+    assert titles==['Start','Lessons','How-to','Reference','Benchmarks']
+    assert len(browser.find_elements(By.CSS_SELECTOR, 'nav li a'))==len(pages)
+    one(browser, 'nav a[href="learner.html"]').click()
+    assert browser.current_url==url+'learner.html' and one(browser, 'nav a[aria-current]').get_attribute('href')==url+'learner.html'
+    one(browser, '.turn [rel=next]').click()
+    assert browser.current_url!=url+'learner.html'
+    one(browser, '.turn [rel=prev]').click()
+    assert browser.current_url==url+'learner.html'
+    one(browser, 'aside li a[href="#the-file"]').click()
+    assert in_view(browser, 'the-file')
+
+def test_navigation_on_a_phone(browser, url):
+    open_page(browser, url, 'index.html', 390)
+    link = one(browser, 'nav a[href="affine.html"]')
+    assert not link.is_displayed()
+    one(browser, '#menu').click()
+    assert link.is_displayed()
+    link.click()
+    assert browser.current_url==url+'affine.html' and not one(browser, 'nav').is_displayed() and one(browser, 'main h1').is_displayed()
+
+def test_light_and_dark(browser, url):
+    for name,dark in (('light',False), ('dark',True)):
+        scheme(browser, name)
+        open_page(browser, url, 'index.html')
+        assert (luminance(background(browser))<.2)==dark
+    one(browser, '#theme').click()
+    assert luminance(background(browser))>.8
+    browser.get(url+'affine.html')
+    assert luminance(background(browser))>.8, 'a choice lasts from page to page'
+    one(browser, '#theme').click()
+    assert luminance(background(browser))<.2
+    browser.execute_script('localStorage.clear()')
+    scheme(browser, 'light')
