@@ -15,8 +15,10 @@ from .prune.groups import *
 from .prune.select import *
 from .prune.schedule import *
 from .prune.mask import *
+from .prune.recipe import *
 from .prune.sparse import *
 from .prune.regrow import *
+from .prune.shrink import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *

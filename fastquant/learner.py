@@ -24,9 +24,10 @@ from .data import *
 from .optimizer import *
 from .train import *
 from .callback.quant import *
+from .prune.recipe import *
 
 # %% auto #0
-__all__ = ['restorers', 'copy_model', 'describe', 'restore_rounding']
+__all__ = ['restorers', 'copy_model', 'describe', 'restore_channels', 'restore_rounding']
 
 # %% ../nbs/22_learner.ipynb #22lear2e7f2e
 def _copy(model):
@@ -122,6 +123,14 @@ def _say_if_noisy(report):
 restorers = Registry('restorer')
 
 @restorers
+def restore_channels(
+    learn:Learner,
+    state:dict # The state dict that is about to be loaded
+):
+    "Remove from `learn.model` the channels that `state` comes without; first of all, since everything else depends on shapes"
+    shrink_like(get_model(learn.model), state)
+
+@restorers
 def restore_rounding(
     learn:Learner,
     state:dict # The state dict that is about to be loaded
@@ -145,8 +154,10 @@ def load(self:Learner, file, device=None, **kwargs):
         return own(state, *args, **kwargs)
     try:
         model.load_state_dict = load_state_dict
-        return _load(self, file, device=device, **kwargs)
+        _load(self, file, device=device, **kwargs)
     finally: del model.load_state_dict
+    cut_opt(self.opt, model, recipe_of(model)) # what is from before channels were removed
+    return self
 
 Learner.load.__wrapped__ = _load
 
@@ -202,7 +213,7 @@ def compare(self:Learner,
     names=None, # A name for each row
     **kwargs
 )->pd.DataFrame: # A row for each Learner
-    "Size, latency, metrics and agreement of `self` and `others`"
+    "Size, work, latency, metrics and agreement of `self` and `others`"
     learns = (self,*others)
     names = names or _names(learns)
     if len(names)!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
@@ -210,7 +221,7 @@ def compare(self:Learner,
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
     ms = latency({k:_one_item(l, dl) for k,l in zip(names, learns)}, **kwargs)
-    rows = [dict(_row(l, r, runs[0]), **{'latency (ms)':ms['median'][k], 'spread (ms)':ms['spread'][k]}) for k,l,r in zip(names, learns, runs)]
+    rows = [dict(_row(l, r, runs[0], dl), **{'latency (ms)':ms['median'][k], 'spread (ms)':ms['spread'][k]}) for k,l,r in zip(names, learns, runs)]
     return pd.DataFrame(rows, index=names)
 
 # %% ../nbs/22_learner.ipynb #22lear6af963
@@ -227,17 +238,19 @@ def _run(learn, dl):
     return record,probs,getcallable(learn.loss_func, 'decodes')(probs)
 
 # %% ../nbs/22_learner.ipynb #22leardaaf62
-def _row(learn, run, first):
+def _row(learn, run, first, dl):
     (record,probs,pred),(_,probs0,pred0) = run,first
     names = ['loss',*learn.metrics.attrgot('name')]
     same = (pred==pred0).float().mean().item() if isinstance(pred, Tensor) and not pred.is_floating_point() else float('nan')
     far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else float('nan')
-    return {'bytes':n_bytes(learn.model), 'parameters':n_params(learn.model), **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+    return {'bytes':n_bytes(learn.model), 'parameters':n_params(learn.model), 'MACs':n_macs(learn.model, *_items(learn, dl)), **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+
+def _items(learn, dl):
+    with no_random(reproducible=False): return inputs(learn, dl, 1)[0]
 
 def _one_item(learn, dl):
     "A function that runs the model on one item"
-    with no_random(reproducible=False): xb = inputs(learn, dl, 1)[0]
-    xb = tuple(x[:1] for x in xb)
+    xb = tuple(x[:1] for x in _items(learn, dl))
     def run():
         with evaluating(learn.model): learn.model(*xb)
         if xb[0].is_cuda: torch.cuda.synchronize()
