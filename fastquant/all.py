@@ -17,9 +17,11 @@ from .prune.schedule import *
 from .prune.mask import *
 from .prune.sparse import *
 from .prune.regrow import *
+from .distill import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *
 from .callback.prune import *
 from .learner import *
 from .prune.learner import *
+from .callback.distill import *

@@ -132,7 +132,9 @@ def load(self:Learner, file, device=None, **kwargs):
     saved = torch.load(join_path_file(file, self.path/self.model_dir, ext='.pth'), map_location='cpu', weights_only=False, mmap=True)
     if self.opt is None: self.create_opt()
     for f in restorers.values(): f(self, saved['model'] if set(saved)=={'model','opt'} else saved)
-    return _load(self, file, device=device, **kwargs)
+    _load(self, file, device=device, **kwargs)
+    if kwargs.get('with_opt', True) and isinstance(saved.get('opt'), dict): keep_passing(self.opt, saved['opt'])
+    return self
 
 Learner.load.__wrapped__ = _load
 
