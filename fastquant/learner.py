@@ -143,19 +143,25 @@ def restore_rounding(
 
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
 
+@contextmanager
+def _first(o, f):
+    "Show the state that is loaded into `o` to `f` first"
+    def load_state_dict(state, *args, **kwargs):
+        f(state)
+        del o.load_state_dict
+        return o.load_state_dict(state, *args, **kwargs)
+    o.load_state_dict = load_state_dict
+    try: yield
+    finally: vars(o).pop('load_state_dict', None)
+
 @patch
 @delegates(_load)
 def load(self:Learner, file, device=None, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises `ValueError` if it cannot be"
     model = get_model(self.model)
-    own = model.load_state_dict
-    def load_state_dict(state, *args, **kwargs):
-        for f in restorers.values(): f(self, state)
-        return own(state, *args, **kwargs)
-    try:
-        model.load_state_dict = load_state_dict
+    if self.opt is None: self.create_opt()
+    with _first(model, lambda state: [f(self, state) for f in restorers.values()]), _first(self.opt, partial(keep_passing, self.opt)):
         _load(self, file, device=device, **kwargs)
-    finally: del model.load_state_dict
     cut_opt(self.opt, model, recipe_of(model)) # what is from before channels were removed
     return self
 
