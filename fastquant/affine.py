@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Grid', 'qparams', 'quantize', 'dequantize', 'fake_quant', 'round_channels', 'round_tensor']
+__all__ = ['Grid', 'qparams', 'along', 'quantize', 'dequantize', 'fake_quant', 'round_channels', 'round_tensor']
 
 # %% ../nbs/01_affine.ipynb #01affi34d4ea
 @dataclass(frozen=True)
@@ -42,19 +42,23 @@ def qparams(
     return s,z.int()
 
 # %% ../nbs/01_affine.ipynb #01affibb72f3
-def _along(s, x, axis):
+def along(
+    s:Tensor,  # A scalar, or a number for each channel
+    x:Tensor,  # What channels are in
+    axis:int=0 # Dimension of `x` that they lie along
+)->Tensor: # To be used with `x`
     "`s` shaped so that it varies along `axis` of `x`, or as it is if there is one for the whole tensor"
     return s if not s.ndim else s.reshape([-1 if i==axis else 1 for i in range(x.ndim)])
 
 # %% ../nbs/01_affine.ipynb #01affi682150
 @torch.library.custom_op('fastquant::quantize', mutates_args=())
 def _quantize(x:Tensor, scale:Tensor, zero_point:Tensor, lo:int, hi:int, axis:int=0)->Tensor:
-    q = (x/_along(scale, x, axis)).round_().add_(_along(zero_point, x, axis))
+    q = (x/along(scale, x, axis)).round_().add_(along(zero_point, x, axis))
     return q.clamp_(lo, hi).to(zero_point.dtype)
 
 @torch.library.custom_op('fastquant::dequantize', mutates_args=())
 def _dequantize(q:Tensor, scale:Tensor, zero_point:Tensor, axis:int=0)->Tensor:
-    return (q.to(scale.dtype)-_along(zero_point, q, axis).to(scale.dtype))*_along(scale, q, axis)
+    return (q.to(scale.dtype)-along(zero_point, q, axis).to(scale.dtype))*along(scale, q, axis)
 
 # %% ../nbs/01_affine.ipynb #01affi9c90eb
 @_quantize.register_fake
@@ -122,7 +126,7 @@ def round_channels(
     k:float=1.    # As in `fake_quant`
 )->Tensor:
     "`fake_quant` with a scale for each channel, on a grid around 0"
-    s = _along(scale.detach(), x, 0)
+    s = along(scale.detach(), x)
     return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k)
 
 def round_tensor(

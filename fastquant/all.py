@@ -15,11 +15,15 @@ from .prune.groups import *
 from .prune.select import *
 from .prune.schedule import *
 from .prune.mask import *
+from .prune.recipe import *
 from .prune.sparse import *
 from .prune.regrow import *
+from .prune.shrink import *
+from .distill import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *
 from .callback.prune import *
 from .learner import *
 from .prune.learner import *
+from .callback.distill import *

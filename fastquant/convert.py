@@ -30,18 +30,15 @@ def integer_weight(
     "The integers that a layer computes with"
     q,room = quantize(w, s, torch.zeros_like(s, dtype=grid.dtype), grid),2**(8-grid.bits)
     q,s = q*room,s/room
-    if k is not None: q,s = q*_sign(k, w),s*k.abs()
+    if k is not None: q,s = q*along(k.sign().to(torch.int8), q),s*k.abs()
     if s.ndim: s = torch.where((q==0).flatten(1).all(1), 0., s)
     need = 0.*s if b is None else b.abs()/(sx*2**30)
     if not s.ndim: need = need.max()
     new = torch.where(s.maximum(need)>0, s.maximum(need), torch.ones_like(s))
-    if (new>s).any(): q,s = (q*_along(s/new, q)).round().to(grid.dtype),new.expand_as(need)
+    if (new>s).any(): q,s = (q*along(s/new, q)).round().to(grid.dtype),new.expand_as(need)
     if b is None: return q,s,None,None
     sb = (sx*s).expand(len(b)).contiguous()
     return q,s,(b.double()/sb).round().to(torch.int32),sb
-
-def _along(s, x): return s if not s.ndim else s.view(-1,*[1]*(x.ndim-1))
-def _sign(k, w): return _along(k.sign().to(torch.int8), w)
 
 # %% ../nbs/06_convert.ipynb #06conva820d5
 @torch.no_grad()

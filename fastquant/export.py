@@ -227,6 +227,15 @@ class Engine(nn.Module):
         size = lambda i: math.prod(shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims)
         return sum(size(i) for i in g.initializer if i.name not in aside and i.data_type!=INT64)
     @property
+    def n_macs(self)->int:
+        "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
+        g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
+        shape = {v.name:[d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in [*g.input,*g.value_info,*g.output]}
+        shape.update({i.name:list(i.dims) for i in g.initializer})
+        size = lambda n: math.prod(shape[n.input[0] if n.op_type=='ConvTranspose' else n.output[0]])
+        each = lambda n: math.prod(shape[n.input[1]][1:]) if 'Conv' in n.op_type else shape[n.input[0]][-1]
+        return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
+    @property
     def metadata(self)->dict:
         "What is written in the file besides the model"
         return {k:json.loads(v) for k,v in self.session.get_modelmeta().custom_metadata_map.items()}

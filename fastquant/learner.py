@@ -24,17 +24,22 @@ from .data import *
 from .optimizer import *
 from .train import *
 from .callback.quant import *
+from .prune.recipe import *
 
 # %% auto #0
-__all__ = ['restorers', 'copy_model', 'describe', 'restore_rounding']
+__all__ = ['restorers', 'copy_model', 'describe', 'restore_channels', 'restore_rounding']
 
 # %% ../nbs/22_learner.ipynb #22lear2e7f2e
+def _copy(model):
+    "A copy of `model` without what hooks have stored in it"
+    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
+    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+
 def copy_model(
     model:nn.Module # Left as it is
 )->nn.Module:
-    "A copy of `model` without what hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
-    model = deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+    "A copy of `model` for inference: without what hooks have stored, and without layers that only change a tensor's class"
+    model = _copy(model)
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
@@ -118,6 +123,14 @@ def _say_if_noisy(report):
 restorers = Registry('restorer')
 
 @restorers
+def restore_channels(
+    learn:Learner,
+    state:dict # The state dict that is about to be loaded
+):
+    "Remove from `learn.model` the channels that `state` comes without; first of all, since everything else depends on shapes"
+    shrink_like(get_model(learn.model), state)
+
+@restorers
 def restore_rounding(
     learn:Learner,
     state:dict # The state dict that is about to be loaded
@@ -130,14 +143,27 @@ def restore_rounding(
 
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
 
+@contextmanager
+def _first(o, f):
+    "Show the state that is loaded into `o` to `f` first"
+    def load_state_dict(state, *args, **kwargs):
+        f(state)
+        del o.load_state_dict
+        return o.load_state_dict(state, *args, **kwargs)
+    o.load_state_dict = load_state_dict
+    try: yield
+    finally: vars(o).pop('load_state_dict', None)
+
 @patch
 @delegates(_load)
 def load(self:Learner, file, device=None, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises `ValueError` if it cannot be"
-    saved = torch.load(join_path_file(file, self.path/self.model_dir, ext='.pth'), map_location='cpu', weights_only=False, mmap=True)
+    model = get_model(self.model)
     if self.opt is None: self.create_opt()
-    for f in restorers.values(): f(self, saved['model'] if set(saved)=={'model','opt'} else saved)
-    return _load(self, file, device=device, **kwargs)
+    with _first(model, lambda state: [f(self, state) for f in restorers.values()]), _first(self.opt, partial(keep_passing, self.opt)):
+        _load(self, file, device=device, **kwargs)
+    cut_opt(self.opt, model, recipe_of(model)) # what is from before channels were removed
+    return self
 
 Learner.load.__wrapped__ = _load
 
@@ -193,7 +219,7 @@ def compare(self:Learner,
     names=None, # A name for each row
     **kwargs
 )->pd.DataFrame: # A row for each Learner
-    "Size, latency, metrics and agreement of `self` and `others`"
+    "Size, work, latency, metrics and agreement of `self` and `others`"
     learns = (self,*others)
     names = names or _names(learns)
     if len(names)!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
@@ -201,7 +227,7 @@ def compare(self:Learner,
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
     ms = latency({k:_one_item(l, dl) for k,l in zip(names, learns)}, **kwargs)
-    rows = [dict(_row(l, r, runs[0]), **{'latency (ms)':ms['median'][k], 'spread (ms)':ms['spread'][k]}) for k,l,r in zip(names, learns, runs)]
+    rows = [dict(_row(l, r, runs[0], dl), **{'latency (ms)':ms['median'][k], 'spread (ms)':ms['spread'][k]}) for k,l,r in zip(names, learns, runs)]
     return pd.DataFrame(rows, index=names)
 
 # %% ../nbs/22_learner.ipynb #22lear6af963
@@ -218,17 +244,19 @@ def _run(learn, dl):
     return record,probs,getcallable(learn.loss_func, 'decodes')(probs)
 
 # %% ../nbs/22_learner.ipynb #22leardaaf62
-def _row(learn, run, first):
+def _row(learn, run, first, dl):
     (record,probs,pred),(_,probs0,pred0) = run,first
     names = ['loss',*learn.metrics.attrgot('name')]
     same = (pred==pred0).float().mean().item() if isinstance(pred, Tensor) and not pred.is_floating_point() else float('nan')
     far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else float('nan')
-    return {'bytes':n_bytes(learn.model), 'parameters':n_params(learn.model), **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+    return {'bytes':n_bytes(learn.model), 'parameters':n_params(learn.model), 'MACs':n_macs(learn.model, *_items(learn, dl)), **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+
+def _items(learn, dl):
+    with no_random(reproducible=False): return inputs(learn, dl, 1)[0]
 
 def _one_item(learn, dl):
     "A function that runs the model on one item"
-    with no_random(reproducible=False): xb = inputs(learn, dl, 1)[0]
-    xb = tuple(x[:1] for x in xb)
+    xb = tuple(x[:1] for x in _items(learn, dl))
     def run():
         with evaluating(learn.model): learn.model(*xb)
         if xb[0].is_cuda: torch.cuda.synchronize()

@@ -8,7 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/prepare.html.md"""
 from __future__ import annotations
 import math, torch
 import torch.distributed as dist
-from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -20,8 +19,9 @@ from .spec import *
 from .trace import *
 
 # %% auto #0
-__all__ = ['Site', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of', 'check_trained', 'prepare',
-           'put_on', 'blank', 'watch', 'set_ranges', 'weight_range', 'by_grid', 'put_rows', 'set_qparams', 'unprepare']
+__all__ = ['Site', 'distributed', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of',
+           'check_trained', 'prepare', 'put_on', 'blank', 'watch', 'set_ranges', 'weight_range', 'by_grid', 'put_rows',
+           'set_qparams', 'unprepare']
 
 # %% ../nbs/05_prepare.ipynb #05prepc4ccca
 class Site:
@@ -57,7 +57,11 @@ def follow(self:Site, x, cap=None):
     "Note the extremes of `x`, and round it if there are ranges"
     self.note(x, cap)
     if self.of.ready: return self.forward(x, cap)
-    return x+0*self.scale if self.spec.learned and dist.is_available() and dist.is_initialized() else x # data parallel training wants a gradient for every parameter
+    return x+0*self.scale if self.spec.learned and distributed() else x # data parallel training wants a gradient for every parameter
+
+def distributed()->bool:
+    "Whether several processes train this model together"
+    return dist.is_available() and dist.is_initialized()
 
 @patch
 def note(self:Site, x, cap=None):
@@ -95,10 +99,10 @@ class Rounding:
         self.model,self.spec,self.float_layers = model,plan.spec,floats
         ids = [*(v for v in plan.source if v in plan.grid.values()),*plan.doors]
         ends = {plan.grid[v] for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_') for v in o.outs if v in plan.grid}
-        spec = lambda g: replace(s:=plan.tensor_spec(g), learned=s.learned and g not in ends)
-        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, spec(g), plan.source[g], plan.touching(g))
+        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
         self.all = [make(i, g) for i,g in enumerate(ids)]
         site = dict(zip(ids, self.all))
+        self.capped = [s.i for g,s in site.items() if g in ends and s.spec.learned]
         self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
@@ -142,7 +146,7 @@ def check_range(self:Rounding, site, lo, hi, where):
 def round_weight(self:Rounding, path, w):
     "The weight `w` of the layer at `path`, rounded if it is time to"
     if not (self.ready and self.act not in (Site.as_is, Site.watch) if self.only is None else path in self.only):
-        tie = self.act is Site.follow and self.weights[path].learned and dist.is_available() and dist.is_initialized()
+        tie = self.act is Site.follow and self.weights[path].learned and distributed()
         return w+0*self.weight_scale.sum() if tie else w
     spec,s = self.weights[path],self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()

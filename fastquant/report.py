@@ -6,8 +6,10 @@ Docs: https://fastquant-dev.github.io/fastquant/report.html.md"""
 
 # %% ../nbs/08_report.ipynb #08repo386e3e
 from __future__ import annotations
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, random, time
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, random, time, torch
 from safetensors.torch import save
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torch import nn, Tensor
 from .affine import fake_quant
 from .trace import evaluating
@@ -15,7 +17,7 @@ from .prepare import *
 from .export import *
 
 # %% auto #0
-__all__ = ['n_bytes', 'n_params', 'latency', 'capture', 'site_errors', 'alone', 'plot_errors', 'ranges']
+__all__ = ['n_bytes', 'n_params', 'n_macs', 'latency', 'capture', 'site_errors', 'alone', 'plot_errors', 'ranges']
 
 # %% ../nbs/08_report.ipynb #08repobad086
 def n_bytes(
@@ -32,6 +34,20 @@ def n_params(
 )->int:
     "Number of weights and biases"
     return model.n_params if isinstance(model, Engine) else sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/08_report.ipynb #08repoe62213
+def n_macs(
+    model:nn.Module, # A float model, or an `Engine`
+    *xb              # A batch of inputs, of which the first item is taken
+)->int:
+    "Multiply-accumulates of convolutions, linear layers and matrix products, for one item"
+    if isinstance(model, Engine): return model.n_macs
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*[x[:1] for x in xb])
+    finally: torch.backends.mha.set_fastpath_enabled(fast)
+    return count.get_total_flops()//2
 
 # %% ../nbs/08_report.ipynb #08repode5f90
 def latency(

@@ -54,11 +54,6 @@ class Spec:
     )->Spec:
         "This spec, with `patterns` left in float"
         return replace(self, overrides=self.overrides+tuple((p,None) for p in listify(patterns)))
-    @property
-    def learned(self)->bool:
-        "Whether any step size is learned"
-        parts = self.weight,self.act,self.stream,self.ends,*[s for _,s in self.overrides]
-        return any(o.learned for o in parts if o is not None)
 
 # %% ../nbs/03_spec.ipynb #03spec63d44c
 specs = Registry('spec')

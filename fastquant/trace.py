@@ -269,11 +269,6 @@ def folds(self:Plan, o, norm)->bool:
 
 # %% ../nbs/04_trace.ipynb #04trac4450fe
 @patch
-def place_of(self:Plan, v)->tuple:
-    "Key of the operation that makes `v`, or of the first one to use it if it is an input"
-    return next((o.key for o in self.tr.ops if v in o.outs), None) or self.tr.consumers[v][0].key
-
-@patch
 def touching(self:Plan, grid)->list:
     "Paths of the modules that make or use a value of `grid` in int8"
     vals = {v for v,g in self.grid.items() if g==grid}

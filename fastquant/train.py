@@ -15,14 +15,14 @@ from .prepare import *
 
 # %% auto #0
 __all__ = ['joined', 'follow', 'move_grids', 'largest', 'start', 'first_scale', 'guess', 'unseen', 'ends', 'steps',
-           'limit_change', 'freeze_norms']
+           'limit_change', 'stay_inside', 'freeze_norms']
 
 # %% ../nbs/05a_train.ipynb #05atra6b829d
 def joined(
     seen:Tensor # Smallest, largest and mean absolute value, a row for each site
 )->Tensor: # Those over all processes
     "What all processes of a data parallel training have seen"
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size()==1: return seen
+    if not distributed(): return seen
     ends,mean = torch.stack([-seen[:,0],seen[:,1]]),seen[:,2].clone()
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     dist.all_reduce(mean)
@@ -81,6 +81,7 @@ def start(
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if r.all[i].spec.learned]
         if rows: put_rows(r, rows, *first_qparams(lo[rows], hi[rows], mean[rows], g))
+    stay_inside(r)
     r.refresh()
 
 def first_scale(w, spec):
@@ -135,11 +136,18 @@ def steps(
 
 @torch.no_grad()
 def limit_change(
-    params:list, # Step sizes
-    before:list  # What they were
+    model:nn.Module, # Any model
+    before:list      # What its `steps` were
 ):
-    "Undo of each change what goes beyond a tenth of the value before"
-    for p,b in zip(params, before): p.copy_(p.clamp(.9*b, 1.1*b))
+    "Undo of each change of a step what goes beyond a tenth of the value before, or beyond where the model itself clips"
+    for p,b in zip(steps(model), before): p.copy_(p.clamp(.9*b, 1.1*b))
+    if before: stay_inside(rounding(model))
+
+def stay_inside(r):
+    "Let steps of values that the model itself clips reach no further than what was seen of them"
+    if not r.capped or not r.ready: return
+    most = r.range[r.capped,1]/torch.tensor([r.all[i].spec.grid.hi for i in r.capped], device=r.range.device)
+    r.scale.data[r.capped] = r.scale.data[r.capped].minimum(torch.where(most>1e-30, most, torch.inf))
 
 # %% ../nbs/05a_train.ipynb #05atra84724b
 def freeze_norms(

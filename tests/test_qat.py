@@ -1,6 +1,8 @@
 "What a fastai user does to a Learner, done to one that trains through rounding: it survives, and does what it should"
 import copy, numpy as np, pandas as pd, pytest, random, torch
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
@@ -17,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.overrides import _get_current_function_mode_stack as modes
 from torch.utils.data import TensorDataset
 from fastquant.all import *
+from fastquant.export import optimized
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
@@ -418,6 +421,18 @@ def test_load_where_rounding_is_on_already(make):
     assert same_opt(opt_state(learn.opt), was)
     check_rounds(learn)
 
+class Sly:
+    "Runs code where it is unpickled"
+    def __reduce__(self): return Path.touch,(Path('ran'),)
+
+def test_load_runs_no_code(make, tmp_path, monkeypatch):
+    "A file that is not only tensors is refused as fastai refuses it, and nothing in it runs"
+    monkeypatch.chdir(tmp_path)
+    learn = make()
+    torch.save({'model':learn.model.state_dict(),'opt':Sly()}, learn.save('sly', with_opt=False))
+    with pytest.raises(UnpicklingError, match='weights_only|Unsupported'): learn.load('sly')
+    assert not Path('ran').exists() and 'load_state_dict' not in vars(learn.model)
+
 # A callback that is left attached
 
 def gray(i): return PILImageBW.create((digits.images[i]*15.9).astype('uint8'))
@@ -620,6 +635,23 @@ def check_model(learn, spec='int8', epochs=1, lr=1e-3, within=.02, **kwargs):
     assert q.model.report.trained and q.model.report.float_layers=={}
     assert rounds[1]-shipped[1]<=within, (rounds, shipped)
     return rounds[1]
+
+@pytest.mark.parametrize('act', [nn.ReLU6, lambda: nn.Hardtanh(0., 1.)], ids=['relu6','hardtanh'])
+def test_steps_learn_where_the_model_clips(weights, tmp_path, act):
+    "They reach no further than the model lets values go, so that its own clipping is gone from what the engine runs"
+    model,got = net(),[]
+    for block in (model[0],model[1],model[2][0]): block[2] = act()
+    learn = learner(tmp_path, model)
+    learn.model.load_state_dict(weights)
+    def note(l):
+        if (r:=rounding(l.model)).ready: got.append(r.scale[r.capped].detach().clone())
+    learn.fit_one_cycle(3, 4e-3, cbs=[QuantAwareCallback('w4a8'),Do(after_step=note)])
+    cap = model[0][2].max_val/255
+    assert len(got[0])==2 and all((s<=cap*1.0001).all() for s in got)
+    assert (got[0]!=got[-1]).all() if act is nn.ReLU6 else any((s>.999*cap).any() for s in got) # a ReLU6 clips next to nothing here, the other much
+    check_rounds(learn, engine=True)
+    q = learn.quantize(n_batches=1)
+    assert q.model.report.float_layers=={} and not [n for n in optimized(q.model.data).graph.node if n.op_type=='Clip']
 
 def test_unet(tmp_path):
     set_seed(0)

@@ -14,9 +14,11 @@ from ..prune.mask import *
 from ..prune.regrow import *
 from ..prune.schedule import *
 from ..prune.select import *
+from ..prune.shrink import *
 
 # %% auto #0
-__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'StatisticsCallback', 'RewindCallback', 'RigLCallback']
+__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback',
+           'RigLCallback']
 
 # %% ../../nbs/21_callback.prune.ipynb #21call399ec5
 def _is_fit(learn): return learn.create_mbar and not hasattr(learn, 'lr_finder')
@@ -49,13 +51,14 @@ class MaskingCallback(Callback):
         return get_model(self.learn.model)
     def before_batch(self):
         if self.to_prune is None: self.start()
-    def find(self, *args, **kwargs):
+    def find(self, selection):
         "The layers to prune, with masks on them; none as long as one of them is frozen"
         r = rounding(self.net)
-        how = r and r.how # for the next forward pass only, and that would be the one in which `groups` looks around
-        layers,self.left_alone = groups(self.net, *args, *self.xb, **kwargs)
+        how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
+        self.plan = plan_for(selection)(self.net, selection, *self.xb)
         if r: r.how = how
-        self.to_prune = layers if all(m.weight.requires_grad for m in layers.values()) else {}
+        self.left_alone = self.plan.left_alone
+        self.to_prune = self.plan.layers if all(m.weight.requires_grad for m in self.plan.layers.values()) else {}
         set_masks(self.net, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in self.to_prune.items() if not mask_of(m)})
         self.reached = sparsity(self.net)
     def change(self, keep):
@@ -73,25 +76,24 @@ class MaskingCallback(Callback):
 
 # %% ../../nbs/21_callback.prune.ipynb #21callb4318a
 class PruneScheduleCallback(MaskingCallback):
-    "Prune along a schedule while training. The last layer, biases and batchnorms are left alone, if `last` and `exclude` do not say otherwise"
+    "Prune along a schedule while training; channels are removed when it is over. The last layer, biases and batchnorms are left alone, if `last` and `exclude` do not say otherwise"
     def __init__(self,
         amount=None,            # Share of weights to prune, or a dictionary of shares by module pattern; `NM` brings its own
-        structure='weight',     # What goes together: `weight`, `row`, `kernel`, `filter`, `NM(2, 4)`, or one of your own
-        criterion='magnitude',  # What matters: `magnitude`, `l2`, `random`, `gradient`, `taylor`, `movement`, `wanda`, or one of your own
+        structure='weight',     # What goes together: `weight`, `row`, `kernel`, `filter`, `NM(2, 4)`, `channel`, or one of your own
+        criterion='magnitude',  # What matters: `magnitude`, `l2`, `random`, `gradient`, `taylor`, `movement`, `wanda`, for channels also `bn_scale` and `fpgm`, or one of your own
         scope:str='global',     # Whether all layers compete, or each gives its share (`local`)
         schedule='cubic',       # How it gets there: see `plot_schedules`; or any function from position to share
         start:float=0.,         # Part of the fit before the first weight goes
         end:float=.7,           # Part of the fit after which no more go; the rest is for settling
         every:int=None,         # Batches from one change to the next; about a hundred changes if None
         exclude=None,           # Module names or patterns to leave alone
-        last:bool=False         # Prune the last layer too?
+        last:bool=False,        # Prune the last layer too?
+        target:dict=None        # In place of an amount of channels: the share that shall be left, as in `{'macs':.5}`, of `macs`, `params` or `latency`
     ):
-        self.selection = Selection(amount, structure, criterion, scope, exclude, last)
+        self.selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         self.schedule,self.every = Schedule(schedule, start, end),every
         if every is not None and every<1: raise ValueError(f"every={every}: pass the number of batches between two changes, 1 or more.")
-    def start(self):
-        s = self.selection
-        self.find(s.structure, only=s.only, exclude=s.exclude, last=s.last)
+    def start(self): self.find(self.selection)
     def before_step(self): watch_gradients(self.watched, self.to_prune, needs(self.selection.criterion))
     def due(self):
         every = self.every or max(1, round((self.schedule.end-self.schedule.start)*self.n_steps/100))
@@ -100,9 +102,38 @@ class PruneScheduleCallback(MaskingCallback):
         share = self.schedule(self.step/self.n_steps)
         if not share or not self.due(): return
         if 'sqr_in' in needs(self.selection.criterion): self.watched['sqr_in'] = watch_inputs(self.net, self.to_prune, *self.xb)
-        masks = {k:m.weight_mask for k,m in self.to_prune.items()}
-        self.change(select(self.to_prune, masks, self.selection, share, self.watched))
+        self.change(self.plan.choose(self.watched, share))
         self.watched.pop('grad', None)
+        if self.step>=self.schedule.last(self.n_steps) and num_distrib()<2: self.settle()
+    def settle(self):
+        "What is pruned stays so from here on, in the way of its structure"
+        self.plan.settle(self.opt)
+        self.to_prune = {}
+    def after_fit(self):
+        if self.run and self.to_prune and self.schedule(self.step/self.n_steps)==1: self.settle() # data parallel training wants tensors to stay
+
+# %% ../../nbs/21_callback.prune.ipynb #21call50ff9f
+class GroupLassoCallback(Callback):
+    "Draw groups of channels towards zero while training, those most that matter least, see `pull_groups`"
+    order,run_valid,_only_train_loop = MaskingCallback.order,False,True
+    def __init__(self,
+        reg:float=.05,  # How far a step pulls, as a share of the learning rate
+        alpha:float=4., # The least channel of a group is pulled 2 to the power of this times as far as the greatest
+        exclude=None    # Module names or patterns to leave alone
+    ):
+        if not reg>0: raise ValueError(f"reg={reg}: pass how far a step pulls, as a share of the learning rate, like 0.05.")
+        if alpha<0: raise ValueError(f"alpha={alpha}: what matters least would be pulled least. Pass 0 or more.")
+        store_attr()
+    def before_fit(self): self.run,self.size = _is_fit(self.learn),None
+    def before_batch(self):
+        net = get_model(self.learn.model)
+        if (size:=sum(p.numel() for p in net.parameters()))==self.size: return
+        self.groups,_ = channel_groups(net, *self.xb, exclude=self.exclude, round_to=1) # again after channels were removed
+        self.size = size
+    def after_step(self):
+        lrs = {id(p):h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
+        net = get_model(self.learn.model)
+        pull_groups(self.groups, net, {k:self.reg*lrs[id(p)] for k,p in net.named_parameters() if p.requires_grad and id(p) in lrs}, self.alpha)
 
 # %% ../../nbs/21_callback.prune.ipynb #21call232fe9
 class StatisticsCallback(Callback):
@@ -150,7 +181,7 @@ class RigLCallback(MaskingCallback):
         if not 0<end<=1: raise ValueError(f"end={end}: pass the part of the fit after which none moves, above 0 and up to 1.")
         store_attr()
     def start(self):
-        self.find('weight', exclude=self.exclude, last=self.last)
+        self.find(Selection(self.amount, exclude=self.exclude, last=self.last))
         fresh = {k:m for k,m in self.to_prune.items() if m.weight_mask.all()}
         if fresh and len(fresh)==len(self.to_prune): self.change(random_masks(fresh, self.densities(fresh, self.amount)))
     def due(self):

@@ -78,7 +78,7 @@ class QuantAwareCallback(Callback):
         self.before = [p.detach().clone() for p in steps(self.net)]
         if self.before and not rounding(self.net).ready:
             for p in steps(self.net): p.grad = None # nothing is rounded yet, so there is nothing to learn from
-    def after_step(self): limit_change(steps(self.net), self.before)
+    def after_step(self): limit_change(self.net, self.before)
     def after_batch(self):
         self.trained = self.trained or self._training()
         if self._training() and hasattr(self, 'recorder') and self.train_iter%max(1, self.n_epoch*self.n_iter//200)==0:

@@ -42,8 +42,17 @@ def movement(w, moved): return moved.mean(1)
 @criteria
 def wanda(w, sqr_in): return (w.abs()*sqr_in.sqrt()).mean(1)
 
+# %% ../../nbs/10_prune.criteria.ipynb #10prun559080
+@criteria
+def bn_scale(w, gamma): return gamma.abs().mean(1)
+
+@criteria
+def fpgm(w):
+    if len(w)>8192: raise ValueError(f"The criterion 'fpgm' compares each of {len(w):,} rows with each, which is for whole filters or channels: use it with structure='channel' or 'filter'.")
+    return torch.cdist(w, w).mean(1)
+
 # %% ../../nbs/10_prune.criteria.ipynb #10prund934d9
-statistics = dict(grad="the loss's gradient", moved='the gradient over many steps of training', sqr_in='the inputs of each layer')
+statistics = dict(grad="the loss's gradient", moved='the gradient over many steps of training', sqr_in='the inputs of each layer', gamma='the scale of a batchnorm')
 
 def needs(
     criterion # A criterion, or the name of one

@@ -14,7 +14,8 @@ from ..basics import *
 from ..trace import *
 
 # %% auto #0
-__all__ = ['structures', 'prunable', 'NM', 'find_structure', 'outputs_first', 'cut', 'join', 'last_layers', 'groups', 'reason']
+__all__ = ['structures', 'prunable', 'NM', 'Channel', 'find_structure', 'outputs_first', 'cut', 'join', 'last_layers', 'groups',
+           'reason']
 
 # %% ../../nbs/11_prune.groups.ipynb #11prun752818
 structures = Registry('structure')
@@ -49,6 +50,16 @@ class NM:
     def __call__(self, w):
         if w.shape[1]%self.m: raise ValueError(f"its {w.shape[1]} inputs cannot be divided by {self.m}")
         return w.movedim(1,-1).unflatten(-1, (-1,self.m,1))
+
+# %% ../../nbs/11_prune.groups.ipynb #11prunf73c24
+@structures
+@dataclass(frozen=True)
+class Channel:
+    "Whole channels, of all the layers they run through, whose tensors get smaller"
+    round_to:int=8 # Leave a multiple of this many
+    def __post_init__(self):
+        if self.round_to<1: raise ValueError(f"Channel({self.round_to}): pass the number that channel counts shall be multiples of, like 8, or 1 for any count.")
+    def __call__(self, w): raise ValueError("channels go through several layers, so this one cannot be pruned alone: use `learn.prune` or `PruneScheduleCallback`")
 
 # %% ../../nbs/11_prune.groups.ipynb #11prun433c9e
 def find_structure(

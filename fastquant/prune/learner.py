@@ -7,32 +7,26 @@ Docs: https://fastquant-dev.github.io/fastquant/prune.learner.html.md"""
 # %% ../../nbs/23_prune.learner.ipynb #23prun537cc3
 from __future__ import annotations
 import numpy as np, pandas as pd
-from copy import deepcopy
 from dataclasses import dataclass
 from fastai.basics import *
-from fastai.callback.hook import Hook, Hooks
 from fastai.callback.schedule import *
 from ..basics import *
-from ..trace import tensors
 from ..export import Engine
 from ..data import *
-from ..learner import describe, restorers, _twin
+from ..learner import describe, restorers, _copy, _twin
 from ..callback.prune import *
 from .criteria import *
 from .groups import *
 from .mask import *
 from .select import *
 from .sparse import *
+from .shrink import *
+from .recipe import *
 
 # %% auto #0
-__all__ = ['restore_masks', 'plot_report', 'Sensitivity']
+__all__ = ['restore_masks', 'plot_report', 'plot_channels', 'Sensitivity']
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun93f017
-def _copy(model):
-    "A copy of `model` without what hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
-    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
-
 def _trainable(learn, model):
     "A Learner like `learn` around `model`, to be trained in the same parameter groups"
     new = _twin(learn, model)
@@ -43,38 +37,39 @@ def _trainable(learn, model):
 @patch
 def prune(self:Learner,
     amount=None,            # Share of weights to prune, or a dictionary of shares by module pattern; None takes the masks as they are
-    structure='weight',     # As in `PruneScheduleCallback`
+    structure=None,         # As in `PruneScheduleCallback`; weights if None, or channels if there is a target
     criterion='magnitude',  # Likewise
     scope:str='global',     # Likewise
     exclude=None,           # Module names or patterns to leave alone
     last:bool=False,        # Prune the last layer too?
+    target:dict=None,       # In place of an amount of channels: the share that shall be left, as in `{'macs':.5}`, of `macs`, `params` or `latency`
     dl=None,                # Data for criteria that need some; the training set without augmentation if None
     n_batches:int=8,        # Batches of it to watch
     fname=None              # Where to write what is left, relative to `self.path`, see `save_sparse`
 )->Learner: # To be trained on, or used; `self` is left as it is
-    "A pruned copy of `self`: with the masks that a fit has left, or in one shot; it stays as sparse as it is in any fit, until `remove_masks`"
+    "A pruned copy of `self`: with the masks that a fit has left, or in one shot. It stays as sparse as it is in any fit, until `remove_masks`; channels are removed for good"
     if isinstance(self.model, Engine): raise ValueError("This Learner runs a file, whose weights cannot be pruned. Prune the float Learner it came from, then quantize.")
     if fname: fname = check_writable(self.path/fname)
-    new = _trainable(self, _copy(get_model(self.model)))
-    as_is = amount is None and not isinstance(find_structure(structure), NM)
+    new = _trainable(self, clean_copy(get_model(self.model)))
+    structure = find_structure(ifnone(structure, 'channel' if target else 'weight'))
+    as_is = amount is None and target is None and not isinstance(structure, NM)
     if as_is and not masked(new.model): raise ValueError("Nothing has been pruned yet: pass the share of weights to prune, as in learn.prune(.9), or train with `PruneScheduleCallback` first.")
     if not as_is:
-        selection = Selection(amount, structure, criterion, scope, exclude, last)
+        selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         with calibration_dl(self, dl, n_batches) as dl: _prune(new, selection, dl)
+    elif isinstance(structure, Channel):
+        with calibration_dl(self, dl, 1) as dl: remove_masked(new.model, *inputs(new, dl, 1)[0], exclude=exclude)
     if fname: write_whole(fname, pack_model(new.model, **describe(self)))
     return new
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun4318ab
 def _prune(learn, selection, dl):
     "Prune the model of `learn` in one shot"
-    xb = inputs(learn, dl, 1)[0]
-    layers,_ = groups(learn.model, selection.structure, *xb, only=selection.only, exclude=selection.exclude, last=selection.last)
-    masks = {k:m.weight_mask if mask_of(m) else torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()}
-    for a,ks in pools(selection, layers):
-        gone,n = sum((~masks[k]).sum().item() for k in ks),sum(masks[k].numel() for k in ks)
-        if gone>round(a*n): raise ValueError(f"amount={a}: {gone/n:.3g} of the weights are pruned already. Prune more, leave `amount` out to take them as they are, or start again with `remove_masks(learn.model)`.")
-    watched = _watched(learn, selection.criterion, layers, dl)
-    set_masks(learn.model, select(layers, masks, selection, 1., watched))
+    plan = plan_for(selection)(learn.model, selection, *inputs(learn, dl, 1)[0])
+    plan.check()
+    watched = _watched(learn, selection.criterion, plan.layers, dl)
+    set_masks(learn.model, plan.choose(watched))
+    plan.settle()
 
 def _watched(learn, criterion, layers, dl):
     "The statistics that `criterion` needs, from all of `dl`"
@@ -87,7 +82,7 @@ def _watched(learn, criterion, layers, dl):
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun40bb00
 def _gradients(learn, layers, dl):
-    model = _copy(learn.model)
+    model = clean_copy(learn.model)
     cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, ['grad'])
     scratch = _trainable(learn, model)
     scratch.dls = DataLoaders(dl, dl)
@@ -108,7 +103,7 @@ def load_sparse(self:Learner,
     max_bytes:int=2**32 # Refuse a file that unpacks to more
 )->Learner: # `self` is left as it is
     "A Learner like `self` with weights and masks of the file, or around the quantized model in it; raises `ValueError` if that is damaged, or does not fit"
-    model = None if isinstance(self.model, Engine) else remove_masks(_copy(get_model(self.model)))
+    model = None if isinstance(self.model, Engine) else remove_masks(clean_copy(get_model(self.model)))
     model,about = unpack_model((self.path/fname).read_bytes(), model, max_bytes)
     if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
     return _twin(self, model) if isinstance(model, Engine) else _trainable(self, model)
@@ -149,6 +144,30 @@ def plot_report(
     ax.barh(r.index, r.left, color='C0', label='left')
     for k,row in r.iterrows(): ax.text(row.weights, k, f' {row.sparsity:.0%}', va='center', fontsize='small')
     ax.set(title='What is left')
+    ax.legend(fontsize='small')
+    return ax
+
+# %% ../../nbs/23_prune.learner.ipynb #23prunc09efd
+@patch
+def channel_report(self:Learner,
+    show_plot:bool=True # Draw it?
+)->pd.DataFrame: # A row for each layer
+    "Channels of each layer, before any were removed and now"
+    if isinstance(self.model, Engine): raise ValueError("This Learner runs a file. Call `channel_report` on the float Learner it came from.")
+    report = pd.DataFrame(channel_counts(get_model(self.model))).T
+    if show_plot: plot_channels(report)
+    return report
+
+def plot_channels(
+    report:pd.DataFrame, # From `channel_report`
+    ax=None              # Where to; None makes a new figure
+):
+    "For each layer, the channels that it had and those that are left"
+    ax = ax or plt.subplots(figsize=(max(4, .3*len(report)),3))[1]
+    ax.bar(report.index, report.before, color='lightgray', label='before')
+    ax.bar(report.index, report.after, color='C0', label='after')
+    ax.set(title='Channels', ylabel='outputs of the layer')
+    ax.tick_params(axis='x', rotation=90)
     ax.legend(fontsize='small')
     return ax
 
@@ -208,7 +227,7 @@ def prune_sensitivity(self:Learner,
     "What pruning each layer alone does to the first metric (the loss if there is none); `suggest` turns it into amounts"
     if isinstance(self.model, Engine): raise ValueError("This Learner runs a file, whose weights cannot be pruned. Call `prune_sensitivity` on the float Learner it came from.")
     for a in amounts: check_amount(a)
-    twin = _trainable(self, _copy(get_model(self.model)))
+    twin = _trainable(self, clean_copy(get_model(self.model)))
     with calibration_dl(self, ifnone(dl, self.dls.valid), n_batches) as dl, twin.no_bar():
         xb = inputs(twin, dl, 1)[0]
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
@@ -250,7 +269,7 @@ def lottery_ticket(self:Learner,
     if rounds<1: raise ValueError(f"rounds={rounds}: at least one round of training is needed to see which weights matter.")
     if not 0<=rewind<n_epoch*len(self.dls.train): raise ValueError(f"rewind={rewind}: pass a step of the first round, which has {n_epoch*len(self.dls.train)}.")
     selection = Selection(amount, structure, 'magnitude', scope, exclude, last)
-    new,early = _trainable(self, remove_masks(_copy(get_model(self.model)))),RewindCallback(rewind)
+    new,early = _trainable(self, remove_masks(clean_copy(get_model(self.model)))),RewindCallback(rewind)
     with calibration_dl(self, None, 1) as dl: layers,_ = groups(new.model, structure, *inputs(self, dl, 1)[0], only=selection.only, exclude=exclude, last=last)
     set_masks(new.model, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()})
     for r in range(1, rounds+1):
@@ -269,7 +288,7 @@ def _so_far(selection, part):
 @patch
 def reinit(self:Learner)->Learner: # `self` is left as it is
     "The same masks on new random weights, as modules draw them for themselves: what a winning ticket is compared with"
-    new = _trainable(self, _copy(get_model(self.model)))
+    new = _trainable(self, clean_copy(get_model(self.model)))
     for m in new.model.modules():
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     for m in masked(new.model).values(): mask_of(m).zero()

@@ -34,18 +34,28 @@ class Selection:
     scope:str='global' # Whether all layers compete, or each gives its share (`local`)
     exclude:object=None # Module names or patterns to leave alone
     last:bool=False    # Prune the last layer too?
+    target:object=None # In place of an amount of channels: the share that shall be left, by what is measured
     def __post_init__(self):
         s = find_structure(self.structure)
         needs(self.criterion)
+        self.check_target(s)
         if self.scope not in ('global','local'): raise ValueError(f"scope={self.scope!r}: all layers compete ('global'), or each gives its share ('local').")
         if isinstance(s, NM):
             if self.amount is not None and set(self.amounts.values())!={s.amount}: raise ValueError(f"amount={self.amount}: {s} prunes {s.amount:g} of all weights, neither more nor less. Leave `amount` out.")
-        elif self.amount in (None,{}): raise ValueError(f"amount={self.amount}: pass the share of weights to prune, like 0.9.")
+        elif self.amount in (None,{}) and not self.target: raise ValueError(f"amount={self.amount}: pass the share of weights to prune, like 0.9.")
         for a in self.amounts.values(): check_amount(a)
+    def check_target(self, s):
+        if self.last and isinstance(s, Channel): raise ValueError("last=True: what the last layer makes is the model's output, whose shape stays as it is. Leave `last` out.")
+        if self.target is None: return
+        if not isinstance(s, Channel): raise ValueError(f"target={self.target}: zeros change no target, since tensors stay as large as they are. Pass structure='channel', or an amount.")
+        if self.amount is not None: raise ValueError(f"amount={self.amount} and target={self.target}: one of the two says how much to prune. Leave the other out.")
+        if not isinstance(self.target, dict) or len(self.target)!=1 or not all(isinstance(v, float) and 0<v<1 for v in self.target.values()):
+            raise ValueError(f"target={self.target}: pass one measure, and the share of it that shall be left, above 0 and below 1, as in {{'macs':.5}}.")
     @property
     def amounts(self)->dict:
         "Amounts by pattern"
         if isinstance(self.amount, dict): return self.amount
+        if self.target: return {}
         s = find_structure(self.structure)
         return {'*':s.amount if self.amount is None and isinstance(s, NM) else self.amount}
     @property

@@ -14,6 +14,7 @@ from .. import __version__
 from ..basics import *
 from ..export import Engine
 from .mask import *
+from .recipe import *
 
 # %% auto #0
 __all__ = ['deltas', 'positions', 'deflate', 'inflate', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
@@ -192,6 +193,7 @@ def _engine_bytes(tensors):
 def _model_tensors(model):
     state = model.state_dict()
     if 'rounding_spec' in state: raise ValueError("This model is in training for quantization. Save what `quantize` makes of it, or take the rounding off with `learn.remove_quant()`.")
+    state.pop('channels_left', None)
     masks = [k for k,m in masked(model).items() if torch.equal(m.weight!=0, m.weight_mask)]
     for k in masks: del state[_key(k, 'weight_mask')]
     odd = [k for k,t in state.items() if not isinstance(t, Tensor)]
@@ -200,7 +202,8 @@ def _model_tensors(model):
     for k,t in state.items():
         at = t.data_ptr(),t.dtype,t.shape,t.stride()
         if t.numel() and first.setdefault(at, k)!=k: same[k] = first[at]
-    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same)
+    recipe = dict(recipe=r.to_json()) if (r:=recipe_of(model)) else {}
+    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same, **recipe)
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prun2f5707
 def pack_model(
@@ -220,13 +223,14 @@ def unpack_model(
     "Weights and masks of the file on `model`; raises `ValueError` if they do not fit, and leaves `model` as it was"
     tensors,about = from_sparse(data, max_bytes)
     if about.pop('engine', False): return Engine(_engine_bytes(tensors)),about
-    masks,same = about.pop('masks', []),about.pop('same', {})
+    masks,same,recipe = about.pop('masks', []),about.pop('same', {}),about.pop('recipe', None)
+    todo = steps_to(model, recipe_from_json(recipe) if recipe else Recipe({}, {}))
     tensors.update({k:tensors[o] for k,o in same.items() if o in tensors})
     packed = {k:tensors.pop(k) for k in list(tensors) if k.split('.')[-1]=='weight_mask'}
-    check_fit(model, tensors, [*masks, *(k.removesuffix('weight_mask').rstrip('.') for k in packed)])
+    check_fit(model, tensors, todo, [*masks, *(k.removesuffix('weight_mask').rstrip('.') for k in packed)])
     keep = {k:tensors[_key(k, 'weight')]!=0 for k in masks}
     keep.update({(o:=k.removesuffix('weight_mask').rstrip('.')):_named(k, unpack_bits, t, tensors[_key(o, 'weight')].shape) for k,t in packed.items()})
-    remove_masks(model).load_state_dict(tensors)
+    shrink(remove_masks(model), todo).load_state_dict(tensors)
     set_masks(model, keep)
     return model,about
 
@@ -236,13 +240,15 @@ def _key(path, name): return f'{path}.{name}' if path else name
 def check_fit(
     model:nn.Module, # Any model
     tensors:dict,    # What a file has for it, by name
+    todo:Recipe,     # How `model` will be cut before
     masks            # Paths of the layers that the file has masks for
 ):
     "Raise a `ValueError` that names the first tensor that `model` and the file do not have in common"
-    own = {k:t for k,t in model.state_dict().items() if k.split('.')[-1]!='weight_mask'}
-    say = lambda d,k: f'of shape {tuple(d[k].shape)}' if k in d else 'missing'
+    own = {k:cut_shape(t.shape, todo.left.get(k, {})) for k,t in model.state_dict().items() if k.split('.')[-1] not in ('weight_mask','channels_left')}
+    tensors = {k:tuple(t.shape) for k,t in tensors.items()}
+    say = lambda d,k: f'of shape {d[k]}' if k in d else 'missing'
     for k in [*own, *tensors, *(_key(o, 'weight') for o in masks)]:
-        if k not in tensors or k not in own or tensors[k].shape!=own[k].shape: raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {say(tensors, k)} in the file, and {say(own, k)} in the model.")
+        if k not in tensors or k not in own or tensors[k]!=own[k]: raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {say(tensors, k)} in the file, and {say(own, k)} in the model.")
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prunb6898d
 def layer_report(

@@ -1,0 +1,350 @@
+"What a fastai user does to a Learner, done to one that learns from a teacher, from peers or from itself"
+import copy, numpy as np, pytest, torch, warnings
+import torch.nn.functional as F
+from fastai.callback.fp16 import MixedPrecision
+from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, DataLoaders, GradientAccumulation, ImageBlock, L, Learner,
+    MixUp, MSELossFlat, BCEWithLogitsLossFlat, OptimWrapper, PILImage, PILImageBW, RandomSplitter, SaveModelCallback, SchedCos, accuracy, aug_transforms, load_learner, noop, params,
+    partial, ranger, resnet18, set_seed, vision_learner)
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastquant.all import *
+
+digits = load_digits()
+xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
+idx = torch.randperm(len(xs), generator=torch.Generator().manual_seed(0))
+train,valid = [TensorDataset(xs[i], ys[i]) for i in (idx[:480],idx[480:800])]
+
+def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
+def net(n=4, n_out=10): return nn.Sequential(conv(1,n), conv(n,2*n,2), nn.Sequential(conv(2*n,4*n,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*n,n_out)))
+def stages(m): return L(m[0], m[1], m[2]).map(params)
+
+def quiet(learn):
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+    learn.logger = noop
+    return learn
+
+def learner(path, n=4, seed=0, loss_func=None, model=None, ds=(train,valid), **kwargs):
+    set_seed(seed)
+    dls = DataLoaders.from_dsets(*ds, bs=32, device='cpu', num_workers=0)
+    return quiet(Learner(dls, model or net(n), loss_func=loss_func or CrossEntropyLossFlat(), metrics=kwargs.pop('metrics', accuracy), path=path, **kwargs))
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    learn = learner(tmp_path_factory.mktemp('teacher'), 16)
+    learn.fit_one_cycle(4, 1e-2)
+    assert learn.validate()[1]>.9
+    return learn
+
+def hinted(teacher, **kwargs): return DistillCallback(teacher, features=['1', Match('2.0', loss='attention')], **kwargs)
+
+kinds = dict(plain=lambda t: DistillCallback(t), features=hinted, past=lambda t: PastSelfCallback(), average=lambda t: AverageSelfCallback(.9, features='1'),
+    depth=lambda t: SelfDistillCallback('[01]'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
+every = pytest.mark.parametrize('make_cb', kinds.values(), ids=kinds)
+
+class Do(Callback):
+    "Call `f` with the Learner at `event`"
+    def __init__(self, order=50, run_valid=False, **events):
+        self.order,self.run_valid = order,run_valid
+        for k,f in events.items(): setattr(self, k, lambda f=f: f(self.learn))
+
+class Seeded(Callback):
+    "The same batches in an epoch, whatever came before it"
+    order = -20
+    def before_train(self):
+        torch.manual_seed(self.epoch)
+        self.dls.train.rng.seed(self.epoch)
+
+def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+def check_clean(learn, names=('train_eval','recorder','cast_to_tensor')):
+    "Nothing of a callback is left: optimizer, callbacks, hooks, state dict"
+    assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
+    assert type(learn.opt).__name__ in ('Optimizer','Lookahead','OptimWrapper') and type(learn.opt).__mro__[0].__module__.startswith('fastai')
+    assert learn.cbs.attrgot('name')==list(names) and not hasattr(learn, 'loss_column')
+    assert torch.nn.modules.module._global_forward_hooks=={} and not any(m._forward_hooks for m in learn.model.modules())
+
+# A fit
+
+@every
+def test_every_parameter_moves(teacher, tmp_path, make_cb):
+    learn = learner(tmp_path)
+    was,theirs,shown = state(learn.model),state(teacher.model),[]
+    learn.fit(2, 5e-3, cbs=[make_cb(teacher), Do(order=60, before_fit=lambda l: shown.append(list(l.recorder.metric_names)))])
+    assert [k for k,p in learn.model.named_parameters() if torch.equal(p, was[k])]==[]
+    assert same(theirs, state(teacher.model))
+    name = shown[0][-2]
+    assert name.endswith('_loss') and len(learn.recorder.values[1])==4 and np.isfinite(learn.recorder.values[1][-1])
+    check_clean(learn)
+
+@every
+def test_column_is_the_mean(teacher, tmp_path, make_cb):
+    learn,cb = learner(tmp_path),make_cb(teacher)
+    learn.fit(2, 1e-3, cbs=cb)
+    n = len(learn.dls.train)
+    assert learn.recorder.values[1][-1]==pytest.approx(torch.stack(cb.losses[-n:]).mean().item())
+
+@every
+def test_losses_shown_are_the_students(teacher, tmp_path, make_cb):
+    "`valid_loss` is that of `validate`, and the recorder has the loss of the labels"
+    learn,seen = learner(tmp_path),[]
+    def note(l): seen.append((l.loss.item(), F.cross_entropy(l.pred, *l.yb).item()))
+    learn.fit(1, 1e-3, cbs=[make_cb(teacher),Do(after_batch=note)])
+    assert all(a==pytest.approx(b) for a,b in seen)
+    final = learn.recorder.values[0]
+    assert list(learn.validate()[:2])==pytest.approx(list(final[1:3]))
+
+# Everything around a fit
+
+@every
+def test_lr_find_leaves_no_trace(teacher, tmp_path, make_cb):
+    "Fits with `lr_find` before and between end where those without do, bit for bit"
+    a,b = learner(tmp_path),learner(tmp_path)
+    cbs = [make_cb(teacher) for _ in 'ab']
+    for learn,cb in zip((a,b), cbs):
+        for _ in range(2):
+            if learn is b:
+                was = state(learn.model)
+                with learn.added_cbs(cb): lr = learn.lr_find(show_plot=False, num_it=10)
+                assert 0<lr.valley<10 and same(state(learn.model), was)
+            learn.fit_one_cycle(1, 1e-3, cbs=[cb,Seeded()])
+    assert same(state(a.model), state(b.model))
+    check_clean(b)
+
+def test_lr_find_leaves_peers(tmp_path):
+    peer,learn = learner(tmp_path, seed=1),learner(tmp_path)
+    was = state(peer.model)
+    with learn.added_cbs(MutualCallback(peer)): learn.lr_find(show_plot=False, num_it=8)
+    assert same(was, state(peer.model))
+
+class Stages(Callback):
+    "Learning rates, momenta and weight decay of all stages, and which of them train, at every step"
+    def before_fit(self): self.log = []
+    def before_step(self):
+        n = len(self.opt.hypers)-3
+        self.log.append([[(h['lr'],h['mom'],h['wd']) for h in self.opt.hypers[n:]], [[p.requires_grad for p in ps] for ps in self.opt.param_lists[n:]]])
+
+@pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
+@every
+def test_stages(teacher, tmp_path, make_cb, opt_func):
+    "Freezing, `fine_tune` and discriminative learning rates are those of a fit without the callback"
+    logs = []
+    for cbs in ([], [make_cb(teacher)]):
+        learn,log = learner(tmp_path, splitter=stages, opt_func=opt_func),Stages()
+        learn.fine_tune(1, 1e-2, cbs=[log,*cbs])
+        first = log.log
+        learn.freeze_to(-2)
+        learn.fit_one_cycle(1, slice(1e-4,1e-2), wd=.1, cbs=[log,*cbs])
+        logs.append(first+log.log)
+    assert logs[0]==logs[1] and len({l for h,_ in logs[0] for l in h})>10
+    check_clean(learn)
+
+@pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
+@pytest.mark.parametrize('kind', ['plain','features','depth'])
+def test_resume(teacher, tmp_path, kind, opt_func):
+    "A fit that is resumed in another Learner ends where the uninterrupted one ended, bit for bit; its file fits a plain Learner"
+    whole,other = (learner(tmp_path, opt_func=opt_func) for _ in 'ab')
+    whole.fit_one_cycle(3, 1e-2, cbs=[kinds[kind](teacher),SaveModelCallback(every_epoch=True, with_opt=True, fname='m'),Seeded()])
+    with warnings.catch_warnings(action='error', category=UserWarning): plain = learner(tmp_path, opt_func=opt_func).load('m_1')
+    check_clean(plain)
+    other.load('m_1')
+    other.fit_one_cycle(3, 1e-2, cbs=[kinds[kind](teacher),Seeded()], start_epoch=2)
+    assert same(state(whole.model), state(other.model))
+
+@every
+def test_save_model(teacher, tmp_path, make_cb):
+    "The best epoch is that of the student's own metric, or of the teacher's column"
+    for monitor in ('valid_loss',f'{make_cb(teacher).name}_loss'):
+        learn = learner(tmp_path)
+        learn.fit_one_cycle(2, 1e-2, cbs=[make_cb(teacher),SaveModelCallback(monitor=monitor)])
+        learn.load('model')
+        learn.fit(1, 1e-3)
+        check_clean(learn)
+
+class Raise(nn.Module):
+    "Raises in the middle of a forward pass"
+    def __init__(self, error):
+        super().__init__()
+        self.error,self.n = error,0
+    def forward(self, x):
+        self.n += self.training
+        if self.training and self.n==4: raise self.error('stop')
+        return x
+
+@every
+@pytest.mark.parametrize('where,error', [('forward',KeyboardInterrupt),('forward',RuntimeError),('before_step',RuntimeError),('after_batch',KeyboardInterrupt)])
+def test_interrupted(teacher, tmp_path, make_cb, where, error):
+    "After a fit that was stopped nothing of it is left, and the next one runs"
+    learn,cbs = learner(tmp_path),[]
+    def stop(l):
+        if l.train_iter==3: raise error('stop')
+    if where=='forward': learn.model[1].append(Raise(error))
+    else: cbs = [Do(**{where:stop})]
+    with pytest.raises(error): learn.fit(1, 1e-3, cbs=[make_cb(teacher),*cbs])
+    check_clean(learn)
+    learn.fit(1, 1e-3, cbs=make_cb(teacher))
+    check_clean(learn)
+
+def gray(i): return PILImageBW.create((digits.images[i]*15.9).astype('uint8'))
+def label(i): return str(digits.target[i])
+def pictures():
+    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=gray, get_y=label, splitter=RandomSplitter(.2, seed=0), batch_tfms=aug_transforms(size=8, do_flip=False))
+    return block.dataloaders(range(160), bs=32, num_workers=0, device='cpu')
+
+@every
+def test_left_attached_and_exported(teacher, tmp_path, make_cb):
+    "What is no fit does nothing, before one and after; the exported file has no teacher, and predicts"
+    set_seed(0)
+    big = learner(tmp_path, 64)
+    learn = quiet(Learner(pictures(), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path))
+    learn.export('bare.pkl')
+    learn.add_cb(make_cb(big))
+    for _ in range(2):
+        was = state(learn.model)
+        learn.validate(), learn.predict(gray(3)), learn.get_preds(ds_idx=0), learn.tta(n=2), learn.summary(), learn.show_results(max_n=2)
+        learn.lr_find(show_plot=False, num_it=6)
+        learn.export('it.pkl')
+        assert same(state(learn.model), was)
+        learn.fit(1, 1e-3)
+    assert (tmp_path/'it.pkl').stat().st_size<(tmp_path/'bare.pkl').stat().st_size+2e4<n_bytes(big.model)/4
+    learn.model.load_state_dict(was)
+    loaded = quiet(load_learner(tmp_path/'it.pkl'))
+    assert torch.equal(loaded.predict(gray(7))[2], learn.predict(gray(7))[2])
+
+# Data that is mixed, precision, gradients
+
+class Spy(nn.Module):
+    "A teacher that notes what it was asked, and how"
+    def __init__(self, model):
+        super().__init__()
+        self.model,self.log = model,[]
+    def forward(self, x):
+        y = self.model(x)
+        self.log.append((x.clone(), torch.is_grad_enabled(), self.training or self.model[0][1].training, y.dtype))
+        return y
+
+@pytest.mark.parametrize('mix', [None,MixUp,CutMix])
+def test_teacher_sees_the_very_batch(teacher, tmp_path, mix):
+    "After MixUp and CutMix, without gradients, in evaluation mode; and the mixed labels are the student's loss"
+    spy,learn,seen = Spy(copy.deepcopy(teacher.model).train()),learner(tmp_path),[]
+    spy.train()
+    learn.fit(1, 1e-3, cbs=[DistillCallback(spy),*([mix()] if mix else []),Do(after_loss=lambda l: seen.append(l.x.clone()))])
+    log = spy.log[1:] # the first is a look at two items
+    assert len(log)==len(seen)==len(learn.dls.train)
+    assert all(torch.equal(x, y) and not grad and not training for (x,grad,training,_),y in zip(log, seen))
+    assert spy.training and spy.model[0][1].training and (mix is None)==any(torch.equal(seen[0][0], x) for x in train.tensors[0])
+
+@every
+def test_mixup_and_gradient_accumulation(teacher, tmp_path, make_cb):
+    learn,moves = learner(tmp_path),[]
+    was = []
+    def note(l): was.append([p.detach().clone() for p in l.model.parameters()])
+    learn.fit(1, 1e-3, cbs=[make_cb(teacher),MixUp(),GradientAccumulation(64),Do(after_batch=note)])
+    moved = [any(not torch.equal(p, q) for p,q in zip(a, b)) for a,b in zip(was, was[1:])]
+    assert moved==[i%2==0 for i in range(len(moved))]
+    check_clean(learn)
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(teacher, tmp_path):
+    "Without batchnorm two half batches have the gradient of a whole one, the teacher's part and the projection's included"
+    flat = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,12), nn.ReLU(), nn.Linear(12,10))
+    grads = []
+    for bs,cbs in ((64,[]), (32,[GradientAccumulation(64)])):
+        set_seed(0)
+        dls = DataLoaders.from_dsets(TensorDataset(*train[:64]), valid, bs=bs, device='cpu', num_workers=0, shuffle=False)
+        learn = quiet(Learner(dls, flat(), loss_func=CrossEntropyLossFlat(), path=tmp_path))
+        def note(l): grads.append([p.grad.clone() for ps in l.opt.param_lists for p in ps])
+        learn.dls.train = learn.dls.train.new(shuffle=False)
+        learn.fit(1, 1e-3, cbs=[DistillCallback(teacher, features={'2':'2.2'}),*cbs,Do(order=60, before_step=note)])
+    assert len(grads)==2 and len(grads[0])==6
+    for a,b in zip(*grads): assert torch.allclose(a, b, atol=1e-5)
+
+class Bf16(Callback):
+    "What `MixedPrecision` does on a GPU, on a CPU"
+    order = MixedPrecision.order
+    def before_batch(self):
+        self.on = torch.autocast('cpu', dtype=torch.bfloat16)
+        self.on.__enter__()
+    def after_pred(self): self.learn.pred = self.pred.float()
+    def after_loss(self): self.on.__exit__(None, None, None)
+
+@every
+def test_bf16(teacher, tmp_path, make_cb):
+    learn = learner(tmp_path)
+    learn.fit(1, 1e-3, cbs=[make_cb(teacher),Bf16()])
+    assert all(p.isfinite().all() and p.dtype==torch.float for p in learn.model.parameters())
+    check_clean(learn)
+
+def test_teacher_computes_in_the_same_precision(teacher, tmp_path):
+    spy = Spy(teacher.model)
+    learner(tmp_path).fit(1, 1e-3, cbs=[DistillCallback(spy),Bf16()])
+    assert {dtype for *_,dtype in spy.log[1:]}=={torch.bfloat16}
+
+@pytest.mark.parametrize('how', ['to_fp16','to_bf16'])
+@pytest.mark.filterwarnings('ignore:User provided device_type')
+def test_mixed_precision_callback(teacher, tmp_path, how):
+    "Without a GPU `MixedPrecision` computes in 32 bits, but all of its events run"
+    learn = getattr(learner(tmp_path), how)()
+    learn.fit(1, 1e-3, cbs=hinted(teacher))
+    check_clean(learn, ('train_eval','recorder','cast_to_tensor','mixed_precision'))
+
+# Together with rounding and pruning
+
+@every
+@pytest.mark.parametrize('spec', ['int8','w4a4'])
+def test_with_rounding_and_pruning(teacher, tmp_path, make_cb, spec):
+    learn = learner(tmp_path, 8)
+    learn.fit_one_cycle(3, 1e-2)
+    learn.fit_one_cycle(2, 5e-3, cbs=[make_cb(teacher),PruneScheduleCallback(.5),QuantAwareCallback(spec)])
+    assert rounding(learn.model).ready and sparsity(learn.model)==pytest.approx(.5, abs=1e-3)
+    owned = sorted(id(p) for ps in learn.opt.param_lists for p in ps)
+    assert owned==sorted(id(p) for p in learn.model.parameters()) and list(getattr(learn.opt, 'guests', {}))==(['steps'] if spec=='w4a4' else [])
+    q = learn.quantize(n_batches=1)
+    assert abs(q.validate()[1]-learn.validate()[1])<=.02
+
+# Other outputs
+
+def test_segmentation_and_other_losses(tmp_path):
+    "Classes are where the loss function says; several labels and quantities have losses of their own"
+    x = train.tensors[0][:64]
+    pixels = TensorDataset(x, (x[:,0]>0).long())
+    model = lambda n: nn.Sequential(nn.Conv2d(1,n,3,padding=1), nn.ReLU(), nn.Conv2d(n,2,1))
+    learn = learner(tmp_path, model=model(3), loss_func=CrossEntropyLossFlat(axis=1), ds=(pixels,pixels), metrics=None)
+    guide,seen = model(8),[]
+    def note(l):
+        with torch.no_grad(): t = guide(l.x)
+        seen.append((l.distill.losses[-1], 16*F.kl_div((l.pred/4).log_softmax(1), (t/4).softmax(1), reduction='none').sum(1).mean()))
+    learn.fit(1, 1e-3, cbs=[DistillCallback(guide),Do(after_loss=note)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a,b in seen)
+    for loss,n,f in (('soft_labels',3,BCEWithLogitsLossFlat()), ('mse',1,MSELossFlat()), ('cosine',5,MSELossFlat())):
+        ds = TensorDataset(x, torch.rand(64,n).round())
+        head = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,n))
+        learn = learner(tmp_path, model=head(), loss_func=f, ds=(ds,ds), metrics=None)
+        was = state(learn.model)
+        learn.fit(1, 1e-2, cbs=DistillCallback(head(), loss, weight=1))
+        assert not any(torch.equal(v, was[k]) for k,v in state(learn.model).items()) or loss=='cosine'
+
+def test_int8_file_as_teacher(teacher, tmp_path):
+    "An engine can teach: it runs without gradients anyway"
+    q = teacher.quantize(n_batches=1)
+    learn = learner(tmp_path)
+    learn.fit(1, 1e-3, cbs=DistillCallback(q))
+    check_clean(learn)
+
+def test_vision_learner(tmp_path):
+    "fastai's own learners, tensors and transforms"
+    def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
+    set_seed(0)
+    dls = DataBlock((ImageBlock,CategoryBlock), get_x=picture, get_y=label, splitter=RandomSplitter(.2, seed=0), batch_tfms=aug_transforms(do_flip=False)).dataloaders(range(40), bs=16, num_workers=0, device='cpu')
+    student,guide = (quiet(vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path)) for _ in 'st')
+    student.fine_tune(1, cbs=DistillCallback(guide, features=Match('0.[4567]', loss='attention')))
+    check_clean(student)
+
+def test_batches_of_another_size(teacher, tmp_path):
+    "A last batch of one, and features whose size changes during the fit"
+    learn = learner(tmp_path)
+    class Shrink(Callback):
+        run_valid = False
+        def before_batch(self):
+            if self.iter%2: self.learn.xb = (F.interpolate(self.x, 6),)
+    learn.fit(1, 1e-3, cbs=[hinted(teacher),Shrink()])
+    check_clean(learn)

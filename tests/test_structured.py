@@ -1,0 +1,385 @@
+"Channels really removed: what is left does what masks did, trains on, saves, loads, exports and quantizes"
+import numpy as np, pandas as pd, pytest, torch, torchvision
+from functools import partial
+from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, ImageBlock, Learner,
+    Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RandomSplitter, SaveModelCallback, SGD, accuracy, load_learner, resnet18, set_seed,
+    unet_learner, vision_learner)
+from fastai.vision.models.xresnet import xresnet18
+from sklearn.datasets import load_digits
+from torch import nn
+from fastquant.all import *
+
+digits = load_digits()
+xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]
+
+def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
+def net(): return nn.Sequential(conv(1,16), conv(16,32,2), conv(32,32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,10))
+def dls():
+    items = list(zip(xs, ys))
+    return DataLoaders.from_dsets(items[:256], items[256:], bs=32, device='cpu', num_workers=0)
+def learner(path='.', **kwargs):
+    set_seed(0)
+    learn = Learner(dls(), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, **kwargs)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda o: None
+    return learn
+def quiet(learn):
+    if hasattr(learn, 'progress'): learn.remove_cb(learn.progress)
+    learn.logger = lambda o: None
+    return learn
+
+def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4,0).repeat(4,1)]*3, -1))
+def label(i): return str(digits.target[i])
+def ink(i): return PILMask.create((digits.images[i]>8).astype('uint8').repeat(4,0).repeat(4,1))
+def pictures(n=96, y_block=CategoryBlock, get_y=label):
+    set_seed(0)
+    return DataBlock((ImageBlock,y_block), get_x=picture, get_y=get_y, splitter=RandomSplitter(.25, seed=0)).dataloaders(range(n), bs=16, num_workers=0, device='cpu')
+
+def widths(model): return [m.weight.shape[0] for m in model.modules() if isinstance(m, (nn.Conv2d,nn.Linear))]
+def every_parameter_moves(learn):
+    "A law of every fit: the optimizer owns all parameters, and each moves in the next step"
+    before = {k:p.detach().clone() for k,p in learn.model.named_parameters() if p.requires_grad}
+    if learn.opt is not None: assert {id(p) for p in learn.opt.all_params().itemgot(0)}=={id(p) for p in learn.model.parameters()}
+    learn.fit(1, 1e-2)
+    stuck = [k for k,p in learn.model.named_parameters() if p.requires_grad and before[k].shape==p.shape and before[k].equal(p)]
+    assert not stuck, stuck
+
+# Models that people have
+
+def timm(name, **kwargs): return lambda: pytest.importorskip('timm').create_model(name, num_classes=10, **kwargs)
+def tv(name, **kwargs): return lambda: torchvision.models.get_model(name, num_classes=10, **kwargs)
+
+models = dict(resnet18=(tv('resnet18'), .45), resnet50=(tv('resnet50'), .45), mobilenet_v2=(tv('mobilenet_v2'), .45), mobilenet_v3=(tv('mobilenet_v3_small'), .6),
+    efficientnet=(tv('efficientnet_b0'), .5), densenet=(tv('densenet121'), .45), convnext=(timm('convnext_atto'), .65), vit=(timm('vit_tiny_patch16_224', img_size=64), .65),
+    timm_resnet=(timm('resnet18'), .45), timm_mobilenet=(timm('mobilenetv3_small_050'), .7), timm_efficientnet=(timm('efficientnet_lite0'), .5),
+    xresnet=(partial(xresnet18, n_out=10), .45), regnet=(tv('regnet_y_400mf'), .75), googlenet=(tv('googlenet', init_weights=False), .6), vgg=(tv('vgg11_bn'), .45))
+
+@pytest.mark.parametrize('name', models)
+def test_model(name):
+    "Half of the channels of each group: masked and removed agree, the classes stay, it trains, and is smaller"
+    set_seed(0)
+    build,most = models[name]
+    model,x = build(),torch.randn(2,3,64,64)
+    plan = plan_for(s := Selection(.5, 'channel', scope='local'))(model, s, x)
+    masks = plan.choose({})
+    whole = n_macs(model, x)
+    set_masks(model, masks)
+    with evaluating(model): before = model(x)
+    plan.settle()
+    with evaluating(model): after = model(x)
+    assert after.shape==(2,10) and (after-before).abs().max()<=1e-5*max(1, before.abs().max().item())
+    assert n_macs(model, x)<most*whole and masked(model)=={}
+    out = model.train()(x)
+    sum(t.square().sum() for t in tensors(out)).backward()
+    ran = {k for k,p in model.named_parameters() if p.grad is not None}
+    assert ran>={k.rpartition('.')[0]+'.weight' for k in recipe_of(model).left if k.endswith('weight')}
+    fresh = shrink(build(), recipe_from_json(recipe_of(model).to_json()))
+    fresh.load_state_dict({k:v for k,v in model.state_dict().items()})
+    with evaluating(fresh), evaluating(model): assert fresh(x).equal(model(x))
+
+def test_heads():
+    "Heads of an attention go as a whole, and the others do what they did"
+    model = timm('vit_tiny_patch16_224', img_size=32)()
+    x = torch.randn(2,3,32,32)
+    found,_ = channel_groups(model, x)
+    heads = [g for g in found if g.heads]
+    assert len(heads)==12 and {len(g) for g in heads}=={3} and {g.step(8) for g in heads}=={1}
+    plan = plan_for(s := Selection({'blocks.*.attn.qkv':.34}, 'channel', scope='local'))(model, s, x)
+    set_masks(model, plan.choose({}))
+    plan.settle()
+    a = model.blocks[0].attn
+    assert (a.num_heads,a.head_dim,a.attn_dim,a.qkv.out_features,a.proj.in_features)==(2,64,128,384,128)
+
+def test_macs_by_two_others():
+    "Our count of multiplications against Torch-Pruning's, which counts what is element by element too"
+    tp = pytest.importorskip('torch_pruning')
+    x = torch.randn(1,3,64,64)
+    for name in ('resnet18','vgg11_bn'):
+        model = tv(name)()
+        small = clean_copy(model)
+        plan = plan_for(s := Selection(.5, 'channel'))(small, s, x.repeat(2,1,1,1))
+        set_masks(small, plan.choose({}))
+        plan.settle()
+        for m in (model,small):
+            theirs = tp.utils.count_ops_and_params(m, x)
+            assert .93<n_macs(m, x)/theirs[0]<=1 and n_params(m)==theirs[1]
+
+# In one shot
+
+@pytest.mark.parametrize('criterion', sorted(set(criteria)-{'movement'}))
+def test_one_shot(criterion):
+    learn = learner()
+    learn.fit(1, 1e-2)
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    s = quiet(learn.prune(.5, structure='channel', criterion=criterion, scope='local'))
+    assert widths(s.model)==[8,16,16,10] and widths(learn.model)==[16,32,32,10]
+    assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items())
+    every_parameter_moves(s)
+    assert s.predict is not None and s.validate()[0]<10
+
+def test_one_of_ones_own():
+    s = learner().prune(.5, structure=Channel(4), criterion=lambda w: w.std(1), scope='local')
+    assert widths(s.model)==[8,16,16,10]
+    s = learner().prune({'1':.25}, structure=Channel(4), scope='local')
+    assert widths(s.model)==[16,24,32,10]
+
+@pytest.mark.parametrize('what,share', [('macs',.5),('macs',.8),('params',.5),('params',.3)])
+def test_target(what, share):
+    learn = Learner(dls(), nn.Sequential(conv(1,32), conv(32,64,2), conv(64,64), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,10)), loss_func=CrossEntropyLossFlat())
+    s = learn.prune(target={what:share})
+    of = lambda l: n_macs(l.model, xs[:1]) if what=='macs' else n_params(l.model)
+    assert abs(of(s)/of(learn)-share)<.02 and all(w%8==0 for w in widths(s.model)[:-1])
+
+def test_target_of_ones_own():
+    "Anything that is a number of a model can be a target"
+    @targets
+    def widest(model, *xb): return float(sum(widths(model)))
+    try: s = learner().prune(target={'widest':.55})
+    finally: del targets['widest']
+    assert abs(sum(widths(s.model))/90-.55)<.02
+
+def test_latency_target():
+    set_seed(0)
+    model = nn.Sequential(conv(1,128), conv(128,128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128,10))
+    items = [(torch.randn(1,24,24), torch.tensor(i%10)) for i in range(16)]
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0), model, loss_func=CrossEntropyLossFlat())
+    try: s = learn.prune(target={'latency':.6})
+    except ValueError as e: assert 'the nearest that can be had' in str(e) # on a machine that is busy with something else
+    else: assert n_macs(s.model, items[0][0][None])<.9*n_macs(model, items[0][0][None])
+
+def test_few_channels():
+    "Layers with 8 channels or fewer are left whole, unless a finer step is asked for"
+    learn = learner()
+    learn.model[0] = conv(1,6)
+    learn.model[1][0] = nn.Conv2d(6,32,3,2,1)
+    assert widths(learn.prune(.5, structure='channel', scope='local').model)==[6,16,16,10]
+    assert widths(learn.prune(.5, structure=Channel(1), scope='local').model)==[3,16,16,10]
+
+def test_iterative():
+    "Prune, train, prune: one recipe in the end, and a fresh Learner takes it"
+    learn = learner()
+    learn.fit(1, 1e-2)
+    first = quiet(learn.prune(.25, structure='channel', scope='local'))
+    first.fit(1, 1e-2)
+    second = quiet(first.prune(.34, structure='channel', scope='local'))
+    assert widths(first.model)==[8,24,24,10] and widths(second.model)==[8,16,16,10]
+    assert recipe_of(second.model).shapes['1.0.weight']==(32,16,3,3)
+    second.save('second')
+    fresh = learner().load('second')
+    assert fresh.validate()==second.validate()
+
+# In a fit
+
+opts = dict(momentum=partial(SGD, mom=.9), adam=Adam, lookahead=lambda p, lr: Lookahead(Adam(p, lr), k=3), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+
+class Witness(Callback):
+    "What the optimizer knows of a layer's input weights right before and after channels are removed"
+    order = PruneScheduleCallback.order-1
+    def before_fit(self): self.before,self.after = None,None
+    def look(self):
+        p = self.model[2][0].weight
+        o = self.opt.opt if hasattr(self.opt, 'opt') else self.opt
+        return p.detach().clone(),{k:v.clone() for k,v in o.state[p].items() if torch.is_tensor(v) and v.shape==p.shape},L_(self.opt.hypers)
+    def after_batch(self):
+        if not self.training: return
+        if self.model[2][0].weight.shape[1]==32: self.before = self.look()
+    def before_batch(self):
+        if self.training and self.after is None and self.model[2][0].weight.shape[1]<32: self.after = self.look()
+def L_(hypers): return [dict(h) for h in hypers]
+
+@pytest.mark.parametrize('opt', opts)
+def test_schedule(opt):
+    "Masked along the schedule, removed once, and the optimizer goes on with what it knows of the rest"
+    learn = learner(opt_func=opts[opt])
+    params = [*learn.model.parameters()]
+    learn.fit(3, 1e-2, cbs=[PruneScheduleCallback(.5, structure='channel', scope='local', every=2, end=.6), w:=Witness()])
+    assert widths(learn.model)==[8,16,16,10] and masked(learn.model)=={}
+    assert all(a is b for a,b in zip(params, learn.model.parameters(), strict=True))
+    left = recipe_of(learn.model).left['2.0.weight']
+    (p0,s0,h0),(p1,s1,h1) = w.before,w.after
+    assert s0.keys()==s1.keys() and s1 and cut_tensor(p0, left).equal(p1)
+    assert all(cut_tensor(s0[k], left).equal(v) for k,v in s1.items())
+    assert any(v.abs().sum()>0 for v in s1.values()) and [h['lr'] for h in h0]==[h['lr'] for h in h1]
+    every_parameter_moves(learn)
+
+class Agree(Callback):
+    "The forward pass right before channels are removed, and right after"
+    order = PruneScheduleCallback.order-1
+    def before_fit(self): self.seen = []
+    def out(self):
+        with evaluating(self.model): return self.model(xs[:16])
+    def after_batch(self):
+        if self.training: self.seen.append((widths(self.model)[1],sparsity(self.model),self.out()))
+
+def test_masked_then_removed():
+    learn = learner()
+    plan = plan_for(s := Selection(.5, 'channel', scope='local'))(learn.model, s, xs[:4])
+    learn.fit(1, 1e-2)
+    set_masks(learn.model, plan.choose({}))
+    learn.fit(1, 1e-2)
+    with evaluating(learn.model): before = learn.model(xs)
+    s = learn.prune(structure='channel')
+    with evaluating(s.model): assert (s.model(xs)-before).abs().max()<1e-5
+    assert widths(s.model)==[8,16,16,10] and widths(learn.model)==[16,32,32,10]
+
+@pytest.mark.parametrize('cbs', [partial(GradientAccumulation, 96), MixUp], ids=['accumulation','mixup'])
+def test_with_other_callbacks(cbs):
+    learn = learner()
+    learn.fit(2, 1e-2, cbs=[PruneScheduleCallback(.5, structure='channel', scope='local', every=2), cbs()])
+    assert widths(learn.model)==[8,16,16,10]
+    every_parameter_moves(learn)
+
+@pytest.mark.parametrize('how', ['to_fp16','to_bf16'])
+def test_mixed_precision(how):
+    learn = getattr(learner(), how)()
+    learn.fit(2, 1e-2, cbs=PruneScheduleCallback(.5, structure='channel', scope='local', criterion='taylor', every=2))
+    assert widths(learn.model)==[8,16,16,10]
+    learn.fit(1, 1e-2)
+
+def test_target_in_a_fit():
+    learn = learner()
+    whole = n_macs(learn.model, xs[:1])
+    learn.fit(2, 1e-2, cbs=PruneScheduleCallback(target={'macs':.6}, structure=Channel(4), every=2))
+    assert abs(n_macs(learn.model, xs[:1])/whole-.6)<.02
+
+def test_nothing_happens_where_there_is_no_fit():
+    learn = learner(cbs=PruneScheduleCallback(.5, structure='channel'))
+    learn.validate()
+    learn.lr_find(show_plot=False, num_it=6)
+    assert widths(learn.model)==[16,32,32,10]
+
+def test_pull():
+    "Training with the pull on groups: what is removed afterwards matters less"
+    lost = {}
+    for reg in (0.,.3):
+        learn = learner()
+        learn.fit_one_cycle(6, 1e-2, cbs=GroupLassoCallback(reg) if reg else None)
+        s = learn.prune(.5, structure='channel', criterion='l2', scope='local')
+        gone = lambda l: torch.cat([score_group(g, l.model, 'l2').sort().values/score_group(g, l.model, 'l2').mean() for g in channel_groups(l.model, xs[:4])[0]])
+        lost[reg] = (quiet(s).validate()[0]-learn.validate()[0],gone(learn).min().item())
+    assert lost[.3][0]<lost[0.][0] and lost[.3][1]<lost[0.][1], lost
+
+def test_pull_and_schedule():
+    learn = learner()
+    learn.fit(2, 1e-2, cbs=[GroupLassoCallback(), PruneScheduleCallback(.5, structure='channel', scope='local', end=.5, every=2)])
+    assert widths(learn.model)==[8,16,16,10]
+    every_parameter_moves(learn)
+
+# Around a fit
+
+@pytest.mark.parametrize('with_opt', [True,False])
+def test_save_model_callback(tmp_path, with_opt):
+    "The best epoch may be from before channels were removed: its weights are cut as the model is, and its optimizer too"
+    class Worse(Callback):
+        "Makes the first epoch the best"
+        order = SaveModelCallback.order-1 if hasattr(SaveModelCallback, 'order') else 0
+        def after_epoch(self): self.learn.recorder.log[1] = self.epoch
+    learn = learner(tmp_path)
+    learn.fit(3, 1e-2, cbs=[PruneScheduleCallback(.5, structure='channel', scope='local', every=2), SaveModelCallback(with_opt=with_opt)])
+    assert widths(learn.model)==[8,16,16,10]
+    old = learner(tmp_path)
+    old.fit(1, 1e-2)
+    old.save('old', with_opt=True)
+    learn.load('old', with_opt=with_opt)
+    left = recipe_of(learn.model).left['2.0.weight']
+    assert cut_tensor(old.model[2][0].weight, left).equal(learn.model[2][0].weight)
+    every_parameter_moves(learn)
+
+def test_checkpoint(tmp_path):
+    learn = learner(tmp_path)
+    learn.fit(2, 1e-2, cbs=PruneScheduleCallback(.5, structure='channel', scope='local', every=2))
+    learn.save('m', with_opt=True)
+    fresh = learner(tmp_path).load('m', with_opt=True)
+    assert fresh.validate()==learn.validate() and recipe_of(fresh.model)==recipe_of(learn.model)
+    every_parameter_moves(fresh)
+
+def test_file(tmp_path):
+    "Weights and recipe in a safetensors file: a freshly built architecture, and no pickle"
+    learn = learner(tmp_path)
+    learn.fit(1, 1e-2)
+    s = quiet(learn.prune(.5, structure='channel', scope='local', fname='s.safetensors'))
+    s.fit(1, 1e-2)
+    s.save_sparse('s.safetensors')
+    assert (tmp_path/'s.safetensors').stat().st_size<4*n_params(s.model)+9000
+    back = quiet(learner(tmp_path).load_sparse('s.safetensors'))
+    assert all(v.equal(back.model.state_dict()[k]) for k,v in s.model.state_dict().items())
+    assert back.validate()==s.validate()
+    every_parameter_moves(back)
+    both = quiet(s.prune(.5))
+    both.save_sparse('both.safetensors')
+    again = learner(tmp_path).load_sparse('both.safetensors')
+    assert sparsity(again.model)==sparsity(both.model)>.45 and widths(again.model)==[8,16,16,10]
+
+def test_vision_learner(tmp_path):
+    "A body that is frozen, and a head, as `fine_tune` trains them; exported and loaded; quantized"
+    learn = quiet(vision_learner(pictures(), resnet18, pretrained=False, metrics=accuracy, path=tmp_path))
+    learn.fit(1, 1e-3)
+    learn.freeze()
+    s = quiet(learn.prune(target={'macs':.5}))
+    frozen = [not p.requires_grad for p in learn.model.parameters()]
+    assert [not p.requires_grad for p in s.model.parameters()]==frozen and any(frozen)
+    assert 'layer' not in str(recipe_of(learn.model).left) and any(k.startswith('1.') for k in recipe_of(s.model).left)
+    s.fine_tune(1, 1e-3)
+    every_parameter_moves(s)
+    with s.no_bar():
+        table = learn.compare(s, n=2)
+        assert abs(table['MACs']['float 2']/table['MACs']['float']-.5)<.02 and table['parameters']['float 2']<.8*table['parameters']['float']
+        q = s.quantize(n_batches=2)
+        assert q.model.n_macs==n_macs(s.model, torch.randn(1,3,32,32)) and q.model.report.float_layers=={}
+        s.export_onnx('s.onnx')
+        s.export('s.pkl')
+    back = load_learner(tmp_path/'s.pkl')
+    with back.no_bar(): assert back.predict(picture(3))[2].shape==(10,)
+
+def test_fine_tune_prunes_when_it_thaws():
+    learn = quiet(vision_learner(pictures(), resnet18, pretrained=False, metrics=accuracy))
+    learn.fine_tune(1, 1e-3, cbs=PruneScheduleCallback(.5, structure='channel', scope='local', every=1))
+    assert learn.model[0][4][0].conv1.out_channels==32
+    every_parameter_moves(learn)
+
+def test_unet():
+    learn = quiet(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), resnet18, pretrained=False, n_out=2, metrics=Dice()))
+    learn.fit(1, 1e-3)
+    with learn.no_bar(): before = learn.get_preds()[0].shape
+    s = quiet(learn.prune(.5, structure='channel', scope='local'))
+    assert n_params(s.model)<.7*n_params(learn.model)
+    every_parameter_moves(s)
+    with s.no_bar(): assert s.get_preds()[0].shape==before
+
+def test_tabular(tmp_path):
+    set_seed(0)
+    df = pd.DataFrame(dict(cat=np.random.choice(list('abcd'), 400), num=np.random.randn(400), big=100*np.random.randn(400)))
+    df['y'] = np.where((df.cat<'c')^(df.num>0), 'yes', 'no')
+    data = TabularDataLoaders.from_df(df, procs=[Categorify,Normalize], cat_names=['cat'], cont_names=['num','big'], y_names='y', bs=64, valid_idx=list(range(300,400)))
+    learn = quiet(tabular_learner(data, layers=[64,32], metrics=accuracy, path=tmp_path))
+    learn.fit(2, 1e-2)
+    s = quiet(learn.prune(.5, structure='channel', scope='local'))
+    assert widths(s.model)==[32,16,2] and s.model.embeds[0].weight.shape==learn.model.embeds[0].weight.shape
+    every_parameter_moves(s)
+    with s.no_bar(): assert s.predict(df.iloc[0].drop('y'))[2].shape==(2,)
+
+# Together with rounding
+
+def test_quantize_and_train_through_rounding():
+    learn = learner()
+    learn.fit(2, 1e-2)
+    s = quiet(learn.prune(.5, structure='channel', scope='local'))
+    s.fit(2, 1e-2)
+    q = s.quantize()
+    with q.no_bar(): assert abs(q.validate()[1]-s.validate()[1])<.06
+    assert q.model.report.float_layers=={} and q.model.n_macs==n_macs(s.model, xs[:1])
+    s.fit(2, 1e-3, cbs=QuantAwareCallback('int8'))
+    s.save('rounded')
+    fresh = learner().load('rounded')
+    assert rounding(fresh.model) and widths(fresh.model)==[8,16,16,10]
+    with s.no_bar(): assert s.quantize().model.report.trained and fresh.validate()==s.validate()
+
+# Looking at it
+
+def test_channel_report():
+    learn = learner()
+    s = learn.prune({'1':.5}, structure='channel', scope='local')
+    r = s.channel_report()
+    assert list(r.index)==['0.0','1.0','2.0','5'] and list(r.before)==[16,32,32,10] and list(r.after)==[16,16,32,10]
+    assert list(learn.channel_report(show_plot=False).after)==[16,32,32,10]
