@@ -116,7 +116,7 @@ def own_group(
     passing:bool=False, # Are they gone after the fit, and not part of the model?
     aside:bool=False # Do checkpoints of the middle have them nevertheless, for a fit that is resumed?
 ):
-    "Put `params` into a group of their own, the first, and take them out of the others"
+    "Put these parameters into a group of their own, the first, and take them out of the others"
     if opt is None or not params: return
     i = list(getattr(opt, 'guests', {})).index(name) if name in getattr(opt, 'guests', {}) else None
     if i is not None and [*map(id, params)]!=[*map(id, opt.param_lists[i])]: i = drop_group(opt, name)
