@@ -54,4 +54,4 @@ def with_bar(
     items          # What to go through; has a length
 ):
     "`items` with a progress bar that is gone afterwards"
-    return progress_bar(items, leave=False, display=hasattr(learn, 'progress'))
+    return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
