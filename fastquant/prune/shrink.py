@@ -246,7 +246,7 @@ def _sound(model, groups, xb):
     if groups: add(groups)
     return good,why
 
-# %% ../../nbs/17_prune.shrink.ipynb #17prunc91262
+# %% ../../nbs/17_prune.shrink.ipynb #17prunc5a1ca
 def channel_groups(
     model:nn.Module, # Left as it is
     *xb,             # A batch of inputs; the first two items tell what the model does
@@ -265,7 +265,8 @@ def channel_groups(
         why[g.name] = _unwanted(g, only, exclude) or (f'it has {len(g)*g.each} channels, and round_to={round_to} leaves no fewer' if len(g)<=g.step(round_to) else None)
         if not why[g.name]: good.append(g)
     good,wrong = _sound(model, good, xb)
-    why = {k:v for k,v in {**why, **wrong}.items() if v}
+    why.update(wrong)
+    why = {k:why[k] for k,_ in model.named_modules() if why.get(k)}
     for p in only:
         if not any(_is_in(g, p) for g in good): raise ValueError(f"No channels of {p!r} can be removed: {_reason(p, why)}. Leave it out.")
     if not good: raise ValueError(f"No channels can be removed from {type(model).__name__}: {'; '.join(f'{k!r}: {v}' for k,v in why.items()) or 'it has no convolution and no linear layer'}.")
