@@ -1,7 +1,7 @@
 "What removing channels costs in accuracy, and buys in time: `python -m benchmarks.structured --data ../shared/data`"
 from __future__ import annotations
 import torchvision
-from torchvision.models import get_model, list_models, resnet18
+from torchvision.models import list_models, resnet18
 from fastquant.callback.prune import *
 from fastquant.export import *
 from fastquant.learner import *
@@ -67,7 +67,7 @@ def one_model(name):
     "What becomes of a model that loses half of the channels of each group: a row of the table"
     set_seed(42)
     size = dict(image_size=64) if name.startswith('vit') else {}
-    model = get_model(name, num_classes=10, **size, **(dict(init_weights=False) if name in ('googlenet','inception_v3') else {}))
+    model = torchvision.models.get_model(name, num_classes=10, **size, **(dict(init_weights=False) if name in ('googlenet','inception_v3') else {}))
     x,row = torch.randn(2,3,64,64),dict(net=name, runs=False, groups=0, macs_left=1., why='')
     if name=='maxvit_t' or name.startswith('inception'): x = torch.randn(2,3,224 if name=='maxvit_t' else 96,224 if name=='maxvit_t' else 96)
     try:
