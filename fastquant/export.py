@@ -11,6 +11,7 @@ import numpy as np, onnx, onnxruntime as ort, torch
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fastcore.all import patch
 from pathlib import Path
 from google.protobuf.message import DecodeError
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
@@ -227,15 +228,6 @@ class Engine(nn.Module):
         size = lambda i: math.prod(shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims)
         return sum(size(i) for i in g.initializer if i.name not in aside and i.data_type!=INT64)
     @property
-    def n_macs(self)->int:
-        "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
-        g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
-        shape = {v.name:[d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in [*g.input,*g.value_info,*g.output]}
-        shape.update({i.name:list(i.dims) for i in g.initializer})
-        size = lambda n: math.prod(shape[n.input[0] if n.op_type=='ConvTranspose' else n.output[0]])
-        each = lambda n: math.prod(shape[n.input[1]][1:]) if 'Conv' in n.op_type else shape[n.input[0]][-1]
-        return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
-    @property
     def metadata(self)->dict:
         "What is written in the file besides the model"
         return {k:json.loads(v) for k,v in self.session.get_modelmeta().custom_metadata_map.items()}
@@ -250,6 +242,17 @@ class Engine(nn.Module):
         out = [torch.from_numpy(o).to(xb[0].device) for o in self.session.run(None, feed)]
         return out[0] if len(out)==1 else tuple(out)
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
+
+# %% ../nbs/07_export.ipynb #07expo78d278
+@patch(as_prop=True)
+def n_macs(self:Engine)->int:
+    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
+    g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
+    shape = {v.name:[d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in [*g.input,*g.value_info,*g.output]}
+    shape.update({i.name:list(i.dims) for i in g.initializer})
+    size = lambda n: math.prod(shape[n.input[0] if n.op_type=='ConvTranspose' else n.output[0]])
+    each = lambda n: math.prod(shape[n.input[1]][1:]) if 'Conv' in n.op_type else shape[n.input[0]][-1]
+    return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
 
 # %% ../nbs/07_export.ipynb #07expo0bd896
 integer_kernels = {'QLinearConv','QGemm','QLinearMatMul','MatMulIntegerToFloat','MatMulInteger','ConvInteger','DynamicQuantizeMatMul'}

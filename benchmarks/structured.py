@@ -1,0 +1,95 @@
+"What removing channels costs in accuracy, and buys in time: `python -m benchmarks.structured --data ../shared/data`"
+from __future__ import annotations
+import torchvision
+from torchvision.models import list_models, resnet18
+from fastquant.callback.prune import *
+from fastquant.export import *
+from fastquant.learner import *
+from fastquant.prune.groups import *
+from fastquant.prune.learner import *
+from fastquant.prune.mask import *
+from fastquant.prune.recipe import *
+from fastquant.prune.select import *
+from fastquant.prune.shrink import *
+from fastquant.prune.sparse import *
+from fastquant.report import latency as in_turns, n_macs, n_params
+from fastquant.trace import evaluating, tensors
+from .common import *
+
+sections = Registry('section')
+epochs = 4
+
+def fine_tuned(
+    o:Options,
+    name:str, # Of what comes out; found under it if it was trained before
+    learn,    # A Learner, changed by training
+    cbs=None
+)->Learner:
+    "`learn` after the fit that all have in common, or as it was after one"
+    fname = o.cache/f"structured-{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
+    if not fname.exists():
+        set_seed(42)
+        learn.fit_one_cycle(o.some(epochs, 1), 4e-3, cbs=[Flip(),Crop(),*L(cbs)])
+        fname.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(fname, pack_model(learn.model))
+    learn.model,_ = unpack_model(fname.read_bytes(), resnet20(o))
+    return learn
+
+@sections
+def cifar(o):
+    "Half the multiplications of ResNet-20, against the float net fine-tuned as long"
+    start = lambda: learner(resnet20(o), *cifar10(o), bs=128).to_channelslast(use_amp=False)
+    x = torch.randn(2,3,32,32)
+    row = lambda what,l: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=100*l.validate()[1])
+    half = dict(target={'macs':.5}, structure=Channel(4), scope='local')
+    rows = [row('as it came', start()),row('half, one shot', start().prune(**half)),row(f'float, {epochs} epochs', fine_tuned(o, 'float', start()))]
+    rows.append(row(f'half along a schedule, {epochs} epochs', fine_tuned(o, 'schedule', start(), PruneScheduleCallback(**half, end=.4))))
+    for r in rows: r['lost'] = rows[2]['top1']-r['top1']
+    return rows,[target('share of multiplications left', rows[3]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[3]['lost'], 1., .3)]
+
+@sections
+def latency(o):
+    "ResNet-18 at 224 px, batch 1, one thread: half the multiplications, in PyTorch and in ONNX Runtime, and int8 on top"
+    data,x = noise(16, 224),torch.randn(1,3,224,224)
+    learn = learner(settled(lambda: resnet18(num_classes=10)), data, data, bs=8)
+    half = learn.prune(target={'macs':.5}, scope='local')
+    floats = {'float':learn,'half':half}
+    engines = {f'{k}, ONNX Runtime':Engine(to_bytes(to_onnx(copy_model(l.model), x))) for k,l in floats.items()}
+    ints = {f'{k}, int8':l.quantize(n_batches=1).model for k,l in floats.items()}
+    nets = {**{k:l.model.eval() for k,l in floats.items()}, **engines, **ints}
+    with torch.no_grad(): table = in_turns({k:lambda m=m: m(x) for k,m in nets.items()}, n=o.some(60, 3), seconds=300)
+    rows = [dict(net=k, macs=n_macs(m, x), **table.loc[k], times_faster=table['median']['float']/table['median'][k]) for k,m in nets.items()]
+    ms = table['median']
+    return rows,[target('half, eager', ms['float']/ms['half'], 1.7, 1.9),
+        target('half, ONNX Runtime', ms['float, ONNX Runtime']/ms['half, ONNX Runtime'], 1.7, 1.9), target('half and int8, against float eager', ms['float']/ms['half, int8'], 8, 10)]
+
+def one_model(name):
+    "What becomes of a model that loses half of the channels of each group: a row of the table"
+    set_seed(42)
+    size = dict(image_size=64) if name.startswith('vit') else {}
+    model = torchvision.models.get_model(name, num_classes=10, **size, **(dict(init_weights=False) if name in ('googlenet','inception_v3') else {}))
+    x,row = torch.randn(2,3,64,64),dict(net=name, runs=False, groups=0, macs_left=1., why='')
+    if name=='maxvit_t' or name.startswith('inception'): x = torch.randn(2,3,224 if name=='maxvit_t' else 96,224 if name=='maxvit_t' else 96)
+    try:
+        s = Selection(.5, 'channel', scope='local')
+        plan,whole = plan_for(s)(model, s, x),n_macs(model, x)
+        set_masks(model, plan.choose({}))
+        plan.settle()
+        out = tensors(model.train()(x))
+        sum(t.square().sum() for t in out).backward()
+        with evaluating(model): same = model(x).shape==(2,10)
+        row.update(runs=same, groups=len(plan.groups), macs_left=n_macs(model, x)/whole, px=x.shape[-1])
+    except (ValueError,RuntimeError) as e: row['why'] = str(e).splitlines()[0][:160]
+    return row
+
+@sections
+def models(o):
+    "Every classification model of torchvision, at 64 px or the smallest size it takes: does it run forward and backward with half of the channels of each group?"
+    names = list_models(torchvision.models)
+    rows = []
+    for name in names[:o.some(len(names), 4)]:
+        rows.append(one_model(name))
+        print(rows[-1], flush=True)
+    return rows,[target('models that lose channels and run', sum(r['runs'] for r in rows), 70, 77)]
+
+if __name__=='__main__': run(sections, 'structured')

@@ -1,0 +1,167 @@
+"Each kind of bad input to the removal of channels gets an error that says how to go on, and leaves the Learner and the disk as they were"
+import builtins, json, pytest, torch
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from safetensors import safe_open
+from torch import nn
+from fastquant.all import *
+
+def net(mid=16):
+    convs = nn.Conv2d(2, mid, 3, bias=False),nn.BatchNorm2d(mid),nn.ReLU(),nn.Conv2d(mid, 12, 3),nn.ReLU()
+    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
+
+def learner(model, path='.'):
+    set_seed(0)
+    items = [(torch.randn(2, 8, 8), torch.tensor(i%3)) for i in range(32)]
+    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0), model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path)
+    learn.remove_cb(learn.progress)
+    learn.logger = lambda o: None
+    return learn
+
+@pytest.fixture
+def learn(tmp_path): return learner(net(), tmp_path)
+
+def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(v.equal(b[k]) or v.isnan().any() for k,v in a.items())
+def noop(l): pass
+def nan_weight(l): l.model[3].weight.data[1] = torch.nan
+def small_scores(l): l.model[0].weight.data.mul_(1e-6)
+
+cases = dict(
+    too_much=(noop, dict(amount=.97), "Nothing would be left of the channels of '(0|3)'. Prune less, exclude it, or .* scope='local'"),
+    too_much_local=(noop, dict(amount=.99, scope='local'), "Nothing would be left of the channels of '0'"),
+    percent=(noop, dict(amount=30), 'so 0.3 for 30%'),
+    output=(noop, dict(amount={'7':.5}), "No channels of '7' can be removed: '7': it reaches the output. Leave it out"),
+    last=(noop, dict(amount=.5, last=True), "last=True: what the last layer makes is the model's output"),
+    nothing=(noop, dict(amount=.5, exclude=['0','3']), "No channels can be removed from Sequential: .*'0': excluded"),
+    narrow=(noop, dict(amount=.5, structure=Channel(64)), "it has 16 channels, and round_to=64 leaves no fewer"),
+    step=(noop, dict(amount=.5, structure=lambda: Channel(0)), 'pass the number that channel counts shall be multiples of'),
+    pattern=(noop, dict(amount=.5, exclude='head'), "'head' matches no module"),
+    criterion=(noop, dict(amount=.5, criterion='magnitud'), "Did you mean 'magnitude'"),
+    scores=(noop, dict(amount=.5, criterion=lambda w: w), 'must give one score for each of the 16 rows'),
+    nan=(nan_weight, dict(amount=.5), "NaN"),
+    no_batchnorm=(noop, dict(amount=.5, criterion='bn_scale'), "needs the scale of a batchnorm, and the channels of '3' have none"),
+    target_and_amount=(noop, dict(amount=.5, target={'macs':.5}), 'one of the two says how much'),
+    target_percent=(noop, dict(target={'macs':50}), 'above 0 and below 1'),
+    target_many=(noop, dict(target={'macs':.5, 'params':.5}), 'pass one measure'),
+    target_name=(noop, dict(target={'mac':.5}), "No target is called 'mac'. Did you mean 'macs'"),
+    target_low=(noop, dict(target={'macs':.05}), 'with everything removed that can be, 0.3.* would be left. Pass more than that'),
+    target_coarse=(noop, dict(target={'macs':.8}), 'the nearest that can be had with multiples of 8 is 0.*Channel'))
+
+@pytest.mark.parametrize('case', cases)
+def test_prune(learn, case):
+    change,kwargs,message = cases[case]
+    change(learn)
+    before = state(learn)
+    kwargs = dict(structure='channel') | kwargs
+    with pytest.raises(ValueError, match=message):
+        if case=='step': kwargs['structure'] = kwargs['structure']()
+        learn.prune(**kwargs, fname='m.safetensors')
+    assert same(state(learn), before) and masked(learn.model)=={} and not recipe_of(learn.model) and not list(learn.path.glob('*.safetensors'))
+
+@pytest.mark.parametrize('case', [k for k in cases if k not in ('step','nan')])
+def test_fit(learn, case):
+    "In a fit: before anything is removed, and one can go on"
+    change,kwargs,message = cases[case]
+    kwargs = dict(structure='channel') | kwargs
+    with pytest.raises(ValueError, match=message): learn.fit(1, 1e-9, cbs=PruneScheduleCallback(**kwargs, schedule='one_shot'))
+    assert not recipe_of(learn.model) and learn.model[0].out_channels==16 and sparsity(learn.model)==0
+    learn.fit(1)
+
+def test_target_for_zeros(learn):
+    with pytest.raises(ValueError, match="target=.*zeros change no target.*structure='channel'"): learn.prune(structure='weight', target={'macs':.5})
+
+def test_nothing_pruned_yet(learn):
+    with pytest.raises(ValueError, match='Nothing has been pruned yet'): learn.prune(structure='channel')
+    slearn = learn.prune(.3)
+    with pytest.raises(ValueError, match='No channel is masked entirely'): slearn.prune(structure='channel')
+
+class Severed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Conv2d(2, 16, 3),nn.Linear(16, 3)
+    def forward(self, x): return self.b(self.a(x).mean((2,3)).detach()).argmax(1).float()
+
+def test_no_trace():
+    "A model that cannot be traced names the operation"
+    learn = learner(Severed())
+    with pytest.raises(ValueError, match="Severed cannot be traced: behind '(argmax|detach)' in .* no gradient leads back"): learn.prune(.5, structure='channel')
+
+class Mixed(nn.Module):
+    "Channels that are normalised together, shuffled, and added to the input"
+    def __init__(self):
+        super().__init__()
+        self.a,self.norm,self.b = nn.Linear(8, 16),nn.LayerNorm(16),nn.Linear(16, 8)
+        self.out = nn.Linear(8, 3)
+    def forward(self, x):
+        x = x.flatten(1)[:,:8]
+        return self.out(self.b(self.norm(self.a(x)))+x)
+
+def test_groups_that_are_left_alone_say_why():
+    with pytest.raises(ValueError, match="'a': it goes through 'norm', a LayerNorm.*'b': .*fails") as e: channel_groups(Mixed(), torch.randn(4, 8), round_to=1)
+    assert "'out': it reaches the output" in str(e.value)
+
+def test_tied_weights():
+    m = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    m[4].weight = m[2].weight
+    with pytest.raises(ValueError, match="used twice under different names"): channel_groups(m, torch.randn(4, 8), round_to=1)
+
+def test_rounding_comes_after(learn):
+    "A model that is prepared for quantization is told what to do first, before anything is changed"
+    learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))
+    before = state(learn)
+    for f in (lambda: learn.prune(.5, structure='channel'), lambda: learn.fit(1, 0., cbs=PruneScheduleCallback(.5, structure='channel'))):
+        with pytest.raises(ValueError, match='remove_quant'): f()
+    assert learn.model[0].out_channels==16 and before.keys()==state(learn).keys()
+    learn.remove_quant()
+    assert learn.prune(.5, structure='channel').model[0].out_channels<=16
+    with pytest.raises(ValueError, match='from before|remove_quant|was not cut|prepared'): shrink(prepare(net(), 'int8', torch.randn(4,2,8,8)), Recipe({}, {}))
+
+def test_engine(learn):
+    learn.fit(1, 1e-3)
+    with pytest.raises(ValueError, match='Prune the float Learner it came from'): learn.quantize().prune(.5, structure='channel')
+
+def test_recipe_that_does_not_fit(learn, tmp_path):
+    "A recipe for another architecture: in a file, in a checkpoint, by hand"
+    s = learn.prune(.5, structure='channel', scope='local', fname='s.safetensors')
+    s.save('s')
+    other = learner(net(24), tmp_path)
+    before = state(other)
+    message = r"'0.weight' is of shape \(24, 2, 3, 3\) in the model, and was of shape \(16, 2, 3, 3\)"
+    for f in (lambda: other.load_sparse('s.safetensors'), lambda: other.load('s'), lambda: shrink(other.model, recipe_of(s.model))):
+        with pytest.raises(ValueError, match=message): f()
+    assert same(state(other), before) and not recipe_of(other.model)
+    less = learner(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), tmp_path)
+    with pytest.raises(ValueError, match="'0.weight' is missing in the model"): less.load('s')
+    twice = learner(net(), tmp_path).prune(.5, structure='channel', scope='local', criterion=lambda w: -w.abs().mean(1))
+    with pytest.raises(ValueError, match='cut differently'): twice.load('s')
+
+def test_recipe_that_is_damaged(learn, tmp_path):
+    s = learn.prune(.5, structure='channel', scope='local')
+    text = recipe_of(s.model).to_json()
+    d = json.loads(text)
+    for bad in ('', 'x', text[:-5], '[1]', '{"lists":[],"tensors":{"0.weight":[[16,2,3,3],{"0":0}]}}', json.dumps({**d, 'lists':[[5,3]]*len(d['lists'])}),
+        json.dumps({**d, 'lists':[[99]]*len(d['lists'])}), json.dumps({**d, 'lists':[[]]*len(d['lists'])}), json.dumps({**d, 'lists':[['a']]*len(d['lists'])})):
+        with pytest.raises(ValueError): recipe_from_json(bad)
+
+def test_file_is_plain_data(learn):
+    "The recipe in the file is JSON, and there is no pickle"
+    learn.prune(.5, structure='channel', scope='local', fname='s.safetensors')
+    with safe_open(learn.path/'s.safetensors', 'pt') as f: about = json.loads(f.metadata()['about'])
+    assert recipe_from_json(about['recipe']).shapes['0.weight']==(16,2,3,3)
+
+def test_without_torch_pruning(learn, monkeypatch):
+    real = builtins.__import__
+    def no(name, *args, **kwargs):
+        if name.startswith('torch_pruning'): raise ImportError(name)
+        return real(name, *args, **kwargs)
+    monkeypatch.setattr(builtins, '__import__', no)
+    with pytest.raises(ImportError, match=r"pip install 'fastquant\[structured\]'"): learn.prune(.5, structure='channel')
+
+@pytest.mark.parametrize('kwargs', [dict(reg=0), dict(reg=-1), dict(alpha=-1)], ids=str)
+def test_pull(kwargs):
+    with pytest.raises(ValueError, match=f"{[*kwargs][0]}=.*pass|{[*kwargs][0]}=.*Pass"): GroupLassoCallback(**kwargs)
+
+def test_other_uses_of_the_structure(learn):
+    "What works on single layers says that channels are not of one"
+    for f in (lambda: learn.prune_sensitivity(structure='channel'), lambda: learn.lottery_ticket(.5, 1, structure='channel')):
+        with pytest.raises(ValueError, match='channels go through several layers'): f()
