@@ -8,10 +8,8 @@ Docs: https://fastquant-dev.github.io/fastquant/learner.html.md"""
 from __future__ import annotations
 import pandas as pd
 from warnings import warn
-from copy import deepcopy
 from dataclasses import asdict
 from fastai.basics import *
-from fastai.callback.hook import Hook, Hooks
 from fastai.layers import ToTensorBase
 from .basics import *
 from .spec import *
@@ -25,21 +23,17 @@ from .optimizer import *
 from .train import *
 from .callback.quant import *
 from .prune.recipe import *
+from .prune.shrink import clean_copy
 
 # %% auto #0
 __all__ = ['restorers', 'copy_model', 'describe', 'restore_channels', 'restore_rounding']
 
 # %% ../nbs/22_learner.ipynb #22lear2e7f2e
-def _copy(model):
-    "A copy of `model` without what hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, Hooks) else [v]) if isinstance(h, Hook)]
-    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
-
 def copy_model(
     model:nn.Module # Left as it is
 )->nn.Module:
     "A copy of `model` for inference: without what hooks have stored, and without layers that only change a tensor's class"
-    model = _copy(model)
+    model = clean_copy(model)
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
@@ -141,6 +135,7 @@ def restore_rounding(
         with calibration_dl(learn, None, 1) as dl: prepare(model, spec_from_json(bytes(text.tolist()).decode()), *inputs(learn, dl, 1)[0])
         own_group(learn.opt, steps(model))
 
+# %% ../nbs/22_learner.ipynb #22learfirst1
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
 
 @contextmanager

@@ -13,7 +13,7 @@ from fastai.callback.schedule import *
 from ..basics import *
 from ..export import Engine
 from ..data import *
-from ..learner import describe, restorers, _copy, _twin
+from ..learner import describe, restorers, _twin
 from ..callback.prune import *
 from .criteria import *
 from .groups import *
