@@ -18,6 +18,7 @@ from .prune.mask import *
 from .prune.sparse import *
 from .prune.regrow import *
 from .distill import *
+from .lowrank import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *
@@ -25,3 +26,4 @@ from .callback.prune import *
 from .learner import *
 from .prune.learner import *
 from .callback.distill import *
+from .decompose import *
