@@ -22,7 +22,7 @@ from .prune.mask import masked
 # %% auto #0
 __all__ = ['restore_lowrank', 'RankSensitivity']
 
-# %% ../nbs/25_decompose.ipynb #25decodaad7e
+# %% ../nbs/25_decompose.ipynb #25deco50ffb3
 @patch
 def decompose(self:Learner,
     energy:float=None,   # Share of the energy (squares of the weight) that each layer keeps
@@ -35,7 +35,7 @@ def decompose(self:Learner,
     dl=None,             # Data for that; the training set without augmentation if None
     n_batches:int=8      # Batches of it
 )->Learner: # To be trained on, or used; `self` is left as it is
-    "A copy of `self` with layers of low rank, named in `left_alone` those that would grow or cannot be; raises `ValueError` if there is nothing to gain"
+    "A copy of `self` with layers of low rank, and in its `not_factorised` why others are not; raises `ValueError` if there is nothing to gain"
     _check_one(energy=energy, params=params, macs=macs, ranks=ranks)
     model = _float_copy(self)
     with calibration_dl(self, dl, n_batches if aware else 1) as dl: batches = inputs(self, dl, n_batches if aware else 1)
@@ -48,7 +48,7 @@ def decompose(self:Learner,
     new = {k:factorise(*layers[k], r, m.get(k)) for k,r in chosen.items() if k not in left}
     if not new: raise ValueError(f"There is nothing to gain: {'; '.join(f'{k!r}: {w}' for k,w in left.items()) or 'the model has no layer that can be factorised'}. Keep less, or choose other layers.")
     learn = _trainable(self, replace_layers(model, new))
-    learn.left_alone = left
+    learn.not_factorised = left
     return learn
 
 # %% ../nbs/25_decompose.ipynb #25deco800510
