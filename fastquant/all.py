@@ -20,6 +20,7 @@ from .prune.sparse import *
 from .prune.regrow import *
 from .prune.shrink import *
 from .distill import *
+from .lowrank import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *
@@ -27,3 +28,4 @@ from .callback.prune import *
 from .learner import *
 from .prune.learner import *
 from .callback.distill import *
+from .decompose import *

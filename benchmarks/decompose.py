@@ -1,0 +1,56 @@
+"What low rank costs in accuracy, and what it buys in time: `python -m benchmarks.decompose --data ../shared/data`"
+from __future__ import annotations
+import tempfile
+from torchvision.models import resnet18
+from fastquant.decompose import *
+from fastquant.export import Engine
+from fastquant.learner import *
+from fastquant.lowrank import *
+from fastquant.report import latency as in_turns, n_params
+from fastquant.trace import evaluating
+from .common import *
+
+sections = Registry('section')
+
+@sections
+def exact(o):
+    "Outputs at full rank, against those of the model as it was, relative to the largest"
+    rows = []
+    for name,model,x in (('resnet20',resnet20(o),cifar10(o)[1].tensors[0][:64]), ('resnet18',settled(resnet18, 64),torch.randn(4, 3, 128, 128))):
+        layers,_ = find_layers(model, x)
+        new = replace_layers(copy_model(model), {k:factorise(m, f, factorisations.find(f).full(m)) for k,(m,f) in layers.items()})
+        with evaluating(model), evaluating(new): a,b = model(x),new(x)
+        rows.append(dict(net=name, layers=len(layers), difference=((a-b).abs().max()/a.abs().max()).item()))
+    worst = max(r['difference'] for r in rows)
+    return rows,[dict(what='largest difference at full rank', value=worst, at_least=1e-4, aim=1e-5, reached='aim' if worst<=1e-5 else 'floor' if worst<=1e-4 else 'no')]
+
+@sections
+def latency(o):
+    "ResNet-18 at 224 px with half the MACs in ONNX Runtime, against as it was"
+    px = 224
+    with torch.no_grad(): learn = learner(settled(resnet18, px), noise(8, px), noise(8, px), bs=4)
+    half = learn.decompose(macs=.5)
+    x = torch.randn(1, 3, px, px)
+    with tempfile.TemporaryDirectory() as d: engines = {k:Engine(l.export_onnx(Path(d)/f'{k}.onnx').read_bytes()) for k,l in dict(dense=learn, half=half).items()}
+    ms = in_turns({k:lambda e=e: e(x) for k,e in engines.items()}, n=o.some(50, 3), seconds=60)
+    nets = dict(dense=learn.model, half=half.model)
+    rows = [dict(net=k, macs=sum(macs(nets[k], x).values()), params=n_params(nets[k]), median_ms=r['median'].round(2), spread_ms=r['spread'].round(2)) for k,r in ms.iterrows()]
+    return rows,[target('ResNet-18 with half the MACs: times faster in ONNX Runtime', ms['median']['dense']/ms['median']['half'], 1.3, 1.6)]
+
+@sections
+def cifar(o, epochs=3):
+    "ResNet-20 with half its parameters by Tucker-2, before and after fine-tuning, against as it came"
+    data = cifar10(o)
+    learn = learner(resnet20(o), *data, bs=128).to_channelslast(use_amp=False)
+    right = lambda l: 100*l.validate()[1]
+    rows = [dict(net='as it came', params=n_params(learn.model), top1=right(learn))]
+    for aware in (False,True):
+        half = learn.decompose(params=.5, aware=aware)
+        rows.append(dict(net=f"half the parameters{', weighed by inputs' if aware else ''}", params=n_params(half.model), top1=right(half)))
+    half = half.to_channelslast(use_amp=False)
+    set_seed(42)
+    half.fit_one_cycle(o.some(epochs, 1), 4e-3, cbs=[Flip(),Crop()])
+    rows.append(dict(net=f'the last, after {epochs} epochs', params=n_params(half.model), top1=right(half)))
+    return rows,[target('ResNet-20, half the parameters by Tucker-2: points above as it came', rows[-1]['top1']-rows[0]['top1'], -1.5, -.5)]
+
+if __name__=='__main__': run(sections, 'decompose')

@@ -1,0 +1,91 @@
+"What a teacher, a peer and oneself are worth, and what a step with a teacher costs: `python -m benchmarks.distill --data ../shared/data`"
+from __future__ import annotations
+import warnings
+from torchvision.models import resnet18
+from fastquant.callback.distill import *
+from fastquant.callback.quant import *
+from fastquant.distill import *
+from fastquant.learner import *
+from fastquant.report import latency as in_turns
+from .common import *
+
+sections = Registry('section')
+
+def small(): return CifarResNet(1, 8)
+def resnet8(): return CifarResNet(1)
+
+def top1(learn)->float:
+    "Top-1 on the test set, in percent"
+    return 100*learn.validate()[1]
+
+def fitted(
+    o:Options,
+    net,          # A function that makes the net
+    epochs:int,
+    lr:float,
+    seed:int=0,
+    cbs=()        # Besides augmentation
+)->Learner:
+    "`net` from random weights, after a fit on CIFAR-10"
+    set_seed(seed)
+    learn = learner(net(), *cifar10(o), bs=128).to_channelslast(use_amp=False)
+    learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),Crop(),*cbs])
+    return learn
+
+def gain(rows, ways):
+    "How much better the second of `ways` is than the first, on the average over seeds"
+    a,b = ([r['top1'] for r in rows if r['way']==w] for w in ways)
+    return np.mean(b)-np.mean(a)
+
+@sections
+def time(o):
+    "A whole step of fastai's loop at 128 px, batches of 16, with a ResNet-18 as teacher and without"
+    set_seed(42)
+    ds = TensorDataset(torch.randn(16, 3, 128, 128), torch.randint(0, 10, (16,)))
+    def learn():
+        l = learner(resnet18(num_classes=10), ds, ds, bs=16)
+        l.add_cb(NoValid())
+        return l
+    teacher,steps = resnet18(num_classes=10),o.some(4, 1)
+    ways = {'alone':[], 'soft targets':[DistillCallback(teacher)], 'soft targets and attention':[DistillCallback(teacher, features=Match('layer*', loss='attention'))]}
+    learns = {k:learn() for k in ways}
+    fns = {k:lambda k=k: learns[k].fit(steps, 1e-4, cbs=ways[k]) for k in ways}
+    ms = in_turns(fns, o.some(8, 1), warmup=1, seconds=float('inf'))/steps
+    base = ms['median']['alone']
+    rows = [dict(way=k, median_ms=r['median'].round(1), spread_ms=r['spread'].round(1), ratio=(r['median']/base).round(3)) for k,r in ms.iterrows()]
+    return rows,[target('distillation step against plain step, ResNet-18', ms['median']['soft targets']/base, 1.35, 1.29)]
+
+class NoValid(Callback):
+    "A fit is its training"
+    def before_validate(self): raise CancelValidException
+
+@sections
+def student(o, epochs=4):
+    "A ResNet-8 of half the width with ResNet-20 as teacher, against itself alone"
+    ways = {'alone':lambda: [], 'soft targets':lambda: [DistillCallback(resnet20(o), weight=.9)]}
+    rows = [dict(way=k, seed=s, epochs=epochs, top1=top1(fitted(o, small, epochs, 1e-2, s, cbs()))) for s in range(o.some(3, 1)) for k,cbs in ways.items()]
+    return rows,[target('small student with ResNet-20 as teacher against alone (points)', gain(rows, ways), .5, 1.5)]
+
+@sections
+def w2a2(o, epochs=1):
+    "Training ResNet-20 through the rounding of w2a2, with the float net as teacher and without"
+    rows = []
+    for way,cbs in {'labels only':lambda: [], 'with the float net as teacher':lambda: [DistillCallback(resnet20(o), weight=.7)]}.items():
+        set_seed(42)
+        learn = learner(resnet20(o), *cifar10(o), bs=64).to_channelslast(use_amp=False)
+        learn.validate(cbs=PTQCalibrate(spec='w2a2'))
+        learn.fit_one_cycle(o.some(epochs, 1), 2e-3, cbs=[Flip(),Crop(),QuantAwareCallback('w2a2'),*cbs()])
+        rows.append(dict(way=way, epochs=epochs, top1=top1(learn)))
+    return rows,[target('w2a2 with the float net as teacher against without (points)', rows[1]['top1']-rows[0]['top1'], 0, .5)]
+
+@sections
+def mutual(o, epochs=4):
+    "Two ResNet-8s that learn from each other, against each alone"
+    alone = [fitted(o, resnet8, epochs, 1e-2, s) for s in (0,1)]
+    set_seed(1)
+    peer = learner(resnet8(), *cifar10(o), bs=128).to_channelslast(use_amp=False)
+    both = [fitted(o, resnet8, epochs, 1e-2, 0, [MutualCallback(peer)]),peer]
+    rows = [dict(way=w, net=i, epochs=epochs, top1=top1(l)) for w,ls in (('alone',alone), ('mutual',both)) for i,l in enumerate(ls)]
+    return rows,[target('mutual learning of two ResNet-8s against each alone (points)', gain(rows, ('alone','mutual')), 0, .5)]
+
+if __name__=='__main__': run(sections, 'distill')
