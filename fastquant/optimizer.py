@@ -26,6 +26,8 @@ class Guest:
 def _inner(opt): return opt.opt if isinstance(getattr(opt, 'opt', None), Optimizer) else opt
 def _state(opt): return inner.opt.state if isinstance(inner:=_inner(opt), OptimWrapper) else inner.state
 def _groups(opt): return list(inner.opt.param_groups) if isinstance(inner:=_inner(opt), OptimWrapper) else list(zip(inner.param_lists, inner.hypers))
+
+# %% ../nbs/19_optimizer.ipynb #19optidddfff
 def _params(group): return group['params'] if isinstance(group, dict) else group[0]
 
 def _set_groups(opt, groups):
@@ -75,6 +77,7 @@ def _alone(self:StepGroup):
         self.guests = guests
         if slow: self.slow_weights = L(L(slow.get(p, s) for p,s in zip(ps, ss)) for ps,ss in zip(self.param_lists, self.slow_weights))
 
+# %% ../nbs/19_optimizer.ipynb #19optie9ea10
 @patch
 def _plain(self:StepGroup, name): return getattr(super(StepGroup, self), name, None) or getattr(self.opt, name)
 
