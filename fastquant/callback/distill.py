@@ -127,6 +127,7 @@ def join(self:TeachingCallback):
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
     for p in ps if num_distrib()>1 else (): torch.distributed.broadcast(p.data, 0)
 
+# %% ../../nbs/24_callback.distill.ipynb #24call8c035d
 @patch
 def leave(self:TeachingCallback):
     "Let nothing stay behind"
@@ -164,6 +165,7 @@ def check_outputs(self:TeachingCallback, student, teacher, whose):
 
 def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
+# %% ../../nbs/24_callback.distill.ipynb #24call16758d
 def _model_of(o, arg):
     "The model in `o`; raises `ValueError` if there is none"
     if not isinstance(o, (Learner,nn.Module)): raise ValueError(f"{arg}={o!r}: pass a trained Learner or model.")
