@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/distill.html.md"""
 
 # %% ../nbs/09_distill.ipynb #09diste10f6a
 from __future__ import annotations
-import inspect, math, torch
+import inspect, math
 import torch.nn.functional as F
 from contextlib import contextmanager
 from dataclasses import dataclass
