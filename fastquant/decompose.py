@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/decompose.html.md"""
 
 # %% ../nbs/25_decompose.ipynb #25deco8135be
 from __future__ import annotations
-import json, math, numpy as np, pandas as pd
+import json, numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
 from safetensors import safe_open, SafetensorError
@@ -68,6 +68,7 @@ def _float_copy(learn):
     check_finite(model)
     return model
 
+# %% ../nbs/25_decompose.ipynb #25decoedf3bb
 def _trainable(learn, model):
     new = _twin(learn, model)
     new.splitter = learn.splitter
