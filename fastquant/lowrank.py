@@ -10,7 +10,7 @@ import json, math, torch, warnings
 from collections import Counter
 from copy import deepcopy
 from torch import nn, Tensor
-from fastcore.all import listify
+from fastcore.basics import *
 from .basics import *
 from .trace import *
 from .distill import catching
@@ -66,14 +66,19 @@ class Svd:
     "Two layers for a linear layer, or for a convolution of 1 pixel"
     fits,of = staticmethod(lambda m: type(m) is nn.Linear or _pointwise(m)),'Linear, and Conv2d of 1 pixel'
     def full(m): return (min(m.weight.shape[:2]),)
-    def make(m, rank):
-        (r,),(no,ni) = rank,m.weight.shape[:2]
-        if isinstance(m, nn.Linear): return nn.Linear(ni, r, False, m.weight.device, m.weight.dtype),nn.Linear(r, no, m.bias is not None, m.weight.device, m.weight.dtype)
-        return _conv(m, ni, r, stride=m.stride, padding=m.padding, padding_mode=m.padding_mode),_conv(m, r, no, bias=m.bias is not None)
     def spectra(w): return [torch.linalg.svdvals(w.flatten(1))]
-    def factors(w, rank):
-        u,s,v = _with_torch(lambda tl: tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0]))
-        return [s.sqrt()[:,None]*v,u*s.sqrt()]
+
+# %% ../nbs/09a_lowrank.ipynb #09alow057609
+@patch(cls_method=True)
+def make(cls:Svd, m, rank):
+    (r,),(no,ni),like = rank,m.weight.shape[:2],dict(device=m.weight.device, dtype=m.weight.dtype)
+    if isinstance(m, nn.Linear): return nn.Linear(ni, r, False, **like),nn.Linear(r, no, m.bias is not None, **like)
+    return _conv(m, ni, r, stride=m.stride, padding=m.padding, padding_mode=m.padding_mode),_conv(m, r, no, bias=m.bias is not None)
+
+@patch(cls_method=True)
+def factors(cls:Svd, w, rank):
+    u,s,v = _with_torch(lambda tl: tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0]))
+    return [s.sqrt()[:,None]*v,u*s.sqrt()]
 
 # %% ../nbs/09a_lowrank.ipynb #09alowb3c9a3
 @factorisations
@@ -83,14 +88,19 @@ class Tucker2:
     def full(m):
         no,ni,*k = m.weight.shape
         return min(no, ni*math.prod(k)),min(ni, no*math.prod(k))
-    def make(m, rank):
-        (ro,ri),(no,ni) = rank,m.weight.shape[:2]
-        same = dict(stride=m.stride, padding=m.padding, dilation=m.dilation, padding_mode=m.padding_mode)
-        return _conv(m, ni, ri),_conv(m, ri, ro, m.kernel_size, **same),_conv(m, ro, no, bias=m.bias is not None)
     def spectra(w): return [torch.linalg.svdvals(w.flatten(1)),torch.linalg.svdvals(w.transpose(0, 1).flatten(1))]
-    def factors(w, rank):
-        (core,(uo,ui)),_ = _with_torch(lambda tl: tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd'))
-        return [ui.T,core,uo]
+
+# %% ../nbs/09a_lowrank.ipynb #09alow6c3ae8
+@patch(cls_method=True)
+def make(cls:Tucker2, m, rank):
+    (ro,ri),(no,ni) = rank,m.weight.shape[:2]
+    same = dict(stride=m.stride, padding=m.padding, dilation=m.dilation, padding_mode=m.padding_mode)
+    return _conv(m, ni, ri),_conv(m, ri, ro, m.kernel_size, **same),_conv(m, ro, no, bias=m.bias is not None)
+
+@patch(cls_method=True)
+def factors(cls:Tucker2, w, rank):
+    (core,(uo,ui)),_ = _with_torch(lambda tl: tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd'))
+    return [ui.T,core,uo]
 
 # %% ../nbs/09a_lowrank.ipynb #09alowf5b1d5
 @factorisations
@@ -98,17 +108,22 @@ class CP:
     "Four convolutions for one: channels, height, width, channels"
     fits,of = Tucker2.fits,Tucker2.of
     def full(m): return (m.weight.numel()//max(m.weight.shape),)
-    def make(m, rank):
-        (r,),(no,ni,kh,kw) = rank,m.weight.shape
-        along = lambda k, i: dict(k=k, groups=r, padding_mode=m.padding_mode, padding=m.padding if isinstance(m.padding, str) else _at(m.padding, i, 0),
-            stride=_at(m.stride, i, 1), dilation=_at(m.dilation, i, 1))
-        return _conv(m, ni, r),_conv(m, r, r, **along((kh,1), 0)),_conv(m, r, r, **along((1,kw), 1)),_conv(m, r, no, bias=m.bias is not None)
-    def spectra(w): return None # there are none: ranks have to be tried
-    def factors(w, rank):
-        scale,(o,i,h,v) = _with_torch(lambda tl: tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0))
-        return [i.T,h.T[:,None,:,None],v.T[:,None,None,:],o*scale]
+    def spectra(w): return None
 
 def _at(v, i, rest): return tuple(v[i] if j==i else rest for j in range(2))
+
+# %% ../nbs/09a_lowrank.ipynb #09alow00a0f3
+@patch(cls_method=True)
+def make(cls:CP, m, rank):
+    (r,),(no,ni,kh,kw) = rank,m.weight.shape
+    along = lambda k, i: dict(k=k, groups=r, padding_mode=m.padding_mode, padding=m.padding if isinstance(m.padding, str) else _at(m.padding, i, 0),
+        stride=_at(m.stride, i, 1), dilation=_at(m.dilation, i, 1))
+    return _conv(m, ni, r),_conv(m, r, r, **along((kh,1), 0)),_conv(m, r, r, **along((1,kw), 1)),_conv(m, r, no, bias=m.bias is not None)
+
+@patch(cls_method=True)
+def factors(cls:CP, w, rank):
+    scale,(o,i,h,v) = _with_torch(lambda tl: tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0))
+    return [i.T,h.T[:,None,:,None],v.T[:,None,None,:],o*scale]
 
 # %% ../nbs/09a_lowrank.ipynb #09alow3a8228
 def digits_of(
@@ -123,12 +138,17 @@ def digits_of(
         n //= k
     return sorted(found)
 
+def _cores(rows, cols, rank, **kwargs):
+    rank = (1,*rank,1)
+    return nn.ParameterList([nn.Parameter(torch.zeros(rank[k], m, n, rank[k+1], **kwargs)) for k,(m,n) in enumerate(zip(rows, cols))])
+
+# %% ../nbs/09a_lowrank.ipynb #09alow680a10
 class TTLinear(nn.Module):
     "A linear layer whose weight is a tensor train"
     def __init__(self, ni, no, rank, bias=True, device=None, dtype=None):
         super().__init__()
-        self.rows,self.cols,self.ni,self.no,rank = digits_of(no),digits_of(ni),ni,no,(1,*rank,1)
-        self.cores = nn.ParameterList([nn.Parameter(torch.zeros(rank[k], m, n, rank[k+1], device=device, dtype=dtype)) for k,(m,n) in enumerate(zip(self.rows, self.cols))])
+        self.rows,self.cols,self.ni,self.no = digits_of(no),digits_of(ni),ni,no
+        self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(no, device=device, dtype=dtype)) if bias else None
     def forward(self, x):
         h = x.reshape(-1, 1, 1, self.ni)
@@ -154,8 +174,8 @@ class TTEmbedding(nn.Module):
     "An embedding whose weight is a tensor train"
     def __init__(self, n, size, rank, device=None, dtype=None):
         super().__init__()
-        self.rows,self.cols,rank = digits_of(n),digits_of(size),(1,*rank,1)
-        self.cores = nn.ParameterList([nn.Parameter(torch.zeros(rank[k], m, c, rank[k+1], device=device, dtype=dtype)) for k,(m,c) in enumerate(zip(self.rows, self.cols))])
+        self.rows,self.cols = digits_of(n),digits_of(size)
+        self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
     def forward(self, idx):
         i,h = idx.reshape(-1),None
         for k,c in enumerate(self.cores):
@@ -174,18 +194,28 @@ class TensorTrain:
     def full(m):
         s = TensorTrain.shape(m.weight)
         return tuple(min(math.prod(s[:k]), math.prod(s[k:])) for k in (1,2))
-    def make(m, rank):
-        (no,ni),like = m.weight.shape,dict(device=m.weight.device, dtype=m.weight.dtype)
-        return (TTEmbedding(no, ni, rank, **like),) if isinstance(m, nn.Embedding) else (TTLinear(ni, no, rank, m.bias is not None, **like),)
-    def tensor(w):
-        a,b = digits_of(w.shape[0]),digits_of(w.shape[1])
-        return w.reshape(*a, *b).permute(0,3,1,4,2,5).reshape(TensorTrain.shape(w))
-    def spectra(w):
-        t = TensorTrain.tensor(w)
-        return [torch.linalg.svdvals(t.reshape(math.prod(t.shape[:k]), -1)) for k in (1,2)]
-    def factors(w, rank):
-        cores = _with_torch(lambda tl: tl.decomposition.tensor_train(TensorTrain.tensor(w), rank=[1,*rank,1]))
-        return [c.reshape(c.shape[0], m, n, c.shape[-1]) for c,m,n in zip(cores, digits_of(w.shape[0]), digits_of(w.shape[1]))]
+
+# %% ../nbs/09a_lowrank.ipynb #09alow9c2d96
+@patch(cls_method=True)
+def make(cls:TensorTrain, m, rank):
+    (no,ni),like = m.weight.shape,dict(device=m.weight.device, dtype=m.weight.dtype)
+    return (TTEmbedding(no, ni, rank, **like),) if isinstance(m, nn.Embedding) else (TTLinear(ni, no, rank, m.bias is not None, **like),)
+
+@patch(cls_method=True)
+def tensor(cls:TensorTrain, w):
+    a,b = digits_of(w.shape[0]),digits_of(w.shape[1])
+    return w.reshape(*a, *b).permute(0,3,1,4,2,5).reshape(TensorTrain.shape(w))
+
+# %% ../nbs/09a_lowrank.ipynb #09alow055410
+@patch(cls_method=True)
+def spectra(cls:TensorTrain, w):
+    t = TensorTrain.tensor(w)
+    return [torch.linalg.svdvals(t.reshape(math.prod(t.shape[:k]), -1)) for k in (1,2)]
+
+@patch(cls_method=True)
+def factors(cls:TensorTrain, w, rank):
+    cores = _with_torch(lambda tl: tl.decomposition.tensor_train(TensorTrain.tensor(w), rank=[1,*rank,1]))
+    return [c.reshape(c.shape[0], m, n, c.shape[-1]) for c,m,n in zip(cores, digits_of(w.shape[0]), digits_of(w.shape[1]))]
 
 # %% ../nbs/09a_lowrank.ipynb #09alowa723b6
 def skeleton(
@@ -328,6 +358,7 @@ def _ladder(top, m, f):
     r = min(top, max(1, m.weight.numel()//(sum(m.weight.shape))))
     return list(dict.fromkeys(max(1, int(r*(2/3)**i)) for i in range(7)))
 
+# %% ../nbs/09a_lowrank.ipynb #09alowda1ba9
 def _lost(f, w, rank):
     i,h,v,o = f.factors(w, rank)
     return ((w-torch.einsum('or,ri,rh,rw->oihw', o, i, h[:,0,:,0], v[:,0,0,:])).square().sum()/w.square().sum()).item()
@@ -403,6 +434,7 @@ def replace_layers(
         for p in [p for p,o in places if o is old]: model.set_submodule(p, m)
     return model
 
+# %% ../nbs/09a_lowrank.ipynb #09alow3ce2c3
 def recipe_of(
     model:nn.Module # Any model
 )->dict: # Plain data, by path
