@@ -16,8 +16,8 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Quantize a small digits classifier, and compare what comes out
 	@$(py) examples/digits.py
 
-test: $(VENV)/.dev ## Run every test: all notebooks, and tests/
-	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(py) -m pytest -q $(ARGS)
+test: $(VENV)/.dev ## Run every test, in up to four processes: all notebooks, and tests/
+	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## What CI checks besides the tests: everything generated is in step, style, docs
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check

@@ -105,7 +105,7 @@ def save_decomposed(self:Learner,
 )->Path: # Where it is
     "Write weights and recipe of a factorised model to a safetensors file"
     fname,model = check_writable(self.path/fname),_float_copy(self)
-    if not recipe_of(model): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
+    if not factor_recipe(model): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
     state = {k:t.detach().contiguous().clone() for k,t in model.state_dict().items()}
     return write_whole(fname, save(state, metadata={'fastquant':json.dumps(dict(vocab=describe(self)['vocab']))}))
 

@@ -18,7 +18,7 @@ from .distill import catching
 # %% auto #0
 __all__ = ['factorisations', 'default_kinds', 'LowRank', 'digits_of', 'TTLinear', 'TTEmbedding', 'skeleton', 'factorise',
            'weighed', 'roots', 'check_kinds', 'find_layers', 'macs', 'n_weights', 'options', 'by_energy', 'by_share',
-           'by_pattern', 'replace_layers', 'recipe_of', 'follow_recipe', 'recipe_in', 'entering', 'moments']
+           'by_pattern', 'replace_layers', 'factor_recipe', 'follow_recipe', 'recipe_in', 'entering', 'moments']
 
 # %% ../nbs/09a_lowrank.ipynb #09alow714335
 def _tensorly():
@@ -435,7 +435,7 @@ def replace_layers(
     return model
 
 # %% ../nbs/09a_lowrank.ipynb #09alow3ce2c3
-def recipe_of(
+def factor_recipe(
     model:nn.Module # Any model
 )->dict: # Plain data, by path
     "What in `model` is factorised, and how"
@@ -443,7 +443,7 @@ def recipe_of(
 
 def follow_recipe(
     model:nn.Module, # A model like the one that the recipe was made for; changed in place
-    recipe:dict      # From `recipe_of`
+    recipe:dict      # From `factor_recipe`
 )->nn.Module: # `model`, whose new layers are not filled
     "Make `model` ready for weights of a factorised one; raises `ValueError` if it has no such layers"
     mods,new = dict(model.named_modules(remove_duplicate=False)),{}
@@ -454,7 +454,7 @@ def follow_recipe(
 
 def recipe_in(
     state:dict # A state dict
-)->dict: # As from `recipe_of`
+)->dict: # As from `factor_recipe`
     "The recipe of the model that `state` was taken from"
     found = {k.removesuffix('._extra_state'):v for k,v in state.items() if k.endswith('._extra_state') and isinstance(v, Tensor)}
     texts = {k:bytes(v.tolist()) for k,v in found.items() if v.dtype==torch.uint8 and v.numel()<1000}

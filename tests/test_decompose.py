@@ -59,7 +59,7 @@ def test_trains_saves_and_loads(learn, tmp_path, way):
     d.save('d')
     fresh = learner(tmp_path, splitter=stages).load('d')
     check_owned(fresh)
-    assert same(state(fresh.model), state(d.model)) and fresh.validate()==d.validate() and recipe_of(fresh.model)==recipe_of(d.model)
+    assert same(state(fresh.model), state(d.model)) and fresh.validate()==d.validate() and factor_recipe(fresh.model)==factor_recipe(d.model)
     fresh.fit(1, 1e-3)
     d.save_decomposed('d.safetensors')
     back = learn.load_decomposed('d.safetensors')
@@ -80,7 +80,7 @@ def test_quantizes_prunes_and_exports(learn, way):
 
 def test_float_checkpoint_is_not_disturbed(learn, tmp_path):
     learn.save('plain')
-    assert recipe_of(learner(tmp_path, splitter=stages).load('plain').model)=={}
+    assert factor_recipe(learner(tmp_path, splitter=stages).load('plain').model)=={}
 
 def test_load_onto_another_recipe(learn):
     a,b = learn.decompose(ranks={'1':6}),learn.decompose(ranks={'1':7})
@@ -168,7 +168,7 @@ def test_shared_read_and_tied_weights_are_left(tmp_path):
             return self.out(self.also(self.twice(nn.functional.linear(x, self.read.weight))).mean(1))
     learn = learner(tmp_path, model=Odd())
     d = learn.decompose(ranks={'*':2})
-    assert {k for k in recipe_of(d.model)}=={'twice','out'} and d.model.twice is d.model.also
+    assert {k for k in factor_recipe(d.model)}=={'twice','out'} and d.model.twice is d.model.also
     assert {k:d.not_factorised[k].split()[-1] for k in ('a','b','read')}=={'a':'layer','b':'layer','read':'linear'} and 'att.out_proj' in d.not_factorised
     d.fit(1, 1e-3)
 

@@ -43,6 +43,11 @@ parts = '''agree along blank by_grid cap_of ChannelGroup ChannelPlan check_curve
 
 def test_there_are_names(): assert len(names)>100
 
+def test_no_name_hides_another():
+    "`from fastquant.all import *` would bring only the last of two"
+    given = [n for m in modules for n in importlib.import_module(m).__all__]
+    assert len(given)==len(set(given)), sorted({n for n in given if given.count(n)>1})
+
 @pytest.mark.parametrize('name', names)
 def test_has_a_docstring(name):
     o = names[name]
