@@ -145,7 +145,14 @@ def _cores(rows, cols, rank, **kwargs):
 # %% ../nbs/09a_lowrank.ipynb #09alow680a10
 class TTLinear(nn.Module):
     "A linear layer whose weight is a tensor train"
-    def __init__(self, ni, no, rank, bias=True, device=None, dtype=None):
+    def __init__(self,
+        ni:int,         # Inputs
+        no:int,         # Outputs
+        rank,           # Ranks between the cores, two numbers
+        bias:bool=True, # Add a bias?
+        device=None,    # As in `nn.Linear`
+        dtype=None      # Likewise
+    ):
         super().__init__()
         self.rows,self.cols,self.ni,self.no = digits_of(no),digits_of(ni),ni,no
         self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
@@ -172,7 +179,13 @@ class TTLinear(nn.Module):
 # %% ../nbs/09a_lowrank.ipynb #09alow4ac8a4
 class TTEmbedding(nn.Module):
     "An embedding whose weight is a tensor train"
-    def __init__(self, n, size, rank, device=None, dtype=None):
+    def __init__(self,
+        n:int,       # Rows
+        size:int,    # Numbers in each
+        rank,        # Ranks between the cores, two numbers
+        device=None, # As in `nn.Embedding`
+        dtype=None   # Likewise
+    ):
         super().__init__()
         self.rows,self.cols = digits_of(n),digits_of(size)
         self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
@@ -273,7 +286,11 @@ def roots(
 # %% ../nbs/09a_lowrank.ipynb #09alowcf3fb8
 default_kinds = ('svd','tucker2') # In this order
 
-def check_kinds(model, kinds, names):
+def check_kinds(
+    model:nn.Module, # Any model
+    kinds,           # As in `find_layers`
+    names            # Module names or patterns that have to be factorised
+):
     "Raise a `ValueError` if `names`, or a pattern in the dictionary `kinds`, ask for what cannot be"
     mods = {k:m for k,m in model.named_modules() if k}
     asked = [*[(p,None) for p in names],*(kinds.items() if isinstance(kinds, dict) else ())]
@@ -328,7 +345,11 @@ def macs(
         return round(n*(m.macs() if isinstance(m, TTLinear) else m.weight.numel()))
     return {k:one(m, out[k]) for k,m in mods.items() if k in out}
 
-def n_weights(m): return sum(p.numel() for p in m.parameters())
+def n_weights(
+    m:nn.Module # A layer or a model
+)->int:
+    "Parameters of `m`, each counted once"
+    return sum(p.numel() for p in m.parameters())
 
 # %% ../nbs/09a_lowrank.ipynb #09alowfdd3c6
 def options(
