@@ -195,3 +195,18 @@ def test_light_and_dark(browser, url):
     assert luminance(background(browser))<.2
     browser.execute_script('localStorage.clear()')
     scheme(browser, 'light')
+
+contrast = '''const parse = c => (c.match(/[\\d.]+/g) || []).map(Number), light = ([r,g,b]) => [r,g,b].map(v => (v/=255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4)
+    .reduce((sum, v, i) => sum+v*[.2126,.7152,.0722][i], 0)
+const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length && c[3] !== 0) return c } return [255,255,255] }
+return [...document.querySelectorAll('main :is(td,th,p,li,h1,h2,h3,pre)')].filter(e => e.innerText.trim()).map(e => {
+    const [a,b] = [light(parse(getComputedStyle(e).color)),light(behind(e))].sort((x, y) => y-x); return [(a+.05)/(b+.05), e.innerText.slice(0, 40)] }).filter(([c]) => c < 4.5)'''
+
+def test_everything_can_be_read(browser, url, pages):
+    "At least the contrast that WCAG 2 asks of text (4.5), in light and dark, whatever colors the saved outputs bring along"
+    for p in pages:
+        open_page(browser, url, p)
+        for name in ('light','dark'):
+            scheme(browser, name)
+            assert not (bad:=browser.execute_script(contrast)), (name, p, bad[:5])
+    scheme(browser, 'light')
