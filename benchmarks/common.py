@@ -14,6 +14,7 @@ from torchvision.models import MobileNetV2
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from fastquant.basics import *
+from fastquant.prune.sparse import pack_model, unpack_model
 
 results = Path(__file__).parent/'results'
 
@@ -183,16 +184,39 @@ def train(
     model.load_state_dict(load_file(fname))
     return model.eval()
 
+def right(learn)->float:
+    "Top-1 on the test set, in percent"
+    return 100*learn.validate()[1]
+
+def trained(
+    o:Options,
+    name:str,   # Of what comes out; found under it if it was trained before
+    learn,      # A Learner to start from, changed by training
+    epochs:int,
+    lr:float,
+    cbs=None
+)->Learner:
+    "`learn` after a fit, or as it was after one; what is kept is the library's own sparse file"
+    fname = o.cache/f"{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
+    if not fname.exists():
+        set_seed(42)
+        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=cbs)
+        fname.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(fname, pack_model(learn.model))
+    learn.model,_ = unpack_model(fname.read_bytes(), learn.model)
+    return learn
+
 # Results
 
 def target(
     what:str,       # What was measured
     value:float,    # How much it is
     at_least:float, # How much it must be; less is better where the aim is smaller than this
-    aim:float       # How much it should be
+    aim:float,      # How much it should be
+    digits:int=3    # After the point
 )->dict:
     "A row that says how far a measured value got"
-    value = round(value, 3)
+    value = round(value, digits)
     got = lambda goal: value<=goal if aim<at_least else value>=goal
     return dict(what=what, value=value, at_least=at_least, aim=aim, reached='aim' if got(aim) else 'floor' if got(at_least) else 'no')
 

@@ -22,7 +22,7 @@ def exact(o):
         with evaluating(model), evaluating(new): a,b = model(x),new(x)
         rows.append(dict(net=name, layers=len(layers), difference=((a-b).abs().max()/a.abs().max()).item()))
     worst = max(r['difference'] for r in rows)
-    return rows,[dict(what='largest difference at full rank', value=worst, at_least=1e-4, aim=1e-5, reached='aim' if worst<=1e-5 else 'floor' if worst<=1e-4 else 'no')]
+    return rows,[target('largest difference at full rank', worst, 1e-4, 1e-5, digits=9)]
 
 @sections
 def latency(o):
@@ -42,7 +42,6 @@ def cifar(o, epochs=3):
     "ResNet-20 with half its parameters by Tucker-2, before and after fine-tuning, against as it came"
     data = cifar10(o)
     learn = learner(resnet20(o), *data, bs=128).to_channelslast(use_amp=False)
-    right = lambda l: 100*l.validate()[1]
     rows = [dict(net='as it came', params=n_params(learn.model), top1=right(learn))]
     for aware in (False,True):
         half = learn.decompose(params=.5, aware=aware)

@@ -1,6 +1,5 @@
 "What a teacher, a peer and oneself are worth, and what a step with a teacher costs: `python -m benchmarks.distill --data ../shared/data`"
 from __future__ import annotations
-import warnings
 from torchvision.models import resnet18
 from fastquant.callback.distill import *
 from fastquant.callback.quant import *
@@ -13,10 +12,6 @@ sections = Registry('section')
 
 def small(): return CifarResNet(1, 8)
 def resnet8(): return CifarResNet(1)
-
-def top1(learn)->float:
-    "Top-1 on the test set, in percent"
-    return 100*learn.validate()[1]
 
 def fitted(
     o:Options,
@@ -63,7 +58,7 @@ class NoValid(Callback):
 def student(o, epochs=4):
     "A ResNet-8 of half the width with ResNet-20 as teacher, against itself alone"
     ways = {'alone':lambda: [], 'soft targets':lambda: [DistillCallback(resnet20(o), weight=.9)]}
-    rows = [dict(way=k, seed=s, epochs=epochs, top1=top1(fitted(o, small, epochs, 1e-2, s, cbs()))) for s in range(o.some(3, 1)) for k,cbs in ways.items()]
+    rows = [dict(way=k, seed=s, epochs=epochs, top1=right(fitted(o, small, epochs, 1e-2, s, cbs()))) for s in range(o.some(3, 1)) for k,cbs in ways.items()]
     return rows,[target('small student with ResNet-20 as teacher against alone (points)', gain(rows, ways), .5, 1.5)]
 
 @sections
@@ -75,7 +70,7 @@ def w2a2(o, epochs=1):
         learn = learner(resnet20(o), *cifar10(o), bs=64).to_channelslast(use_amp=False)
         learn.validate(cbs=PTQCalibrate(spec='w2a2'))
         learn.fit_one_cycle(o.some(epochs, 1), 2e-3, cbs=[Flip(),Crop(),QuantAwareCallback('w2a2'),*cbs()])
-        rows.append(dict(way=way, epochs=epochs, top1=top1(learn)))
+        rows.append(dict(way=way, epochs=epochs, top1=right(learn)))
     return rows,[target('w2a2 with the float net as teacher against without (points)', rows[1]['top1']-rows[0]['top1'], 0, .5)]
 
 @sections
@@ -85,7 +80,7 @@ def mutual(o, epochs=4):
     set_seed(1)
     peer = learner(resnet8(), *cifar10(o), bs=128).to_channelslast(use_amp=False)
     both = [fitted(o, resnet8, epochs, 1e-2, 0, [MutualCallback(peer)]),peer]
-    rows = [dict(way=w, net=i, epochs=epochs, top1=top1(l)) for w,ls in (('alone',alone), ('mutual',both)) for i,l in enumerate(ls)]
+    rows = [dict(way=w, net=i, epochs=epochs, top1=right(l)) for w,ls in (('alone',alone), ('mutual',both)) for i,l in enumerate(ls)]
     return rows,[target('mutual learning of two ResNet-8s against each alone (points)', gain(rows, ('alone','mutual')), 0, .5)]
 
 if __name__=='__main__': run(sections, 'distill')

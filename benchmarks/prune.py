@@ -16,28 +16,6 @@ from .common import *
 
 sections = Registry('section')
 
-def right(learn)->float:
-    "Top-1 on the test set, in percent"
-    return 100*learn.validate()[1]
-
-def trained(
-    o:Options,
-    name:str,   # Of what comes out; found under it if it was trained before
-    learn,      # A Learner to start from, changed by training
-    epochs:int,
-    lr:float,
-    cbs=None
-)->Learner:
-    "`learn` after a fit, or as it was after one; what is kept is the library's own sparse file"
-    fname = o.cache/f"prune-{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
-    if not fname.exists():
-        set_seed(42)
-        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=cbs)
-        fname.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(fname, pack_model(learn.model))
-    learn.model,_ = unpack_model(fname.read_bytes(), learn.model)
-    return learn
-
 def copy_of(learn): return learner(copy_model(learn.model), learn.dls.train_ds, learn.dls.valid_ds, bs=learn.dls.train.bs)
 
 # MNIST
@@ -48,10 +26,10 @@ def mnist(o):
     data = mnist_images(o)
     start = learner(train(o, digits, data), *data, bs=128)
     n = 5
-    longer = trained(o, 'mnist-float', copy_of(start), n, 2e-3)
+    longer = trained(o, 'prune-mnist-float', copy_of(start), n, 2e-3)
     rows = [dict(net='as trained', sparsity=0., top1=right(start)), dict(net=f'{n} epochs more', sparsity=0., top1=right(longer))]
     for amount in (.9,.95,.98):
-        l = trained(o, f'mnist-{amount}', copy_of(start), n, 2e-3, PruneScheduleCallback(amount))
+        l = trained(o, f'prune-mnist-{amount}', copy_of(start), n, 2e-3, PruneScheduleCallback(amount))
         rows.append(dict(net=f'{n} epochs more, cubic schedule', sparsity=sparsity(l.model), top1=right(l)))
     rows += [dict(net='one shot', sparsity=a, top1=right(start.prune(a))) for a in (.5,.9)]
     for r in rows: r['lost'] = rows[1]['top1']-r['top1']
@@ -76,9 +54,9 @@ def lenet(o):
     rows,targets,data = [],[],mnist_images(o)
     for name,(net,amounts,bits,(first,more),aim) in lenets.items():
         set_seed(42)
-        start = trained(o, name, learner(net(), *data, bs=128), first, 2e-3)
-        longer = trained(o, f'{name}-longer', copy_of(start), more, 2e-3)
-        pruned = trained(o, f'{name}-pruned', copy_of(start), more, 2e-3, PruneScheduleCallback(amounts, last=True, end=.6))
+        start = trained(o, f'prune-{name}', learner(net(), *data, bs=128), first, 2e-3)
+        longer = trained(o, f'prune-{name}-longer', copy_of(start), more, 2e-3)
+        pruned = trained(o, f'prune-{name}-pruned', copy_of(start), more, 2e-3, PruneScheduleCallback(amounts, last=True, end=.6))
         q = pruned.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', per_channel=True)))
         size,loaded = packed(q)
         floats,best = 4*sum(p.numel() for p in start.model.parameters()),max(right(start), right(longer))
@@ -109,7 +87,7 @@ def cifar(o):
     runs = {'float':None, '80%':PruneScheduleCallback(.8), '90%':PruneScheduleCallback(.9), '2:4':PruneScheduleCallback(structure=NM(2,4))}
     rows = [dict(net='as it came', sparsity=0., top1=right(start))]
     for name,cb in runs.items():
-        l = trained(o, f"cifar-{name.strip('%').replace(':','of')}", again(), epochs, 4e-3, [Flip(),Crop(),*L(cb)])
+        l = trained(o, f"prune-cifar-{name.strip('%').replace(':','of')}", again(), epochs, 4e-3, [Flip(),Crop(),*L(cb)])
         rows.append(dict(net=f'{name}, {epochs} epochs', sparsity=sparsity(l.model), top1=right(l)))
     rows.append(dict(net='2:4 in one shot', sparsity=.5, top1=right(start.prune(structure=NM(2,4)))))
     rows += [dict(net=f'{a:.0%} in one shot', sparsity=a, top1=right(start.prune(a))) for a in (.8,.9)]
@@ -124,7 +102,7 @@ def rigl(o):
     rows = []
     for name,cb in runs.items():
         set_seed(42)
-        l = trained(o, f"rigl-{name.replace(' ','-')}", cifar_learner(o, CifarResNet(1)), 4, 8e-3, [Flip(),Crop(),*L(cb)])
+        l = trained(o, f"prune-rigl-{name.replace(' ','-')}", cifar_learner(o, CifarResNet(1)), 4, 8e-3, [Flip(),Crop(),*L(cb)])
         rows.append(dict(training=name, sparsity=sparsity(l.model), top1=right(l)))
     return rows,[]
 

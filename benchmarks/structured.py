@@ -11,7 +11,6 @@ from fastquant.prune.mask import *
 from fastquant.prune.recipe import *
 from fastquant.prune.select import *
 from fastquant.prune.shrink import *
-from fastquant.prune.sparse import *
 from fastquant.report import latency as in_turns, n_macs, n_params
 from fastquant.trace import evaluating, tensors
 from .common import *
@@ -19,31 +18,15 @@ from .common import *
 sections = Registry('section')
 epochs = 4
 
-def fine_tuned(
-    o:Options,
-    name:str, # Of what comes out; found under it if it was trained before
-    learn,    # A Learner, changed by training
-    cbs=None
-)->Learner:
-    "`learn` after the fit that all have in common, or as it was after one"
-    fname = o.cache/f"structured-{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
-    if not fname.exists():
-        set_seed(42)
-        learn.fit_one_cycle(o.some(epochs, 1), 4e-3, cbs=[Flip(),Crop(),*L(cbs)])
-        fname.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(fname, pack_model(learn.model))
-    learn.model,_ = unpack_model(fname.read_bytes(), resnet20(o))
-    return learn
-
 @sections
 def cifar(o):
     "Half the multiplications of ResNet-20, against the float net fine-tuned as long"
     start = lambda: learner(resnet20(o), *cifar10(o), bs=128).to_channelslast(use_amp=False)
     x = torch.randn(2,3,32,32)
-    row = lambda what,l: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=100*l.validate()[1])
+    row = lambda what,l: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=right(l))
     half = dict(target={'macs':.5}, structure=Channel(4), scope='local')
-    rows = [row('as it came', start()),row('half, one shot', start().prune(**half)),row(f'float, {epochs} epochs', fine_tuned(o, 'float', start()))]
-    rows.append(row(f'half along a schedule, {epochs} epochs', fine_tuned(o, 'schedule', start(), PruneScheduleCallback(**half, end=.4))))
+    rows = [row('as it came', start()),row('half, one shot', start().prune(**half)),row(f'float, {epochs} epochs', trained(o, 'structured-float', start(), epochs, 4e-3, [Flip(),Crop()]))]
+    rows.append(row(f'half along a schedule, {epochs} epochs', trained(o, 'structured-schedule', start(), epochs, 4e-3, [Flip(),Crop(),PruneScheduleCallback(**half, end=.4)])))
     for r in rows: r['lost'] = rows[2]['top1']-r['top1']
     return rows,[target('share of multiplications left', rows[3]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[3]['lost'], 1., .3)]
 

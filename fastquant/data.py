@@ -55,3 +55,8 @@ def with_bar(
 ):
     "`items` with a progress bar that is gone afterwards"
     return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
+
+def _add_column(recorder, name):
+    "A column in the table that `recorder` makes of a fit, before the time"
+    at = len(recorder.metric_names)-recorder.add_time
+    recorder.metric_names = L([*recorder.metric_names[:at],name,*recorder.metric_names[at:]])

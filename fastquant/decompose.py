@@ -16,7 +16,7 @@ from .prepare import rounding, check_finite
 from .export import Engine
 from .lowrank import *
 from .data import *
-from .learner import copy_model, describe, restorers, _twin
+from .learner import copy_model, describe, restorers, _measure, _trainable
 from .prune.mask import masked
 
 # %% auto #0
@@ -69,11 +69,6 @@ def _float_copy(learn):
     return model
 
 # %% ../nbs/25_decompose.ipynb #25decoedf3bb
-def _trainable(learn, model):
-    new = _twin(learn, model)
-    new.splitter = learn.splitter
-    return new
-
 def _grows(layer, kind, rank): return n_weights(skeleton(layer, kind, rank))>=n_weights(layer)
 
 # %% ../nbs/25_decompose.ipynb #25deco813934
@@ -186,8 +181,6 @@ def _near(rows, n, shares):
     "Of each share the row that comes nearest, without those that would grow"
     small = [o for o in rows if o[2]<n]
     return list({o[0]:o for s in shares for o in [min(small, key=lambda o: abs(o[2]/n-s))]}.values()) if small else []
-
-def _measure(learn, dl): return learn.validate(dl=dl)[1 if learn.metrics else 0]
 
 def _alone(learn, path, new, dl):
     "The metric with `new` in place of the layer at `path`"

@@ -98,7 +98,7 @@ def aligned(
     if pool and all(i>=j for i,j in zip(a, b)): return pool(s, b),t
     raise ValueError(f"The student's features are {_shape(student)} an item and the teacher's {_shape(teacher)}, and there is no way to match these sizes. Choose modules whose outputs have the same size, or one that is a smaller picture of the other; or loss='similarity', which compares items and not places.")
 
-def _shape(x): return '×'.join(map(str, x.shape[1:]))
+def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../nbs/09_distill.ipynb #09distdabd09
 def projection(

@@ -13,7 +13,9 @@ from fastai.basics import *
 from ..basics import *
 from ..trace import evaluating, floats
 from ..distill import *
+from ..distill import _shape
 from ..data import *
+from ..data import _add_column
 from ..optimizer import *
 from ..learner import copy_model
 
@@ -31,9 +33,7 @@ class LossColumn(Callback):
     ): self.of = of
     def before_fit(self):
         if not hasattr(self.learn, 'recorder') or not self.create_mbar: return
-        r = self.recorder
-        at = len(r.metric_names)-r.add_time
-        r.metric_names = L([*r.metric_names[:at],f'{self.of.name}_loss',*r.metric_names[at:]])
+        _add_column(self.recorder, f'{self.of.name}_loss')
     def before_train(self): self.start = len(self.of.losses)
     def after_validate(self):
         new = self.of.losses[getattr(self, 'start', 0):]
@@ -162,8 +162,6 @@ def check_outputs(self:TeachingCallback, student, teacher, whose):
     if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. Compare features only, with loss=None, or take another.")
     one = student.ndim<2 or student.shape[1]==1
     if self.how in ('soft_targets',distill_losses['soft_targets']) and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
-
-def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../../nbs/24_callback.distill.ipynb #24call16758d
 def _model_of(o, arg):

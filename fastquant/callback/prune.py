@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback.prune.html.md"""
 from __future__ import annotations
 from fastai.basics import *
 from ..prepare import rounding
+from ..data import _add_column
 from ..prune.criteria import *
 from ..prune.groups import *
 from ..prune.mask import *
@@ -40,9 +41,8 @@ class MaskingCallback(Callback):
     def before_fit(self):
         self.to_prune,self.watched,self.reached,self.run = None,{},sparsity(self.net),_is_fit(self.learn)
         if not self.run or not hasattr(self.learn, 'recorder'): return
-        r = self.recorder
-        at = len(r.metric_names)-r.add_time
-        r.sparsities,r.metric_names = [],L([*r.metric_names[:at],'sparsity',*r.metric_names[at:]])
+        self.recorder.sparsities = []
+        _add_column(self.recorder, 'sparsity')
     def after_validate(self):
         if hasattr(self.learn, 'recorder'): self.recorder.log.append(self.reached)
     @property

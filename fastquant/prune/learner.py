@@ -13,7 +13,7 @@ from fastai.callback.schedule import *
 from ..basics import *
 from ..export import Engine
 from ..data import *
-from ..learner import describe, restorers, _twin
+from ..learner import describe, restorers, _measure, _trainable, _twin
 from ..callback.prune import *
 from .criteria import *
 from .groups import *
@@ -25,13 +25,6 @@ from .recipe import *
 
 # %% auto #0
 __all__ = ['restore_masks', 'plot_report', 'plot_channels', 'Sensitivity']
-
-# %% ../../nbs/23_prune.learner.ipynb #23prun93f017
-def _trainable(learn, model):
-    "A Learner like `learn` around `model`, to be trained in the same parameter groups"
-    new = _twin(learn, model)
-    new.splitter = learn.splitter
-    return new
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun8e0528
 @patch
@@ -240,12 +233,10 @@ def prune_sensitivity(self:Learner,
     return found
 
 # %% ../../nbs/23_prune.learner.ipynb #23prun68406f
-def _measure(learn, dl): return learn.validate(dl=dl)[1 if learn.metrics else 0]
-
 def _alone(learn, layer, selection, watched, dl):
     "The metric with this layer pruned"
     (k,m), = layer.items()
-    now,w = m.weight_mask if mask_of(m) else torch.ones_like(m.weight, dtype=torch.bool),m.weight.detach().clone()
+    now,w = mask_now(m),m.weight.detach().clone()
     try:
         m.weight.data.masked_fill_(~select(layer, {k:now}, selection, 1., watched)[k], 0)
         return _measure(learn, dl)

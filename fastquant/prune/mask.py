@@ -11,8 +11,8 @@ from torch import nn, Tensor
 from ..basics import *
 
 # %% auto #0
-__all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'set_mask', 'forget_pruned', 'masked', 'sparsity', 'set_masks',
-           'remove_masks']
+__all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'mask_now', 'set_mask', 'forget_pruned', 'masked', 'sparsity',
+           'set_masks', 'remove_masks']
 
 # %% ../../nbs/14_prune.mask.ipynb #14prun1a297b
 class Mask:
@@ -73,6 +73,12 @@ def mask_of(
 )->Mask|None: # None if it has none
     "The `Mask` on `m`"
     return next((h.__self__ for h in m._forward_pre_hooks.values() if isinstance(getattr(h, '__self__', None), Mask)), None)
+
+def mask_now(
+    m:nn.Module # A layer, with a mask or without
+)->Tensor: # Shaped like its weight
+    "What is left of the weight of `m`"
+    return m.weight_mask if mask_of(m) else torch.ones_like(m.weight, dtype=torch.bool)
 
 @torch.no_grad()
 def set_mask(

@@ -416,7 +416,7 @@ def channels_now(
     "The channels that masks have left something of"
     def mask(k):
         m = model.get_submodule(k.rpartition('.')[0])
-        return (m.weight_mask if mask_of(m) else torch.ones_like(m.weight, dtype=torch.bool)) if is_weight(model, k) else None
+        return mask_now(m) if is_weight(model, k) else None
     return {g.name:rows_of(g, mask).any(1).cpu() for g in groups}
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prun59e817
@@ -536,7 +536,7 @@ class MaskPlan:
     ):
         self.model,self.selection = model,selection
         self.layers,self.left_alone = groups(model, selection.structure, *xb, only=selection.only, exclude=selection.exclude, last=selection.last)
-    def masks(self): return {k:m.weight_mask if mask_of(m) else torch.ones_like(m.weight, dtype=torch.bool) for k,m in self.layers.items()}
+    def masks(self): return {k:mask_now(m) for k,m in self.layers.items()}
     def choose(self,
         watched:dict, # Statistics that the criterion needs
         share:float=1. # Of the amount
