@@ -87,19 +87,25 @@ def dequantize(
     return torch.ops.fastquant.dequantize(q, scale, zero_point, axis)
 
 # %% ../nbs/01_affine.ipynb #01affie90cec
-def _dot(a, b): return torch.dot(a.view(-1), b.view(-1)) if a.is_contiguous() and b.is_contiguous() else (a*b).sum()
+def _flat(t): return (t.permute(0,2,3,1) if t.ndim==4 and not t.is_contiguous() else t).reshape(-1)
+
+def _dot(a, b):
+    if a.dtype.itemsize<4: return (a*b).sum(dtype=torch.float)
+    return torch.dot(_flat(a), _flat(b)) if a.stride()==b.stride() else (a*b).sum()
 
 class _FakeQuant(torch.autograd.Function):
     "Rounding of `x` to multiples of `s` from `lo` to `hi`, with a gradient for `x` and one, `k` times as large as it is, for `scale`"
     @staticmethod
     def forward(ctx, x, scale, s, lo, hi, inside, k):
         ctx.s,ctx.inside,ctx.k = s,inside,k
-        y = (x.float() if x.dtype in (torch.half,torch.bfloat16) else x).div(s).round_().clamp_(lo, hi).mul_(s).to(x.dtype)
+        y = x.float().div_(s) if x.dtype.itemsize<4 else x.div(s)
+        y = y.round_().clamp_(lo, hi).mul_(s).to(x.dtype)
         ctx.save_for_backward(x, *[y][:ctx.needs_input_grad[1]])
         return y
     @staticmethod
     def backward(ctx, g):
         x,*y = ctx.saved_tensors
+        if g.stride()!=x.stride(): g = torch.empty_like(x, dtype=g.dtype).copy_(g)
         one = not isinstance(ctx.s, Tensor)
         dx = torch.ops.aten.hardtanh_backward(g, x if one else x/ctx.s, *ctx.inside)
         if not y: return dx,*[None]*6
