@@ -165,3 +165,12 @@ def test_other_uses_of_the_structure(learn):
     "What works on single layers says that channels are not of one"
     for f in (lambda: learn.prune_sensitivity(structure='channel'), lambda: learn.lottery_ticket(.5, 1, structure='channel')):
         with pytest.raises(ValueError, match='channels go through several layers'): f()
+
+def test_channels_that_cannot_be_followed():
+    "Windows that are moved about lead round in circles: those channels are left alone and named, the others can go"
+    from torchvision.models import SwinTransformer
+    m,x = SwinTransformer([4,4], 24, [2,2], [3,6], [4,4], num_classes=10).eval(),torch.randn(2, 3, 64, 64)
+    groups,why = channel_groups(m, x)
+    assert {g.name for g in groups}=={f'features.{i}.{j}.mlp.0' for i in (1,3) for j in (0,1)}
+    assert why['features.2.reduction']=='Torch-Pruning cannot follow where its channels go: they would be more than there are places'
+    with pytest.raises(ValueError, match="No channels of 'features.2.reduction' can be removed: .*cannot follow"): channel_groups(m, x, only='features.2.reduction')

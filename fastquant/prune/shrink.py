@@ -47,19 +47,41 @@ def _torch_pruning():
     return torch_pruning
 
 class _Severed(Where):
-    "Finds the operation behind which nothing knows of the model's parameters any more"
-    at = None
+    "Finds the operation behind which nothing knows of the model's parameters any more, and the largest dimension of a tensor"
+    at,largest = None,1
     def see(self, key, func, args, kwargs):
         out = func(*args, **kwargs)
         lost = any(t.requires_grad for t in floats((args,kwargs))) and tensors(out) and not any(t.requires_grad for t in tensors(out))
         if lost: self.at = self.at or key
+        self.largest = max([self.largest, *(n for t in tensors(out) for n in t.shape)])
         return out
 
+# %% ../../nbs/17_prune.shrink.ipynb #17prun5f8c11
+_lost = RuntimeError,AttributeError,LookupError,TypeError,ValueError,AssertionError,ArithmeticError
+
+def _groups_of(graph, most):
+    "Groups of `graph` with no more than `most` positions in a tensor, and what is wrong with the others, by the layer they were to start from"
+    tp,found,wrong,seen = _torch_pruning(),[],{},set(graph.IGNORED_LAYERS_IN_TRACING)
+    def ends(idxs):
+        if len(idxs)>most: raise ValueError('they would be more than there are places')
+        return idxs
+    for dep in [d for n in graph.module2node.values() for d in n.dependencies]: dep.index_mapping.append(ends)
+    for m in [m for m in graph.module2node if isinstance(m, (tp.ops.TORCH_CONV,tp.ops.TORCH_LINEAR))]:
+        if m in seen: continue
+        cut = graph.get_pruner_of_module(m)
+        try: g = graph.get_pruning_group(m, cut.prune_out_channels, list(range(cut.get_out_channels(m))))
+        except _lost as e: wrong[m] = f'Torch-Pruning cannot follow where its channels go: {e}'
+        else:
+            found.append(g)
+            seen.update(d.target.module for d,_ in g if graph.is_out_channel_pruning_fn(d.handler))
+    return found,wrong
+
+# %% ../../nbs/17_prune.shrink.ipynb #17prun9d4e6b
 def graph_of(
     model:nn.Module, # A copy that may be spoilt
     *xb              # Inputs
 ):
-    "Torch-Pruning's graph of `model`, and its groups; raises `ValueError` that says where it ends if that cannot be had"
+    "Torch-Pruning's graph of `model`, its groups, and what is wrong with others by module; raises `ValueError` that says where it ends if that cannot be had"
     tp = _torch_pruning()
     model.eval().requires_grad_()
     with torch.enable_grad(), _Severed(model) as where: out = model(*xb)
@@ -69,8 +91,8 @@ def graph_of(
     run = lambda m,x: [t for t in tensors(m(*x)) if t.requires_grad]
     try:
         with torch.enable_grad(): graph = tp.DependencyGraph().build_dependency(model, xb, forward_fn=run, verbose=False)
-        return graph,list(graph.get_all_groups())
-    except (RuntimeError,AttributeError,LookupError,TypeError,ValueError,AssertionError,ArithmeticError) as e: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
+    except _lost as e: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
+    return graph,*_groups_of(graph, 16*where.largest)
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prunfd379b
 _norms = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm
@@ -284,10 +306,10 @@ def _found(model, xb):
     "All groups that are not out of the question, in the order of the model's layers, and what is wrong with the others"
     ends,order = last_layers(model, trace(model, *xb)),[k for k,_ in model.named_modules()]
     scratch = clean_copy(model)
-    graph,all_ = graph_of(scratch, *xb)
+    graph,all_,lost = graph_of(scratch, *xb)
     heads = {k:head_group(m, k) for k,m in model.named_modules() if is_attention(m) and m.num_heads>1 and _plain(m)}
     names,shared = {m:k for k,m in scratch.named_modules()},_shared(model)
-    found,why = list(heads.values()),{}
+    found,why = list(heads.values()),{names[m]:e for m,e in lost.items()}
     for o in all_:
         name = names[o[0].dep.target.module]
         if any(name==f'{k}.qkv' for k in heads): continue
