@@ -164,6 +164,17 @@ class Crop(Callback):
         x = F.pad(self.x, (4,4,4,4))[torch.arange(n)[:,None,None],:,i[:,:,None],j[:,None,:]]
         self.learn.xb = (x.permute(0,3,1,2),)
 
+class Bf16(Callback):
+    "Train in 16 bits on a CPU, where fastai's `MixedPrecision` changes nothing; a third to a half of the time with avx512_bf16"
+    order,run_valid = MixedPrecision.order,False
+    def before_batch(self): self.on = torch.autocast('cpu', dtype=torch.bfloat16).__enter__()
+    def after_pred(self): self.learn.pred = to_float(self.pred)
+    def after_loss(self): self.on.__exit__(None, None, None)
+
+def around():
+    "What every fit on CIFAR-10 has besides what is measured"
+    return [Flip(),Crop(),Bf16()]
+
 def train(
     o:Options,
     net,                # A function that makes the net

@@ -2,11 +2,11 @@
 from __future__ import annotations
 from torchvision.models import resnet18
 from fastquant.callback.distill import *
-from fastquant.callback.quant import *
 from fastquant.distill import *
 from fastquant.learner import *
 from fastquant.report import latency as in_turns
 from .common import *
+from .qat import two_bits
 
 sections = Registry('section')
 
@@ -24,7 +24,7 @@ def fitted(
     "`net` from random weights, after a fit on CIFAR-10"
     set_seed(seed)
     learn = learner(net(), *cifar10(o), bs=128).to_channelslast(use_amp=False)
-    learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[Flip(),Crop(),*cbs])
+    learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=[*around(),*cbs])
     return learn
 
 def gain(rows, ways):
@@ -64,13 +64,7 @@ def student(o, epochs=4):
 @sections
 def w2a2(o, epochs=1):
     "Training ResNet-20 through the rounding of w2a2, with the float net as teacher and without"
-    rows = []
-    for way,cbs in {'labels only':lambda: [], 'with the float net as teacher':lambda: [DistillCallback(resnet20(o), weight=.7)]}.items():
-        set_seed(42)
-        learn = learner(resnet20(o), *cifar10(o), bs=64).to_channelslast(use_amp=False)
-        learn.validate(cbs=PTQCalibrate(spec='w2a2'))
-        learn.fit_one_cycle(o.some(epochs, 1), 2e-3, cbs=[Flip(),Crop(),QuantAwareCallback('w2a2'),*cbs()])
-        rows.append(dict(way=way, epochs=epochs, top1=right(learn)))
+    rows = [dict(way=way, epochs=epochs, top1=right(two_bits(o, taught, epochs))) for way,taught in (('labels only',False), ('with the float net as teacher',True))]
     return rows,[target('w2a2 with the float net as teacher against without (points)', rows[1]['top1']-rows[0]['top1'], 0, .5)]
 
 @sections

@@ -1,6 +1,6 @@
 "What pruning costs in accuracy, and what it buys: `python -m benchmarks.prune --data ../shared/data`"
 from __future__ import annotations
-import tempfile
+import re, tempfile
 from torchvision.models import resnet18
 from fastquant.affine import *
 from fastquant.callback.prune import *
@@ -13,6 +13,7 @@ from fastquant.prune.sparse import *
 from fastquant.report import latency as in_turns
 from fastquant.spec import *
 from .common import *
+from .qat import teacher
 
 sections = Registry('section')
 
@@ -76,23 +77,24 @@ def packed(q)->tuple:
 
 # CIFAR-10
 
-def cifar_learner(o, model): return learner(model, *cifar10(o), bs=128).to_channelslast(use_amp=False).to_bf16()
+def cifar_learner(o, model): return learner(model, *cifar10(o), bs=128).to_channelslast(use_amp=False)
 
-epochs = 3
+epochs = 6
 
 @sections
 def cifar(o):
     "The trained ResNet-20, fine-tuned with schedules to 80% and 90%, and to 2:4, against the float net fine-tuned as long"
     start,again = cifar_learner(o, resnet20(o)),lambda: cifar_learner(o, resnet20(o))
-    runs = {'float':None, '80%':PruneScheduleCallback(.8), '90%':PruneScheduleCallback(.9), '2:4':PruneScheduleCallback(structure=NM(2,4))}
+    runs = {'float':[], '80%':[PruneScheduleCallback(.8)], '90%':[PruneScheduleCallback(.9)], '2:4':[PruneScheduleCallback(structure=NM(2,4))],
+        '90%, with the float net as teacher':[PruneScheduleCallback(.9, end=.5),teacher(o)]}
     rows = [dict(net='as it came', sparsity=0., top1=right(start))]
-    for name,cb in runs.items():
-        l = trained(o, f"prune-cifar-{name.strip('%').replace(':','of')}", again(), epochs, 4e-3, [Flip(),Crop(),*L(cb)])
+    for name,cbs in runs.items():
+        l = trained(o, f"prune-cifar-{'-'.join(re.findall('[0-9a-z]+', name.replace(':','of')))}", again(), epochs, 4e-3, [*around(),*cbs])
         rows.append(dict(net=f'{name}, {epochs} epochs', sparsity=sparsity(l.model), top1=right(l)))
     rows.append(dict(net='2:4 in one shot', sparsity=.5, top1=right(start.prune(structure=NM(2,4)))))
     rows += [dict(net=f'{a:.0%} in one shot', sparsity=a, top1=right(start.prune(a))) for a in (.8,.9)]
     for r in rows: r['lost'] = rows[1]['top1']-r['top1']
-    goals = ('80% sparse',2,.7,.3),('90% sparse',3,2.,1.2),('2:4',4,.3,0)
+    goals = ('80% sparse',2,.7,.3),('90% sparse',3,2.,1.2),('2:4',4,.3,0),('90% sparse, with the float net as teacher',5,2.,1.2)
     return rows,[target(f'points lost, {what}', rows[i]['lost'], floor, aim) for what,i,floor,aim in goals]
 
 @sections
@@ -102,7 +104,7 @@ def rigl(o):
     rows = []
     for name,cb in runs.items():
         set_seed(42)
-        l = trained(o, f"prune-rigl-{name.replace(' ','-')}", cifar_learner(o, CifarResNet(1)), 4, 8e-3, [Flip(),Crop(),*L(cb)])
+        l = trained(o, f"prune-rigl-{name.replace(' ','-')}", cifar_learner(o, CifarResNet(1)), 4, 8e-3, [*around(),*L(cb)])
         rows.append(dict(training=name, sparsity=sparsity(l.model), top1=right(l)))
     return rows,[]
 
