@@ -79,6 +79,10 @@ class TeachingCallback(Callback):
     def net(self):
         "The model itself, without what distributes it"
         return get_model(self.learn.model)
+    @property
+    def beside(self):
+        "Tensors of this fit that nothing trains"
+        return []
     def before_fit(self):
         self.leave()
         self.losses,self.going = [],False
@@ -125,7 +129,7 @@ def join(self:TeachingCallback):
     opt,ps = self.learn.opt,trainable_params(self.extra)
     own_group(opt, ps, name=self.name, passing=True, aside=self.aside)
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
-    for p in ps if num_distrib()>1 else (): torch.distributed.broadcast(p.data, 0)
+    for t in (*ps,*self.beside) if num_distrib()>1 else (): torch.distributed.broadcast(t.data, 0)
 
 # %% ../../nbs/24_callback.distill.ipynb #24call8c035d
 @patch
@@ -246,6 +250,8 @@ class AverageSelfCallback(PastSelfCallback):
         super().__init__(loss, weight, temperature, features)
         if not 0<mom<1: raise ValueError(f"mom={mom}: pass the share of the average that stays in each step, above 0 and below 1.")
         self.mom = mom
+    @property
+    def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
     def before_train(self): TeachingCallback.before_train(self)
     def after_step(self):
         now = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
