@@ -20,8 +20,8 @@ from ..optimizer import *
 from ..learner import copy_model
 
 # %% auto #0
-__all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'DistillCallback', 'PastSelfCallback', 'AverageSelfCallback',
-           'SelfDistillCallback', 'MutualCallback']
+__all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'check_term', 'DistillCallback', 'PastSelfCallback',
+           'AverageSelfCallback', 'SelfDistillCallback', 'MutualCallback']
 
 # %% ../../nbs/24_callback.distill.ipynb #24calld21c9c
 class LossColumn(Callback):
@@ -51,7 +51,7 @@ def check_curve(
     "Raise a `ValueError` if `o` is not `ok` somewhere in a fit"
     for i in range(65 if callable(o) else 1):
         v = _at(o, i/64)
-        if not isinstance(v, (int,float)) or not ok(v): raise ValueError(f"{name}={v}{f' at {i/64:.2f} of the fit' if callable(o) else ''}: {say}")
+        if not isinstance(v, (int,float)) or not ok(v): raise ValueError(f"{name}={v!r}{f' at {i/64:.2f} of the fit' if callable(o) else ''}: {say}")
 
 # %% ../../nbs/24_callback.distill.ipynb #24callfafab2
 class TeachingCallback(Callback):
@@ -59,7 +59,7 @@ class TeachingCallback(Callback):
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # rounding is on the model, autocast is still on after the loss, and nobody has scaled it
     _stateattrs,_learn,extra,aside,losses = ('extra','_open','found','kept'),None,None,True,()
     def __init__(self, loss, weight, temperature):
-        if loss is not None: distill_losses.find(loss)
+        if loss is not None: find_loss(loss)
         check_curve('weight', weight, lambda v: 0<=v<=1, 'pass the share of the loss that is not the labels\', from 0 to 1.')
         check_curve('temperature', temperature, lambda v: 0<v<math.inf, 'a temperature divides what nets say, so it must be above 0. From 2 to 8 is usual, 1 changes nothing.')
         self.how,self.weight,self.temperature = loss,weight,temperature
@@ -152,20 +152,43 @@ def compared(self:TeachingCallback, student, teacher):
     return distill_loss(self.how, student, teacher, _at(self.temperature, min(1., self.pct_train)))
 
 # %% ../../nbs/24_callback.distill.ipynb #24call089c40
-@patch
-def look(self:TeachingCallback, model, paths, xb):
-    "What `model` says of `xb`, and features at `paths`"
-    self.axis = getattr(self.learn.loss_func, 'axis', 1)
-    with evaluating(model), catching(model, paths) as found: return self.outputs(model(*xb)),found
+def _run(model, xb, whose):
+    "What somebody who is no student says of `xb`; raises `ValueError` if it cannot be run"
+    try: return model(*xb)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError,TypeError) as e: raise ValueError(f"{whose} cannot be run on what the student gets, {' and '.join(map(_shape, xb))} an item: {e}. It has to take the same inputs.") from e
 
+@patch
+def look(self:TeachingCallback, model, paths, xb, whose='The student'):
+    "What `model` says of `xb`, and features at `paths`; raises `ValueError` if that is nothing to compare"
+    self.axis = getattr(self.learn.loss_func, 'axis', 1)
+    with evaluating(model), catching(model, paths) as found: out = model(*xb) if model is self.net else _run(model, xb, whose)
+    if not floats(out): raise ValueError(f"{whose} gives no floating-point tensor to compare, but {type(out).__name__}. Pass a model that returns its predictions.")
+    y = self.outputs(out)
+    if y.isnan().any() or self.how is not None and y.isinf().any(): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
+    return y,found
+
+# %% ../../nbs/24_callback.distill.ipynb #24call1fb6e2
+def check_term(
+    term,    # What a loss gave
+    what:str # Which loss
+):
+    "Raise a `ValueError` if `term` is not one finite number"
+    if not isinstance(term, Tensor) or term.numel()!=1: raise ValueError(f"{what} does not give one number, but {f'a tensor of shape {_sizes(term)}: take the mean over the items' if isinstance(term, Tensor) else repr(term)}.")
+    if not term.isfinite().all(): raise ValueError(f"{what} gives {term.item()} on the training data, before anything is learned. Take another loss, or look at what it divides by.")
+
+def _sizes(t): return '×'.join(map(str, t.shape))
+def _say(loss): return f"loss={loss!r}" if isinstance(loss, str) else f"loss={getattr(loss, '__name__', loss)}"
+
+# %% ../../nbs/24_callback.distill.ipynb #24call5e1f07
 @patch
 def check_outputs(self:TeachingCallback, student, teacher, whose):
     "Raise a `ValueError` if two outputs cannot be compared"
-    if not teacher.isfinite().all(): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
     if self.how is None: return
-    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. Compare features only, with loss=None, or take another.")
+    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. {'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'} another.")
     one = student.ndim<2 or student.shape[1]==1
     if self.how in ('soft_targets',distill_losses['soft_targets']) and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
+    check_term(self.compared(student, teacher), _say(self.how))
 
 # %% ../../nbs/24_callback.distill.ipynb #24call16758d
 def _model_of(o, arg):
@@ -195,19 +218,21 @@ class DistillCallback(TeachingCallback):
         model,vocab = _model_of(self.teacher, 'teacher'),lambda o: getattr(getattr(o, 'dls', None), 'vocab', None)
         if model is self.net: raise ValueError("The teacher is the student itself: it would agree with itself all the time. Pass a copy, `DistillCallback(copy_model(learn.model))`, to learn from how it is now, or see `PastSelfCallback` and `AverageSelfCallback`.")
         a,b = vocab(self.learn),vocab(self.teacher)
-        if a is not None and b is not None and list(a)!=list(b): raise ValueError(f"The teacher predicts other classes than the student: {list(b)}, not {list(a)}.")
+        if a is not None and b is not None and list(a)!=list(b): raise ValueError(f"The teacher predicts other classes than the student: {list(b)}, not {list(a)}. Train one on the same classes; or, if only their names differ, pass the teacher's model, as in `DistillCallback(teacher.model)`.")
         return model.to(next(self.net.parameters()).device)
     def begin(self, *xb):
         self.guide = self.find_teacher()
         pairs = [(m,a,b) for m in self.features for a,b in m.pairs(self.net, self.guide)]
         s,ours = self.look(self.net, [a for _,a,_ in pairs], xb)
-        t,theirs = self.look(self.guide, [b for *_,b in pairs], xb)
+        t,theirs = self.look(self.guide, [b for *_,b in pairs], xb, 'The teacher')
         self.check_outputs(s, t, 'The teacher')
         for found,paths,whose in ((ours,[a for _,a,_ in pairs],'student'), (theirs,[b for *_,b in pairs],'teacher')):
             for k in paths:
                 if k not in found: raise ValueError(f"{k!r} of the {whose} gave nothing when it ran on a batch, so there are no features. Choose a module that runs and returns a tensor.")
         self.pairs,self.paths = pairs,list({a for _,a,_ in pairs})
-        return [self.bridge(m, ours[a], theirs[b]) for m,a,b in pairs]
+        bridges = [self.bridge(m, ours[a], theirs[b]).to(s.device) for m,a,b in pairs]
+        for (m,a,b),p in zip(pairs, bridges): check_term(self.compare_features(m, p, ours[a], theirs[b]), f"{_say(m.loss)} of {a!r} and the teacher's {b!r}")
+        return bridges
     def bridge(self, match, s, t):
         "What has to be done with the student's features before they are compared"
         if 'size' in wants(distill_losses.find(match.loss)): s,t = aligned(s, t)
@@ -248,7 +273,7 @@ class AverageSelfCallback(PastSelfCallback):
         features=None        # Likewise
     ):
         super().__init__(loss, weight, temperature, features)
-        if not 0<mom<1: raise ValueError(f"mom={mom}: pass the share of the average that stays in each step, above 0 and below 1.")
+        if not isinstance(mom, float) or not 0<mom<1: raise ValueError(f"mom={mom!r}: pass the share of the average that stays in each step, above 0 and below 1.")
         self.mom = mom
     @property
     def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
@@ -272,12 +297,13 @@ class SelfDistillCallback(TeachingCallback):
     ):
         super().__init__(loss, weight, temperature)
         if loss is None: raise ValueError("loss=None: heads learn from the net's outputs, so say how to compare them.")
-        if width<1: raise ValueError(f"width={width}: a head needs at least one channel.")
+        if not isinstance(width, int) or width<1: raise ValueError(f"width={width!r}: a head needs at least one channel.")
         self.at,self.width = listify(at),width
+        if any(not isinstance(o, str) for o in self.at): raise ValueError(f"at={at!r}: pass the name of a module, or a pattern, or a list of these.")
     def begin(self, *xb):
         paths = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
         if not paths: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
-        y,found = self.look(self.net, paths, xb)
+        y,found = self.look(self.net, paths, xb, 'The model')
         self.check_outputs(y, y, 'The model')
         if y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {_shape(y)}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
         for k in paths:
@@ -312,7 +338,7 @@ class MutualCallback(TeachingCallback):
         models = [_model_of(p, 'peer') for p in self.peers]
         if len({id(m) for m in (self.net,*models)})<len(models)+1: raise ValueError("A model is its own peer: it would agree with itself all the time. Every Learner needs a model of its own.")
         s,_ = self.look(self.net, [], xb)
-        for m in models: self.check_outputs(s, self.look(m.to(s.device), [], xb)[0], 'A peer')
+        for m in models: self.check_outputs(s, self.look(m.to(s.device), [], xb, 'A peer')[0], 'A peer')
         return models
     def combined(self, loss, w):
         raw = [m(*self.xb) for m in self.extra]
