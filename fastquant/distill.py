@@ -23,6 +23,8 @@ __all__ = ['distill_losses', 'agree', 'wants', 'find_loss', 'distill_loss', 'ali
 # %% ../nbs/09_distill.ipynb #09dist82d13a
 distill_losses = Registry('distillation loss')
 
+def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
+
 # %% ../nbs/09_distill.ipynb #09distdfa43c
 @distill_losses
 def soft_targets(student, teacher, temperature):
@@ -59,8 +61,6 @@ def wants(
     return getattr(loss, 'agree', ('width','size'))
 
 # %% ../nbs/09_distill.ipynb #09dist28b5ed
-def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
-
 @distill_losses
 @agree('size')
 def attention(student, teacher):
@@ -68,6 +68,7 @@ def attention(student, teacher):
     s,t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student,teacher))
     return (s-t).square().sum(1).mean()
 
+# %% ../nbs/09_distill.ipynb #09dist6e01bb
 @distill_losses
 @agree()
 def similarity(student, teacher):

@@ -101,18 +101,11 @@ class TeachingCallback(Callback):
         if term is None: return
         self.learn.loss_grad = loss
         self.losses.append(term.detach())
-    def before_step(self):
-        if num_distrib()<2: return
-        for p in (p for p in self.extra.parameters() if p.grad is not None): _average(p.grad)
     def after_fit(self):
-        for b in self.extra.buffers() if self.extra and num_distrib()>1 else (): torch.distributed.broadcast(b, 0)
+        self.share(self.extra.buffers() if self.extra else ())
         self.leave()
 
 # %% ../../nbs/24_callback.distill.ipynb #24call917010
-def _average(t):
-    torch.distributed.all_reduce(t)
-    t.div_(num_distrib())
-
 @patch
 def start(self:TeachingCallback):
     "Find out what is needed, on two items; raises `ValueError` before anything has changed"
@@ -129,7 +122,20 @@ def join(self:TeachingCallback):
     opt,ps = self.learn.opt,trainable_params(self.extra)
     own_group(opt, ps, name=self.name, passing=True, aside=self.aside)
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
-    for t in (*ps,*self.beside) if num_distrib()>1 else (): torch.distributed.broadcast(t.data, 0)
+    self.share([*ps,*self.beside])
+
+# %% ../../nbs/24_callback.distill.ipynb #24call2ad9c7
+@patch
+def share(self:TeachingCallback, tensors):
+    "Give all processes the first one's `tensors`"
+    for t in tensors if num_distrib()>1 else (): torch.distributed.broadcast(t.data, 0)
+
+@patch
+def before_step(self:TeachingCallback):
+    if num_distrib()<2: return
+    for p in (p for p in self.extra.parameters() if p.grad is not None):
+        torch.distributed.all_reduce(p.grad)
+        p.grad.div_(num_distrib())
 
 # %% ../../nbs/24_callback.distill.ipynb #24call8c035d
 @patch
