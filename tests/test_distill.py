@@ -140,7 +140,7 @@ def test_stages(teacher, tmp_path, make_cb, opt_func):
     check_clean(learn)
 
 @pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
-@pytest.mark.parametrize('kind', ['plain','features','depth'])
+@pytest.mark.parametrize('kind', ['plain','features','past','average','depth'])
 def test_resume(teacher, tmp_path, kind, opt_func):
     "A fit that is resumed in another Learner ends where the uninterrupted one ended, bit for bit; its file fits a plain Learner"
     whole,other = (learner(tmp_path, opt_func=opt_func) for _ in 'ab')
@@ -150,6 +150,42 @@ def test_resume(teacher, tmp_path, kind, opt_func):
     other.load('m_1')
     other.fit_one_cycle(3, 1e-2, cbs=[kinds[kind](teacher),Seeded()], start_epoch=2)
     assert same(state(whole.model), state(other.model))
+    check_clean(other)
+
+def averaging(*cbs):
+    def go(learn, **kwargs): learn.fit_one_cycle(3, 5e-3, cbs=[AverageSelfCallback(.9),*cbs,Seeded(),SaveModelCallback(every_epoch=True, with_opt=True, fname='m')], **kwargs)
+    return go
+
+def test_average_goes_on(tmp_path):
+    "The averaged teacher is in a checkpoint that has an optimizer, and nowhere else: not in the model's part, nor in what is exported; one fit goes on with it"
+    set_seed(0)
+    whole,other = (quiet(Learner(pictures(), net(32), loss_func=CrossEntropyLossFlat(), path=tmp_path)) for _ in 'ab')
+    whole.export('bare.pkl')
+    seen = []
+    go = averaging(Do(after_epoch=lambda l: seen.append(state(l.average_self.guide))))
+    go(whole)
+    saved = torch.load(tmp_path/'models'/'m_1.pth', weights_only=False)
+    assert saved['model'].keys()==whole.model.state_dict().keys() and list(saved['opt']['passing'])==['average_self']
+    assert [*map(len, (saved['opt']['state'],saved['opt']['hypers']))]==[len(list(net().parameters())),1]
+    other.load('m_1')
+    other.export('it.pkl')
+    assert (tmp_path/'it.pkl').stat().st_size-(tmp_path/'bare.pkl').stat().st_size<n_bytes(whole.model)/4
+    other.load('m_1')
+    starts = []
+    other.fit(1, 0., cbs=[AverageSelfCallback(.9),Do(before_train=lambda l: starts.append(state(l.average_self.guide)))])
+    assert same(starts[0], seen[1]) and not same(starts[0], saved['model'])
+    other.fit(1, 0., cbs=[AverageSelfCallback(.9),Do(before_train=lambda l: starts.append(state(l.average_self.guide)))])
+    assert not same(starts[1], seen[1])
+
+@pytest.mark.parametrize('spec', ['int8','w4a4'])
+def test_average_under_rounding_goes_on(tmp_path, spec):
+    go = averaging(QuantAwareCallback(spec))
+    whole,other = learner(tmp_path),learner(tmp_path)
+    go(whole)
+    other.load('m_1')
+    go(other, start_epoch=2)
+    a,b = ({k:v.nan_to_num(-7) if v.is_floating_point() else v for k,v in state(l.model).items()} for l in (whole,other))
+    assert same(a, b)
 
 @every
 def test_save_model(teacher, tmp_path, make_cb):

@@ -120,7 +120,7 @@ def start(self:TeachingCallback):
 def join(self:TeachingCallback):
     "Give the optimizer what is to be trained along"
     opt,ps = self.learn.opt,trainable_params(self.extra)
-    own_group(opt, ps, name=self.name, passing=True, aside=self.aside)
+    own_group(opt, ps, name=self.name, passing=True, aside=self.aside, beside=self.beside)
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
     self.share([*ps,*self.beside])
 
