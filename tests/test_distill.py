@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 def hinted(teacher, **kwargs): return DistillCallback(teacher, features=['1', Match('2.0', loss='attention')], **kwargs)
 
 kinds = dict(plain=lambda t: DistillCallback(t), features=hinted, past=lambda t: PastSelfCallback(), average=lambda t: AverageSelfCallback(.9, features='1'),
-    depth=lambda t: SelfDistillCallback('[01]'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
+    depth=lambda t: SelfDistillCallback('[01]'), hint=lambda t: SelfDistillCallback('[01]', hint='2.0'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
 every = pytest.mark.parametrize('make_cb', kinds.values(), ids=kinds)
 
 class Do(Callback):
@@ -94,6 +94,58 @@ def test_losses_shown_are_the_students(teacher, tmp_path, make_cb):
     final = learn.recorder.values[0]
     assert list(learn.validate()[:2])==pytest.approx(list(final[1:3]))
 
+class Tap(Callback):
+    "What the student, heads and bridges were in the first step, and the gradients they got"
+    order,run_valid = 60,False
+    def after_pred(self):
+        if not self.train_iter: self.model_,self.extra,self.x_ = (copy.deepcopy(o) for o in (self.model, self.self_distill.extra, self.x))
+    def before_step(self):
+        if not self.train_iter: self.grads = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in (*self.model.parameters(),*self.self_distill.extra.parameters())]
+
+def test_gradient_of_the_hint(tmp_path):
+    "Against finite differences of the squared distance, written out: what a hint adds, and that none of it reaches the deepest features"
+    taps = []
+    for w in (0.,2.):
+        learn,tap = learner(tmp_path),Tap()
+        learn.fit(1, 1e-3, cbs=[SelfDistillCallback('[01]', hint='2.0', hint_weight=w, width=8),tap])
+        taps.append(tap)
+    model,extra,x = taps[0].model_.double(),taps[0].extra.double(),taps[0].x_.double()
+    for m in (model,extra): m.train()
+    with torch.no_grad(): deep = model[2][0](model[:2](x))
+    def hint():
+        with torch.no_grad():
+            a = model[0](x)
+            b = model[1](a)
+            narrow = [h[2](h[1](h[0](f))) for h,f in zip(extra, (a,b))]
+            return sum((p(F.adaptive_avg_pool2d(f, deep.shape[2:]))-deep).square().sum()/deep.numel() for p,f in zip(extra[2:], narrow)).item()
+    ps,diff = [*model.parameters(),*extra.parameters()],[(b-a)/2 for a,b in zip(*(t.grads for t in taps))]
+    torch.manual_seed(0)
+    for _ in range(4):
+        ds = [torch.randn_like(p) for p in ps]
+        at = []
+        for e in (1e-5,-1e-5):
+            for p,d in zip(ps, ds): p.data.add_(e*d)
+            at.append(hint())
+            for p,d in zip(ps, ds): p.data.sub_(e*d)
+        want = (at[0]-at[1])/2e-5
+        assert abs(want)>1e-2 and sum((d*g).sum().item() for d,g in zip(ds, diff))==pytest.approx(want, rel=1e-3)
+    n = len([*model[:2].parameters()])
+    assert all(g.abs().max()>0 for g in diff[:n]) and all(g.abs().max()<1e-6 for g in diff[n:len([*model.parameters()])])
+
+def test_hint_without_weight(tmp_path):
+    "is none, bit for bit"
+    a,b = learner(tmp_path),learner(tmp_path)
+    a.fit(2, 1e-2, cbs=[SelfDistillCallback('[01]'),Seeded()])
+    b.fit(2, 1e-2, cbs=[SelfDistillCallback('[01]', hint='2.0', hint_weight=0.),Seeded()])
+    assert same(state(a.model), state(b.model))
+
+def test_hints_of_pooled_features_and_of_tokens(tmp_path):
+    "Deepest features may have no places, and may be a sequence"
+    for model,at,hint in ((net(),'[01]','2.2'), (nn.Sequential(nn.Flatten(2), nn.Linear(64,8), nn.Unflatten(1,(1,1)), nn.Flatten(1,2), nn.Linear(8,12), nn.Flatten(), nn.Linear(12,10)),'1','4')):
+        learn = learner(tmp_path, model=model)
+        learn.fit(1, 1e-2, cbs=SelfDistillCallback(at, hint=hint, hint_weight=SchedCos(1,0)))
+        check_clean(learn)
+
 # Everything around a fit
 
 @every
@@ -140,7 +192,7 @@ def test_stages(teacher, tmp_path, make_cb, opt_func):
     check_clean(learn)
 
 @pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
-@pytest.mark.parametrize('kind', ['plain','features','past','average','depth'])
+@pytest.mark.parametrize('kind', ['plain','features','past','average','depth','hint'])
 def test_resume(teacher, tmp_path, kind, opt_func):
     "A fit that is resumed in another Learner ends where the uninterrupted one ended, bit for bit; its file fits a plain Learner"
     whole,other = (learner(tmp_path, opt_func=opt_func) for _ in 'ab')

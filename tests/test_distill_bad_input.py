@@ -78,6 +78,8 @@ made = dict(
     heads_width=(lambda l: SelfDistillCallback('3', width=0), "width=0: a head needs at least one channel"),
     heads_width_share=(lambda l: SelfDistillCallback('3', width=.5), "width=0.5: a head needs at least one channel"),
     heads_number=(lambda l: SelfDistillCallback(3), "at=3: pass the name of a module, or a pattern"),
+    hint_number=(lambda l: SelfDistillCallback('0', hint=3), "hint=3: pass the name of a module, or a pattern"),
+    hint_weight=(lambda l: SelfDistillCallback('0', hint='3', hint_weight=-1), "hint_weight=-1: pass what the difference .*0 or more"),
     nobody=(lambda l: MutualCallback(), "There is nobody to learn with: pass one or more Learners"),
     peer=(lambda l: MutualCallback('resnet18'), "peer='resnet18': pass a trained Learner or model"),
     peers_list=(lambda l: MutualCallback([net()]), r"peer=\[.*Learner or model"),
@@ -113,6 +115,8 @@ fits = dict(
     nan_features=(distill(lambda: broken('3'), None, features='3'), "The teacher gives NaN or infinity"),
     heads_none=(lambda l: SelfDistillCallback([]), r"at=\[\]: name the modules that are to predict"),
     heads_name=(lambda l: SelfDistillCallback('33'), "'33' matches no module of the model. Did you mean '3'"),
+    hint_name=(lambda l: SelfDistillCallback('0', hint='33'), "'33' matches no module of the model. Did you mean '3'"),
+    hint_many=(lambda l: SelfDistillCallback('0', hint='[35]'), r"hint='\[35\]' matches 2 modules \(3, 5\): name one"),
     peer_outputs=(lambda l: MutualCallback(net(n_out=5)), "student's output is 3 an item and that of a peer 5.*Take another"),
     peer_nan=(lambda l: MutualCallback(net(), broken('7')), "A peer gives NaN or infinity"),
     peer_itself=(lambda l: MutualCallback(l), "A model is its own peer.*Every Learner needs a model of its own"),
@@ -186,6 +190,10 @@ def test_regression_and_softmax(tmp_path):
     learn = learner(net(n_out=1), tmp_path)
     for cb in (DistillCallback(net(n_out=1)),SelfDistillCallback('0'),MutualCallback(net(n_out=1))):
         with pytest.raises(ValueError, match="The output is one number an item, of which the softmax is always 1. Use loss='soft_labels'.*loss='mse'"): learn.fit(1, cbs=cb)
+
+def test_hint_of_another_size(tmp_path):
+    learn = learner(Alike(), tmp_path)
+    with pytest.raises(ValueError, match="no way to match"): learn.fit(1, cbs=SelfDistillCallback('flat', hint='wide'))
 
 def test_heads_for_pixels(tmp_path):
     learn = learner(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)), tmp_path)

@@ -22,10 +22,10 @@ def made(seed, *args, **kwargs):
 
 class PlainHeads(SelfDistillCallback):
     "Without batchnorms in the heads"
-    def begin(self, *xb): return [nn.Sequential(*[m for m in h if not isinstance(m, nn.BatchNorm2d)]) for h in super().begin(*xb)]
+    def begin(self, *xb): return [nn.Sequential(*[nn.Identity() if isinstance(m, nn.BatchNorm2d) else m for m in h]) if isinstance(h, nn.Sequential) else h for h in super().begin(*xb)]
 
 projected = ['0', Match('1', loss='mse'), Match('1', loss='attention')]
-kinds = dict(soft=lambda: DistillCallback(made(1, 16)), features=lambda: DistillCallback(made(1, 16), features=projected), heads=lambda: PlainHeads('[01]', width=8),
+kinds = dict(soft=lambda: DistillCallback(made(1, 16)), features=lambda: DistillCallback(made(1, 16), features=projected), heads=lambda: PlainHeads('[01]', width=8), hint=lambda: PlainHeads('0', width=8, hint='1'),
     mutual=lambda: MutualCallback(made(2, 6), made(3)), past=lambda: PastSelfCallback(), average=lambda: AverageSelfCallback(.8, features='1'))
 normed = dict(heads_norm=lambda: SelfDistillCallback('[01]', width=8), mutual_norm=lambda: MutualCallback(made(2, 6, True)), average_norm=lambda: AverageSelfCallback(.8))
 cases = {'none':lambda: None, **kinds, **normed}
@@ -86,7 +86,7 @@ def test_same_on_both_ranks(runs, case):
 
 def test_something_trained_along(runs):
     "Of each callback what it brings, and all of it moved"
-    for case,what in (('features','extra'), ('heads','extra'), ('mutual','extra'), ('average','guide')):
+    for case,what in (('features','extra'), ('heads','extra'), ('hint','extra'), ('mutual','extra'), ('average','guide')):
         log = runs[case][0][0]
         assert log[0][what] and not any(torch.equal(v, log[-1][what][k]) for k,v in log[0][what].items())
 

@@ -299,29 +299,58 @@ class SelfDistillCallback(TeachingCallback):
         loss='soft_targets', # As in `DistillCallback`
         weight=.5,           # Share of a head's loss that is the deepest layer's, the rest is the labels'; or a function of the position in the fit
         temperature=3.,      # As in `DistillCallback`
-        width:int=64         # Channels in the bottleneck of a head
+        width:int=64,        # Channels in the bottleneck of a head
+        hint:str=None,       # The deepest module, if bottlenecks are to learn from its features too
+        hint_weight=.1       # Of the mean squared difference to these, or a function of the position in the fit
     ):
         super().__init__(loss, weight, temperature)
         if loss is None: raise ValueError("loss=None: heads learn from the net's outputs, so say how to compare them.")
         if not isinstance(width, int) or width<1: raise ValueError(f"width={width!r}: a head needs at least one channel.")
-        self.at,self.width = listify(at),width
-        if any(not isinstance(o, str) for o in self.at): raise ValueError(f"at={at!r}: pass the name of a module, or a pattern, or a list of these.")
+        check_curve('hint_weight', hint_weight, lambda v: 0<=v<math.inf, 'pass what the difference to the deepest features is multiplied with, 0 or more.')
+        self.at,self.width,self.hint,self.hint_weight = listify(at),width,hint,hint_weight
+        for k,o in (('at',at),('hint',hint or '')):
+            if any(not isinstance(p, str) for p in listify(o)): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
     def begin(self, *xb):
-        paths = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
-        if not paths: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
-        y,found = self.look(self.net, paths, xb, 'The model')
+        self.heads = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
+        self.deepest = modules_at(self.net, self.hint) if self.hint else []
+        if not self.heads: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
+        if len(self.deepest)>1: raise ValueError(f"hint={self.hint!r} matches {len(self.deepest)} modules ({', '.join(self.deepest)}): name one, whose features all are to learn from.")
+        self.paths = [*self.heads,*self.deepest]
+        y,found = self.look(self.net, self.paths, xb, 'The model')
         self.check_outputs(y, y, 'The model')
         if y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {_shape(y)}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
-        for k in paths:
+        for k in self.paths:
             if k not in found or found[k].ndim<2: raise ValueError(f"{k!r} gave no features when it ran on a batch. Choose a module that runs and returns some for each item.")
-        self.paths = paths
-        return [small_head(self.turned(found[k]), y.shape[1], self.width) for k in paths]
-    def turned(self, x): return x.movedim(2,1) if x.ndim==3 else x
+        heads = [small_head(self.turned(found[k]), y.shape[1], self.width).to(y.device) for k in self.heads]
+        return [*heads,*self.bridges(heads, found)]
+    def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()
     def combined(self, loss, w):
         deep = self.outputs(self.learn.pred).detach()
-        preds = [h(self.turned(self.found[k].float())) for k,h in zip(self.paths, self.extra)]
-        term = sum(self.compared(p, deep) for p in preds)
-        return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term,term
+        narrow = [h[:3](self.turned(self.found[k])) for k,h in zip(self.heads, self.extra)]
+        preds = [h[3:](b) for b,h in zip(narrow, self.extra)]
+        term,hint = sum(self.compared(p, deep) for p in preds),self.hints(narrow)
+        return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term+hint,term+hint
+
+# %% ../../nbs/24_callback.distill.ipynb #24call7e3a56
+@patch
+def bridges(self:SelfDistillCallback, heads, found):
+    "What maps the bottlenecks of `heads` to the width of the deepest features; raises `ValueError` if sizes cannot be matched"
+    if not self.deepest: return []
+    t = self.turned(found[self.deepest[0]])
+    def one(k, head):
+        with evaluating(head): s,d = aligned(*_pooled(head[:3](self.turned(found[k])), t))
+        return (projection(s, d, F.mse_loss) or nn.Identity()).to(t.device)
+    return [one(k, h) for k,h in zip(self.heads, heads)]
+
+@patch
+def hints(self:SelfDistillCallback, narrow):
+    "How far bottlenecks are from the deepest features, times its weight"
+    if not self.deepest: return 0.
+    t = self.turned(self.found[self.deepest[0]]).detach()
+    pairs = [aligned(*_pooled(b, t)) for b in narrow]
+    return _at(self.hint_weight, min(1., self.pct_train))*sum(F.mse_loss(p(s), d) for p,(s,d) in zip(self.extra[len(narrow):], pairs))
+
+def _pooled(narrow, deep): return (narrow.flatten(2).mean(2) if deep.ndim==2<narrow.ndim else narrow),deep
 
 # %% ../../nbs/24_callback.distill.ipynb #24call42f2e3
 class MutualCallback(TeachingCallback):
