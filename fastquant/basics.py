@@ -53,8 +53,8 @@ def check_patterns(
 ):
     "Raise a `ValueError` that lists near misses if one of `patterns` matches none of `names`"
     for p in patterns:
-        if not any(matches(n, p) for n in names):
-            raise ValueError(f"{p!r} matches no module.{near_misses(p, names)} Patterns are module names as in `learn.model.named_modules()`, with * and ?.")
+        if not isinstance(p, str) or not any(matches(n, p) for n in names):
+            raise ValueError(f"{p!r} matches no module.{near_misses(str(p), names)} Patterns are module names as in `learn.model.named_modules()`, with * and ?.")
 
 # %% ../nbs/00_basics.ipynb #00basi1681c6
 def check_writable(fname)->Path:

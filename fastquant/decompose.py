@@ -160,6 +160,7 @@ def rank_sensitivity(self:Learner,
     show_plot:bool=True # Draw it?
 )->RankSensitivity:
     "Singular values of each layer, and what its ranks alone do to the first metric (the loss if there is none); `suggest` turns that into ranks"
+    if not len(shares): raise ValueError("shares=(): pass the shares of a layer's parameters to try, like (.2,.5).")
     for s in shares:
         if not 0<s<1: raise ValueError(f"shares={shares}: each is a share of a layer's parameters, above 0 and below 1.")
     twin = _trainable(self, _float_copy(self))

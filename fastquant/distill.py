@@ -17,11 +17,13 @@ from .basics import *
 from .trace import *
 
 # %% auto #0
-__all__ = ['distill_losses', 'agree', 'wants', 'distill_loss', 'aligned', 'projection', 'modules_at', 'Match', 'find_matches',
-           'catching', 'small_head']
+__all__ = ['distill_losses', 'agree', 'wants', 'find_loss', 'distill_loss', 'aligned', 'projection', 'modules_at', 'Match',
+           'find_matches', 'catching', 'small_head']
 
 # %% ../nbs/09_distill.ipynb #09dist82d13a
 distill_losses = Registry('distillation loss')
+
+def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../nbs/09_distill.ipynb #09distdfa43c
 @distill_losses
@@ -62,9 +64,11 @@ def wants(
 @distill_losses
 @agree('size')
 def attention(student, teacher):
+    if student.ndim<3: raise ValueError(f"'attention' compares the places of a picture or sequence, and what is to be compared is {_shape(student)} an item. Choose a module before places are pooled away, or loss='mse'.")
     s,t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student,teacher))
     return (s-t).square().sum(1).mean()
 
+# %% ../nbs/09_distill.ipynb #09dist6e01bb
 @distill_losses
 @agree()
 def similarity(student, teacher):
@@ -72,6 +76,13 @@ def similarity(student, teacher):
     return (s-t).square().mean()
 
 # %% ../nbs/09_distill.ipynb #09dist723be7
+def find_loss(
+    o # A distillation loss, or the name of one
+):
+    "The function that is meant by `o`; raises `ValueError` if there is none"
+    if callable(f:=distill_losses.find(o)): return f
+    raise ValueError(f"loss={o!r}: pass a function of student and teacher, or the name of one: {', '.join(sorted(distill_losses))}.")
+
 def distill_loss(
     loss,              # A distillation loss, or the name of one
     student:Tensor,    # What the student says
@@ -79,7 +90,7 @@ def distill_loss(
     temperature:float=1. # For a loss that has one
 )->Tensor: # A number
     "How far `student` is from `teacher`, in 32 bits"
-    f = distill_losses.find(loss)
+    f = find_loss(loss)
     extra = (temperature,) if 'temperature' in inspect.signature(f).parameters else ()
     return f(student.float(), teacher.float(), *extra)
 
@@ -97,8 +108,6 @@ def aligned(
     if pool and all(i<=j for i,j in zip(a, b)): return s,pool(t, a)
     if pool and all(i>=j for i,j in zip(a, b)): return pool(s, b),t
     raise ValueError(f"The student's features are {_shape(student)} an item and the teacher's {_shape(teacher)}, and there is no way to match these sizes. Choose modules whose outputs have the same size, or one that is a smaller picture of the other; or loss='similarity', which compares items and not places.")
-
-def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../nbs/09_distill.ipynb #09distdabd09
 def projection(
@@ -133,8 +142,10 @@ class Match:
     loss:object='mse' # A distillation loss, or the name of one
     weight:float=1.   # Of each of these losses, beside the one of the outputs
     def __post_init__(self):
-        if not self.weight>0 or math.isinf(self.weight): raise ValueError(f"weight={self.weight}: pass a positive number, or leave the match out.")
-        distill_losses.find(self.loss)
+        for k,o in (('student',self.student),('teacher',self.teacher or '')):
+            if not isinstance(o, str): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
+        if not isinstance(self.weight, (int,float)) or not 0<self.weight<math.inf: raise ValueError(f"weight={self.weight!r}: pass a positive number, or leave the match out.")
+        find_loss(self.loss)
     def pairs(self, student, teacher)->list: # Of paths
         "Paths in the models `student` and `teacher`"
         a,b = modules_at(student, self.student, 'the student'),modules_at(teacher, self.teacher or self.student, 'the teacher')
@@ -147,6 +158,7 @@ def find_matches(
     "The matches that are meant by `o`"
     if o is None or isinstance(o, (str,Match)): return [] if o is None else [o if isinstance(o, Match) else Match(o)]
     if isinstance(o, dict): return [Match(*kv) for kv in o.items()]
+    if not isinstance(o, (list,tuple)): raise ValueError(f"features={o!r}: pass a module's name or pattern, a `Match`, a dictionary from the student's to the teacher's, or a list of these.")
     return [m for x in o for m in find_matches(x)]
 
 # %% ../nbs/09_distill.ipynb #09dist987561

@@ -243,7 +243,7 @@ def skeleton(
     rank = tuple(rank) if isinstance(rank, (tuple,list)) else (rank,)*len(full)
     if len(rank)!=len(full): raise ValueError(f"rank={rank}: {_name(f)!r} has {len(full)} ranks here.")
     for r,top in zip(rank, full):
-        if not isinstance(r, int) or not 1<=r<=top: raise ValueError(f"rank={rank if len(rank)>1 else rank[0]}: the ranks of this layer go from 1 to {full if len(full)>1 else full[0]}.")
+        if type(r) is not int or not 1<=r<=top: raise ValueError(f"rank={rank if len(rank)>1 else rank[0]!r}: the ranks of this layer go from 1 to {full if len(full)>1 else full[0]}.")
     return LowRank(*f.make(m, rank), kind=_name(f), rank=rank, dense=sum(p.numel() for p in m.parameters()))
 
 def _name(f): return next((k for k,v in factorisations.items() if v is f), getattr(f, '__name__', str(f)))
@@ -292,6 +292,7 @@ def check_kinds(
     names            # Module names or patterns that have to be factorised
 ):
     "Raise a `ValueError` if `names`, or a pattern in the dictionary `kinds`, ask for what cannot be"
+    if not isinstance(kinds, (str,dict,type(None))): raise ValueError(f"kinds={kinds!r}: pass the name of a factorisation, {', '.join(factorisations)}, or a dictionary of these by module pattern.")
     mods = {k:m for k,m in model.named_modules() if k}
     asked = [*[(p,None) for p in names],*(kinds.items() if isinstance(kinds, dict) else ())]
     check_patterns([p for p,_ in asked], mods)

@@ -21,6 +21,7 @@ class Guest:
     lr:float=1.        # Learning rate, as a share of that of the last stage
     passing:bool=False # Is it gone after the fit? If not, it has no weight decay
     aside:bool=False   # Do checkpoints have what is passing, in a place aside, for a fit that is resumed?
+    beside:tuple=()    # Tensors that then are saved too, though no optimizer moves them
 
 # %% ../nbs/19_optimizer.ipynb #19opti30db26
 def _inner(opt): return opt.opt if isinstance(getattr(opt, 'opt', None), Optimizer) else opt
@@ -68,7 +69,8 @@ def _alone(self:StepGroup):
     slow = {p:s for ps,ss in zip(self.param_lists, getattr(self, 'slow_weights', None) or []) for p,s in zip(ps, ss) if p in state}
     self.guests = {k:g for k,g in guests.items() if not g.passing}
     _set_groups(self, [g for i,g in enumerate(groups) if i not in out])
-    try: yield {k:[(p.detach(),state[p],slow.get(p)) for p in _params(groups[i])] for i,(k,g) in enumerate(guests.items()) if g.aside}
+    one = lambda t: (t.detach(),state.get(t, {}),slow.get(t))
+    try: yield {k:[one(t) for t in (*_params(groups[i]),*g.beside)] for i,(k,g) in enumerate(guests.items()) if g.aside}
     finally:
         groups = _groups(self)
         for i,g in out.items(): groups.insert(i, g)
@@ -98,14 +100,15 @@ def keep_passing(
     "Remember the guests in `state` that were only passing, for `own_group` to go on with"
     opt.waiting = state.get('passing', {})
 
-def _go_on(opt, name, params):
+def _go_on(opt, name, params, beside):
     saved = getattr(opt, 'waiting', {}).pop(name, None)
-    if saved is None or [p.shape for p in params]!=[p.shape for p,*_ in saved]: return
+    if saved is None or [t.shape for t in (*params,*beside)]!=[t.shape for t,*_ in saved]: return
     mine = lambda v,p: v.to(p.device, copy=True) if isinstance(v, Tensor) else v
     for i,(p,(was,state,slow)) in enumerate(zip(params, saved)):
         p.data.copy_(was)
         _state(opt)[p] = {k:mine(v, p) for k,v in state.items()}
         if getattr(opt, 'slow_weights', None) is not None: opt.slow_weights[0][i] = p.detach().clone() if slow is None else mine(slow, p)
+    for t,(was,*_) in zip(beside, saved[len(params):]): t.data.copy_(was)
 
 # %% ../nbs/19_optimizer.ipynb #19opti872ff0
 @lru_cache
@@ -113,20 +116,21 @@ def _with_group(cls): return type(cls.__name__, (StepGroup,cls), {'__doc__':cls.
 
 def own_group(
     opt,             # A fastai optimizer, or an `OptimWrapper`; changed in place
-    params:list,     # Step sizes, or others; nothing happens if there are none
+    params:list,     # Step sizes, or others; nothing happens if there are none, and nothing `beside`
     step_lr:float=1., # Their learning rate, as a share of that of the last group
     name:str='steps', # Who comes with them
     passing:bool=False, # Are they gone after the fit, and not part of the model?
-    aside:bool=False # Do checkpoints of the middle have them nevertheless, for a fit that is resumed?
+    aside:bool=False, # Do checkpoints of the middle have them nevertheless, for a fit that is resumed?
+    beside=()        # Tensors that are saved with them then, and filled again, though no optimizer moves them
 ):
     "Put these parameters into a group of their own, the first, and take them out of the others"
-    if opt is None or not params: return
+    if opt is None or not (params or beside): return
     i = list(getattr(opt, 'guests', {})).index(name) if name in getattr(opt, 'guests', {}) else None
     if i is not None and [*map(id, params)]!=[*map(id, opt.param_lists[i])]: i = drop_group(opt, name)
     if i is None: _add_group(opt, params, name)
-    opt.guests[name] = Guest(step_lr, passing, aside)
+    opt.guests[name] = Guest(step_lr, passing, aside, tuple(beside))
     for k in ('lr','wd'): opt.set_hyper(k, L(opt.hypers).attrgot(k)[len(opt.guests):] if k in opt.hypers[-1] else 0.)
-    if aside: _go_on(opt, name, params)
+    if aside: _go_on(opt, name, params, beside)
 
 # %% ../nbs/19_optimizer.ipynb #19opti800db5
 def _add_group(opt, params, name):

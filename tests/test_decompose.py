@@ -175,6 +175,7 @@ def test_shared_read_and_tied_weights_are_left(tmp_path):
 # Bad input
 
 def nan(l): l.model[1][0].weight.data[0] = torch.nan
+def inf(l): l.model[1][0].weight.data[0] = torch.inf
 def rounded(l): l.validate(cbs=PTQCalibrate())
 def pruned(l): set_masks(l.model, {'2.2':torch.rand(64,256)<.5})
 cases = dict(nothing=(noop,dict(),'in one way'), two=(noop,dict(params=.5,macs=.5),'params and macs given'), percent=(noop,dict(params=50),'so 0.5 for a half'), zero=(noop,dict(energy=0),'above 0'),
@@ -183,14 +184,25 @@ cases = dict(nothing=(noop,dict(),'in one way'), two=(noop,dict(params=.5,macs=.
     batchnorm=(noop,dict(ranks={'1.1':3}),"'1.1' is BatchNorm2d, which cannot be factorised"), kind=(noop,dict(params=.5,kinds={'1.1':'svd'}),"'1.1' is BatchNorm2d, which 'svd' cannot factorise"),
     name=(noop,dict(ranks={'2.20':3}),"'2.20' matches no module. Did you mean"), unknown=(noop,dict(params=.5,kinds='tucker'),"Did you mean 'tucker2'"), exclude=(noop,dict(params=.5,exclude='head'),"'head' matches no module"),
     excluded=(noop,dict(ranks={'2.2':3},exclude='2.2'),"'2.2': excluded"), unreachable=(noop,dict(params=.01),'cannot be reached.*are left'), unreachable_macs=(noop,dict(macs=.01),'cannot be reached'),
+    inf=(inf,dict(params=.5),"'1.0.weight' has NaN or infinity"), energy=(noop,dict(energy=1.5),'energy=1.5: pass the share to keep, above 0 and up to 1'), all_=(noop,dict(params=1),'above 0 and below 1'),
+    rank_half=(noop,dict(ranks={'2.2':3.5}),"'2.2': rank=3.5: .*from 1 to 64"), rank_text=(noop,dict(ranks={'2.2':'3'}),"rank='3': .*from 1 to 64"), rank_bool=(noop,dict(ranks={'2.2':True}),'rank=True: .*from 1 to 64'),
+    rank_pair=(noop,dict(ranks={'1.0':(0,3)}),r"'1.0': rank=\(0, 3\): .*from 1 to \(32, 16\)"), ranks_none=(noop,dict(ranks={}),"pass a dictionary of ranks by module pattern, like"), ranks_list=(noop,dict(ranks=[3]),'pass a dictionary of ranks'),
+    number=(noop,dict(ranks={2:3}),"2 matches no module. Did you mean '2'"), kinds_list=(noop,dict(params=.5,kinds=['svd']),r"kinds=\['svd'\]: pass the name of a factorisation, svd, tucker2"),
+    kinds_name=(noop,dict(params=.5,kinds={'2.20':'svd'}),"'2.20' matches no module. Did you mean"), exclude_number=(noop,dict(params=.5,exclude=2),"2 matches no module. Did you mean '2'"),
+    batches=(noop,dict(params=.5,aware=True,n_batches=0),'at least one batch'), no_data=(noop,dict(params=.5,aware=True,dl=[]),'calibration set is empty'),
     grows=(noop,dict(ranks={'2.4':10}),"nothing to gain.*'2.4': it would grow"), train_aware=(noop,dict(ranks={'2.2':3},kinds='tensor_train',aware=True),'cannot weigh errors'))
 
 @pytest.mark.parametrize('do,kwargs,say', cases.values(), ids=cases)
 def test_bad_input(learn, do, kwargs, say):
+    "Nothing of the Learner changes: weights, modes, optimizer, callbacks"
+    learn.create_opt()
     do(learn)
-    was = {k:v.nan_to_num(-7) if v.is_floating_point() else v for k,v in state(learn.model).items()}
+    def all_():
+        weights = {k:v.nan_to_num(-7) if v.is_floating_point() else v for k,v in state(learn.model).items()}
+        return weights,([m.training for m in learn.model.modules()],[[id(p) for p in ps] for ps in learn.opt.param_lists],str(learn.opt.hypers),list(learn.cbs),sorted(vars(learn)))
+    was = all_()
     with pytest.raises(ValueError, match=say): learn.decompose(**kwargs)
-    assert same(was, {k:v.nan_to_num(-7) if v.is_floating_point() else v for k,v in state(learn.model).items()})
+    assert same(was[0], all_()[0]) and was[1]==all_()[1]
 
 def test_without_tensorly(learn, monkeypatch):
     "The error names the extra"
@@ -219,5 +231,5 @@ def test_rank_sensitivity(learn):
     assert same(was, state(learn.model)) and set(s.table.columns)=={'layer','rank','parameters','lost','accuracy'}
     d = learn.decompose(ranks=s.suggest(.02))
     assert n_params(d.model)<n_params(learn.model)
-    for kwargs in (dict(shares=(0,)), dict(shares=(50,))):
-        with pytest.raises(ValueError, match='a share of a layer'): learn.rank_sensitivity(**kwargs)
+    for kwargs in (dict(shares=(0,)), dict(shares=(50,)), dict(shares=())):
+        with pytest.raises(ValueError, match="shares?.* of a layer's parameters"): learn.rank_sensitivity(**kwargs)

@@ -39,7 +39,7 @@ def teacher(tmp_path_factory):
 def hinted(teacher, **kwargs): return DistillCallback(teacher, features=['1', Match('2.0', loss='attention')], **kwargs)
 
 kinds = dict(plain=lambda t: DistillCallback(t), features=hinted, past=lambda t: PastSelfCallback(), average=lambda t: AverageSelfCallback(.9, features='1'),
-    depth=lambda t: SelfDistillCallback('[01]'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
+    depth=lambda t: SelfDistillCallback('[01]'), hint=lambda t: SelfDistillCallback('[01]', hint='2.0'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
 every = pytest.mark.parametrize('make_cb', kinds.values(), ids=kinds)
 
 class Do(Callback):
@@ -94,6 +94,58 @@ def test_losses_shown_are_the_students(teacher, tmp_path, make_cb):
     final = learn.recorder.values[0]
     assert list(learn.validate()[:2])==pytest.approx(list(final[1:3]))
 
+class Tap(Callback):
+    "What the student, heads and bridges were in the first step, and the gradients they got"
+    order,run_valid = 60,False
+    def after_pred(self):
+        if not self.train_iter: self.model_,self.extra,self.x_ = (copy.deepcopy(o) for o in (self.model, self.self_distill.extra, self.x))
+    def before_step(self):
+        if not self.train_iter: self.grads = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in (*self.model.parameters(),*self.self_distill.extra.parameters())]
+
+def test_gradient_of_the_hint(tmp_path):
+    "Against finite differences of the squared distance, written out: what a hint adds, and that none of it reaches the deepest features"
+    taps = []
+    for w in (0.,2.):
+        learn,tap = learner(tmp_path),Tap()
+        learn.fit(1, 1e-3, cbs=[SelfDistillCallback('[01]', hint='2.0', hint_weight=w, width=8),tap])
+        taps.append(tap)
+    model,extra,x = taps[0].model_.double(),taps[0].extra.double(),taps[0].x_.double()
+    for m in (model,extra): m.train()
+    with torch.no_grad(): deep = model[2][0](model[:2](x))
+    def hint():
+        with torch.no_grad():
+            a = model[0](x)
+            b = model[1](a)
+            narrow = [h[2](h[1](h[0](f))) for h,f in zip(extra, (a,b))]
+            return sum((p(F.adaptive_avg_pool2d(f, deep.shape[2:]))-deep).square().sum()/deep.numel() for p,f in zip(extra[2:], narrow)).item()
+    ps,diff = [*model.parameters(),*extra.parameters()],[(b-a)/2 for a,b in zip(*(t.grads for t in taps))]
+    torch.manual_seed(0)
+    for _ in range(4):
+        ds = [torch.randn_like(p) for p in ps]
+        at = []
+        for e in (1e-5,-1e-5):
+            for p,d in zip(ps, ds): p.data.add_(e*d)
+            at.append(hint())
+            for p,d in zip(ps, ds): p.data.sub_(e*d)
+        want = (at[0]-at[1])/2e-5
+        assert abs(want)>1e-2 and sum((d*g).sum().item() for d,g in zip(ds, diff))==pytest.approx(want, rel=1e-3)
+    n = len([*model[:2].parameters()])
+    assert all(g.abs().max()>0 for g in diff[:n]) and all(g.abs().max()<1e-6 for g in diff[n:len([*model.parameters()])])
+
+def test_hint_without_weight(tmp_path):
+    "is none, bit for bit"
+    a,b = learner(tmp_path),learner(tmp_path)
+    a.fit(2, 1e-2, cbs=[SelfDistillCallback('[01]'),Seeded()])
+    b.fit(2, 1e-2, cbs=[SelfDistillCallback('[01]', hint='2.0', hint_weight=0.),Seeded()])
+    assert same(state(a.model), state(b.model))
+
+def test_hints_of_pooled_features_and_of_tokens(tmp_path):
+    "Deepest features may have no places, and may be a sequence"
+    for model,at,hint in ((net(),'[01]','2.2'), (nn.Sequential(nn.Flatten(2), nn.Linear(64,8), nn.Unflatten(1,(1,1)), nn.Flatten(1,2), nn.Linear(8,12), nn.Flatten(), nn.Linear(12,10)),'1','4')):
+        learn = learner(tmp_path, model=model)
+        learn.fit(1, 1e-2, cbs=SelfDistillCallback(at, hint=hint, hint_weight=SchedCos(1,0)))
+        check_clean(learn)
+
 # Everything around a fit
 
 @every
@@ -140,7 +192,7 @@ def test_stages(teacher, tmp_path, make_cb, opt_func):
     check_clean(learn)
 
 @pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
-@pytest.mark.parametrize('kind', ['plain','features','depth'])
+@pytest.mark.parametrize('kind', ['plain','features','past','average','depth','hint'])
 def test_resume(teacher, tmp_path, kind, opt_func):
     "A fit that is resumed in another Learner ends where the uninterrupted one ended, bit for bit; its file fits a plain Learner"
     whole,other = (learner(tmp_path, opt_func=opt_func) for _ in 'ab')
@@ -150,6 +202,42 @@ def test_resume(teacher, tmp_path, kind, opt_func):
     other.load('m_1')
     other.fit_one_cycle(3, 1e-2, cbs=[kinds[kind](teacher),Seeded()], start_epoch=2)
     assert same(state(whole.model), state(other.model))
+    check_clean(other)
+
+def averaging(*cbs):
+    def go(learn, **kwargs): learn.fit_one_cycle(3, 5e-3, cbs=[AverageSelfCallback(.9),*cbs,Seeded(),SaveModelCallback(every_epoch=True, with_opt=True, fname='m')], **kwargs)
+    return go
+
+def test_average_goes_on(tmp_path):
+    "The averaged teacher is in a checkpoint that has an optimizer, and nowhere else: not in the model's part, nor in what is exported; one fit goes on with it"
+    set_seed(0)
+    whole,other = (quiet(Learner(pictures(), net(32), loss_func=CrossEntropyLossFlat(), path=tmp_path)) for _ in 'ab')
+    whole.export('bare.pkl')
+    seen = []
+    go = averaging(Do(after_epoch=lambda l: seen.append(state(l.average_self.guide))))
+    go(whole)
+    saved = torch.load(tmp_path/'models'/'m_1.pth', weights_only=False)
+    assert saved['model'].keys()==whole.model.state_dict().keys() and list(saved['opt']['passing'])==['average_self']
+    assert [*map(len, (saved['opt']['state'],saved['opt']['hypers']))]==[len(list(net().parameters())),1]
+    other.load('m_1')
+    other.export('it.pkl')
+    assert (tmp_path/'it.pkl').stat().st_size-(tmp_path/'bare.pkl').stat().st_size<n_bytes(whole.model)/4
+    other.load('m_1')
+    starts = []
+    other.fit(1, 0., cbs=[AverageSelfCallback(.9),Do(before_train=lambda l: starts.append(state(l.average_self.guide)))])
+    assert same(starts[0], seen[1]) and not same(starts[0], saved['model'])
+    other.fit(1, 0., cbs=[AverageSelfCallback(.9),Do(before_train=lambda l: starts.append(state(l.average_self.guide)))])
+    assert not same(starts[1], seen[1])
+
+@pytest.mark.parametrize('spec', ['int8','w4a4'])
+def test_average_under_rounding_goes_on(tmp_path, spec):
+    go = averaging(QuantAwareCallback(spec))
+    whole,other = learner(tmp_path),learner(tmp_path)
+    go(whole)
+    other.load('m_1')
+    go(other, start_epoch=2)
+    a,b = ({k:v.nan_to_num(-7) if v.is_floating_point() else v for k,v in state(l.model).items()} for l in (whole,other))
+    assert same(a, b)
 
 @every
 def test_save_model(teacher, tmp_path, make_cb):

@@ -1,5 +1,6 @@
 "Sparsity stays through everything that fastai users do around a fit"
-import os, socket, numpy as np, pytest, torch, torch.multiprocessing as mp
+import numpy as np, pytest, torch
+from ddp import two_processes
 from functools import partial
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, GradientClip, ImageBlock,
@@ -302,21 +303,7 @@ def test_structures_in_a_fit(structure):
         if isinstance(structure, NM): assert (groups.squeeze(-1).sum(-1)==structure.n).all()
         else: assert (groups.all(-1)|~groups.any(-1)).all() and groups.float().mean()==.5
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(('localhost', 0))
-        return s.getsockname()[1]
-
-def in_process(rank, port, path, cbs):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
-    from fastai.distributed import DistributedDL
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo')
-    def broadcast(self, t, rank):
-        t = torch.LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
+def in_process(rank, path, cbs):
     found = {}
     for name,cb in cbs.items():
         learn = learner(path)
@@ -325,12 +312,11 @@ def in_process(rank, port, path, cbs):
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=Zeros())
         found[name] = {k:(m.weight_mask,m.weight.detach()) for k,m in masked(get(learn.model)).items()}
     torch.save(found, f'{path}/{rank}.pt')
-    torch.distributed.destroy_process_group()
 
 def test_two_processes(tmp_path):
     "Data parallel on two gloo processes: the same masks and weights on both, though what is random or measured differs"
     cbs = {k:PruneScheduleCallback(.8, criterion=k, every=3) for k in ('magnitude','random','taylor','wanda')}
-    mp.spawn(in_process, (free_port(),str(tmp_path),{**cbs, 'rigl':RigLCallback(.8, every=3)}), nprocs=2)
+    two_processes(in_process, tmp_path, {**cbs, 'rigl':RigLCallback(.8, every=3)})
     first,second = (torch.load(tmp_path/f'{r}.pt') for r in (0,1))
     for name,a in first.items():
         b = second[name]

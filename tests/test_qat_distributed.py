@@ -1,8 +1,6 @@
 "Data parallel training through rounding: two processes with gloo on a CPU, by fastai's own `distrib_ctx`"
-import os, pytest, socket, torch
-from contextlib import contextmanager
-import torch.multiprocessing as mp
-from fastai.distributed import DistributedDL
+import pytest, torch
+from ddp import single, two_processes
 from fastai.vision.all import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, set_seed
 from sklearn.datasets import load_digits
 from torch import nn
@@ -41,33 +39,17 @@ def fit(learn, spec):
     learn.fit_one_cycle(2, 2e-2, cbs=[note,*([QuantAwareCallback(spec)] if spec else [])])
     return note.log
 
-@contextmanager
-def alone():
-    "fastai gathers metrics from all processes, unless it is told that there is one"
-    os.environ['WORLD_SIZE'] = '0'
-    yield
-    os.environ['WORLD_SIZE'] = '2'
-
-def work(rank, port, folder, weights, cases):
+def work(rank, folder, weights, cases):
     "What each of the two processes does"
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
-        ACCELERATE_USE_CPU='true')
-    torch.set_num_threads(1)
-    def broadcast(self, t, rank): # fastai's own puts the indices on a GPU
-        t = torch.LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    DistributedDL._broadcast = broadcast
     for i,(spec,norm,calibrated) in enumerate(cases):
         learn,done = learner(weights[norm], norm, range(2*n), bs),None
         if calibrated:
-            with alone(): learn.validate(cbs=PTQCalibrate(spec=spec))
+            with single(): learn.validate(cbs=PTQCalibrate(spec=spec))
         with learn.distrib_ctx(sync_bn=False, cpu=True): log = fit(learn, spec)
         if spec and rank==0:
-            with alone(): done = learn.validate(),learn.quantize(n_batches=1).validate()
+            with single(): done = learn.validate(),learn.quantize(n_batches=1).validate()
         torch.distributed.barrier()
         torch.save((log,done), f'{folder}/{i}.{rank}.pt')
-    torch.distributed.destroy_process_group()
 
 cases = [(None,False,False),(None,True,False),*[(s,norm,False) for s in ('int8','w4a4') for norm in (False,True)],('int8',False,True),('w4a4',False,True)]
 
@@ -81,10 +63,7 @@ def runs(tmp_path_factory):
         learn = learner(weights[norm], norm, range(1000), 32, Adam)
         learn.fit_one_cycle(4, 1e-2)
         weights[norm] = {k:v.clone() for k,v in learn.model.state_dict().items()}
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(work, (port, folder, weights, cases), nprocs=2)
+    two_processes(work, folder, weights, cases)
     joined = [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
     def one(spec, norm, calibrated):
         learn = learner(weights[norm], norm, joined, 2*bs)

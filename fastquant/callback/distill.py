@@ -20,8 +20,8 @@ from ..optimizer import *
 from ..learner import copy_model
 
 # %% auto #0
-__all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'DistillCallback', 'PastSelfCallback', 'AverageSelfCallback',
-           'SelfDistillCallback', 'MutualCallback']
+__all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'check_term', 'DistillCallback', 'PastSelfCallback',
+           'AverageSelfCallback', 'SelfDistillCallback', 'MutualCallback']
 
 # %% ../../nbs/24_callback.distill.ipynb #24calld21c9c
 class LossColumn(Callback):
@@ -51,7 +51,7 @@ def check_curve(
     "Raise a `ValueError` if `o` is not `ok` somewhere in a fit"
     for i in range(65 if callable(o) else 1):
         v = _at(o, i/64)
-        if not isinstance(v, (int,float)) or not ok(v): raise ValueError(f"{name}={v}{f' at {i/64:.2f} of the fit' if callable(o) else ''}: {say}")
+        if not isinstance(v, (int,float)) or not ok(v): raise ValueError(f"{name}={v!r}{f' at {i/64:.2f} of the fit' if callable(o) else ''}: {say}")
 
 # %% ../../nbs/24_callback.distill.ipynb #24callfafab2
 class TeachingCallback(Callback):
@@ -59,7 +59,7 @@ class TeachingCallback(Callback):
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # rounding is on the model, autocast is still on after the loss, and nobody has scaled it
     _stateattrs,_learn,extra,aside,losses = ('extra','_open','found','kept'),None,None,True,()
     def __init__(self, loss, weight, temperature):
-        if loss is not None: distill_losses.find(loss)
+        if loss is not None: find_loss(loss)
         check_curve('weight', weight, lambda v: 0<=v<=1, 'pass the share of the loss that is not the labels\', from 0 to 1.')
         check_curve('temperature', temperature, lambda v: 0<v<math.inf, 'a temperature divides what nets say, so it must be above 0. From 2 to 8 is usual, 1 changes nothing.')
         self.how,self.weight,self.temperature = loss,weight,temperature
@@ -79,6 +79,10 @@ class TeachingCallback(Callback):
     def net(self):
         "The model itself, without what distributes it"
         return get_model(self.learn.model)
+    @property
+    def beside(self):
+        "Tensors of this fit that nothing trains"
+        return []
     def before_fit(self):
         self.leave()
         self.losses,self.going = [],False
@@ -97,18 +101,11 @@ class TeachingCallback(Callback):
         if term is None: return
         self.learn.loss_grad = loss
         self.losses.append(term.detach())
-    def before_step(self):
-        if num_distrib()<2: return
-        for p in (p for p in self.extra.parameters() if p.grad is not None): _average(p.grad)
     def after_fit(self):
-        for b in self.extra.buffers() if self.extra and num_distrib()>1 else (): torch.distributed.broadcast(b, 0)
+        self.share(self.extra.buffers() if self.extra else ())
         self.leave()
 
 # %% ../../nbs/24_callback.distill.ipynb #24call917010
-def _average(t):
-    torch.distributed.all_reduce(t)
-    t.div_(num_distrib())
-
 @patch
 def start(self:TeachingCallback):
     "Find out what is needed, on two items; raises `ValueError` before anything has changed"
@@ -123,9 +120,22 @@ def start(self:TeachingCallback):
 def join(self:TeachingCallback):
     "Give the optimizer what is to be trained along"
     opt,ps = self.learn.opt,trainable_params(self.extra)
-    own_group(opt, ps, name=self.name, passing=True, aside=self.aside)
+    own_group(opt, ps, name=self.name, passing=True, aside=self.aside, beside=self.beside)
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
-    for p in ps if num_distrib()>1 else (): torch.distributed.broadcast(p.data, 0)
+    self.share([*ps,*self.beside])
+
+# %% ../../nbs/24_callback.distill.ipynb #24call2ad9c7
+@patch
+def share(self:TeachingCallback, tensors):
+    "Give all processes the first one's `tensors`"
+    for t in tensors if num_distrib()>1 else (): torch.distributed.broadcast(t.data, 0)
+
+@patch
+def before_step(self:TeachingCallback):
+    if num_distrib()<2: return
+    for p in (p for p in self.extra.parameters() if p.grad is not None):
+        torch.distributed.all_reduce(p.grad)
+        p.grad.div_(num_distrib())
 
 # %% ../../nbs/24_callback.distill.ipynb #24call8c035d
 @patch
@@ -148,20 +158,43 @@ def compared(self:TeachingCallback, student, teacher):
     return distill_loss(self.how, student, teacher, _at(self.temperature, min(1., self.pct_train)))
 
 # %% ../../nbs/24_callback.distill.ipynb #24call089c40
-@patch
-def look(self:TeachingCallback, model, paths, xb):
-    "What `model` says of `xb`, and features at `paths`"
-    self.axis = getattr(self.learn.loss_func, 'axis', 1)
-    with evaluating(model), catching(model, paths) as found: return self.outputs(model(*xb)),found
+def _run(model, xb, whose):
+    "What somebody who is no student says of `xb`; raises `ValueError` if it cannot be run"
+    try: return model(*xb)
+    except torch.OutOfMemoryError: raise
+    except (RuntimeError,TypeError) as e: raise ValueError(f"{whose} cannot be run on what the student gets, {' and '.join(map(_shape, xb))} an item: {e}. It has to take the same inputs.") from e
 
+@patch
+def look(self:TeachingCallback, model, paths, xb, whose='The student'):
+    "What `model` says of `xb`, and features at `paths`; raises `ValueError` if that is nothing to compare"
+    self.axis = getattr(self.learn.loss_func, 'axis', 1)
+    with evaluating(model), catching(model, paths) as found: out = model(*xb) if model is self.net else _run(model, xb, whose)
+    if not floats(out): raise ValueError(f"{whose} gives no floating-point tensor to compare, but {type(out).__name__}. Pass a model that returns its predictions.")
+    y = self.outputs(out)
+    if y.isnan().any() or self.how is not None and y.isinf().any(): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
+    return y,found
+
+# %% ../../nbs/24_callback.distill.ipynb #24call1fb6e2
+def check_term(
+    term,    # What a loss gave
+    what:str # Which loss
+):
+    "Raise a `ValueError` if `term` is not one finite number"
+    if not isinstance(term, Tensor) or term.numel()!=1: raise ValueError(f"{what} does not give one number, but {f'a tensor of shape {_sizes(term)}: take the mean over the items' if isinstance(term, Tensor) else repr(term)}.")
+    if not term.isfinite().all(): raise ValueError(f"{what} gives {term.item()} on the training data, before anything is learned. Take another loss, or look at what it divides by.")
+
+def _sizes(t): return '×'.join(map(str, t.shape))
+def _say(loss): return f"loss={loss!r}" if isinstance(loss, str) else f"loss={getattr(loss, '__name__', loss)}"
+
+# %% ../../nbs/24_callback.distill.ipynb #24call5e1f07
 @patch
 def check_outputs(self:TeachingCallback, student, teacher, whose):
     "Raise a `ValueError` if two outputs cannot be compared"
-    if not teacher.isfinite().all(): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
     if self.how is None: return
-    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. Compare features only, with loss=None, or take another.")
+    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. {'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'} another.")
     one = student.ndim<2 or student.shape[1]==1
     if self.how in ('soft_targets',distill_losses['soft_targets']) and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
+    check_term(self.compared(student, teacher), _say(self.how))
 
 # %% ../../nbs/24_callback.distill.ipynb #24call16758d
 def _model_of(o, arg):
@@ -191,19 +224,21 @@ class DistillCallback(TeachingCallback):
         model,vocab = _model_of(self.teacher, 'teacher'),lambda o: getattr(getattr(o, 'dls', None), 'vocab', None)
         if model is self.net: raise ValueError("The teacher is the student itself: it would agree with itself all the time. Pass a copy, `DistillCallback(copy_model(learn.model))`, to learn from how it is now, or see `PastSelfCallback` and `AverageSelfCallback`.")
         a,b = vocab(self.learn),vocab(self.teacher)
-        if a is not None and b is not None and list(a)!=list(b): raise ValueError(f"The teacher predicts other classes than the student: {list(b)}, not {list(a)}.")
+        if a is not None and b is not None and list(a)!=list(b): raise ValueError(f"The teacher predicts other classes than the student: {list(b)}, not {list(a)}. Train one on the same classes; or, if only their names differ, pass the teacher's model, as in `DistillCallback(teacher.model)`.")
         return model.to(next(self.net.parameters()).device)
     def begin(self, *xb):
         self.guide = self.find_teacher()
         pairs = [(m,a,b) for m in self.features for a,b in m.pairs(self.net, self.guide)]
         s,ours = self.look(self.net, [a for _,a,_ in pairs], xb)
-        t,theirs = self.look(self.guide, [b for *_,b in pairs], xb)
+        t,theirs = self.look(self.guide, [b for *_,b in pairs], xb, 'The teacher')
         self.check_outputs(s, t, 'The teacher')
         for found,paths,whose in ((ours,[a for _,a,_ in pairs],'student'), (theirs,[b for *_,b in pairs],'teacher')):
             for k in paths:
                 if k not in found: raise ValueError(f"{k!r} of the {whose} gave nothing when it ran on a batch, so there are no features. Choose a module that runs and returns a tensor.")
         self.pairs,self.paths = pairs,list({a for _,a,_ in pairs})
-        return [self.bridge(m, ours[a], theirs[b]) for m,a,b in pairs]
+        bridges = [self.bridge(m, ours[a], theirs[b]).to(s.device) for m,a,b in pairs]
+        for (m,a,b),p in zip(pairs, bridges): check_term(self.compare_features(m, p, ours[a], theirs[b]), f"{_say(m.loss)} of {a!r} and the teacher's {b!r}")
+        return bridges
     def bridge(self, match, s, t):
         "What has to be done with the student's features before they are compared"
         if 'size' in wants(distill_losses.find(match.loss)): s,t = aligned(s, t)
@@ -244,8 +279,10 @@ class AverageSelfCallback(PastSelfCallback):
         features=None        # Likewise
     ):
         super().__init__(loss, weight, temperature, features)
-        if not 0<mom<1: raise ValueError(f"mom={mom}: pass the share of the average that stays in each step, above 0 and below 1.")
+        if not isinstance(mom, float) or not 0<mom<1: raise ValueError(f"mom={mom!r}: pass the share of the average that stays in each step, above 0 and below 1.")
         self.mom = mom
+    @property
+    def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
     def before_train(self): TeachingCallback.before_train(self)
     def after_step(self):
         now = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
@@ -262,28 +299,58 @@ class SelfDistillCallback(TeachingCallback):
         loss='soft_targets', # As in `DistillCallback`
         weight=.5,           # Share of a head's loss that is the deepest layer's, the rest is the labels'; or a function of the position in the fit
         temperature=3.,      # As in `DistillCallback`
-        width:int=64         # Channels in the bottleneck of a head
+        width:int=64,        # Channels in the bottleneck of a head
+        hint:str=None,       # The deepest module, if bottlenecks are to learn from its features too
+        hint_weight=.1       # Of the mean squared difference to these, or a function of the position in the fit
     ):
         super().__init__(loss, weight, temperature)
         if loss is None: raise ValueError("loss=None: heads learn from the net's outputs, so say how to compare them.")
-        if width<1: raise ValueError(f"width={width}: a head needs at least one channel.")
-        self.at,self.width = listify(at),width
+        if not isinstance(width, int) or width<1: raise ValueError(f"width={width!r}: a head needs at least one channel.")
+        check_curve('hint_weight', hint_weight, lambda v: 0<=v<math.inf, 'pass what the difference to the deepest features is multiplied with, 0 or more.')
+        self.at,self.width,self.hint,self.hint_weight = listify(at),width,hint,hint_weight
+        for k,o in (('at',at),('hint',hint or '')):
+            if any(not isinstance(p, str) for p in listify(o)): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
     def begin(self, *xb):
-        paths = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
-        if not paths: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
-        y,found = self.look(self.net, paths, xb)
+        self.heads = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
+        self.deepest = modules_at(self.net, self.hint) if self.hint else []
+        if not self.heads: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
+        if len(self.deepest)>1: raise ValueError(f"hint={self.hint!r} matches {len(self.deepest)} modules ({', '.join(self.deepest)}): name one, whose features all are to learn from.")
+        self.paths = [*self.heads,*self.deepest]
+        y,found = self.look(self.net, self.paths, xb, 'The model')
         self.check_outputs(y, y, 'The model')
         if y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {_shape(y)}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
-        for k in paths:
+        for k in self.paths:
             if k not in found or found[k].ndim<2: raise ValueError(f"{k!r} gave no features when it ran on a batch. Choose a module that runs and returns some for each item.")
-        self.paths = paths
-        return [small_head(self.turned(found[k]), y.shape[1], self.width) for k in paths]
-    def turned(self, x): return x.movedim(2,1) if x.ndim==3 else x
+        heads = [small_head(self.turned(found[k]), y.shape[1], self.width).to(y.device) for k in self.heads]
+        return [*heads,*self.bridges(heads, found)]
+    def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()
     def combined(self, loss, w):
         deep = self.outputs(self.learn.pred).detach()
-        preds = [h(self.turned(self.found[k].float())) for k,h in zip(self.paths, self.extra)]
-        term = sum(self.compared(p, deep) for p in preds)
-        return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term,term
+        narrow = [h[:3](self.turned(self.found[k])) for k,h in zip(self.heads, self.extra)]
+        preds = [h[3:](b) for b,h in zip(narrow, self.extra)]
+        term,hint = sum(self.compared(p, deep) for p in preds),self.hints(narrow)
+        return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term+hint,term+hint
+
+# %% ../../nbs/24_callback.distill.ipynb #24call7e3a56
+@patch
+def bridges(self:SelfDistillCallback, heads, found):
+    "What maps the bottlenecks of `heads` to the width of the deepest features; raises `ValueError` if sizes cannot be matched"
+    if not self.deepest: return []
+    t = self.turned(found[self.deepest[0]])
+    def one(k, head):
+        with evaluating(head): s,d = aligned(*_pooled(head[:3](self.turned(found[k])), t))
+        return (projection(s, d, F.mse_loss) or nn.Identity()).to(t.device)
+    return [one(k, h) for k,h in zip(self.heads, heads)]
+
+@patch
+def hints(self:SelfDistillCallback, narrow):
+    "How far bottlenecks are from the deepest features, times its weight"
+    if not self.deepest: return 0.
+    t = self.turned(self.found[self.deepest[0]]).detach()
+    pairs = [aligned(*_pooled(b, t)) for b in narrow]
+    return _at(self.hint_weight, min(1., self.pct_train))*sum(F.mse_loss(p(s), d) for p,(s,d) in zip(self.extra[len(narrow):], pairs))
+
+def _pooled(narrow, deep): return (narrow.flatten(2).mean(2) if deep.ndim==2<narrow.ndim else narrow),deep
 
 # %% ../../nbs/24_callback.distill.ipynb #24call42f2e3
 class MutualCallback(TeachingCallback):
@@ -306,7 +373,7 @@ class MutualCallback(TeachingCallback):
         models = [_model_of(p, 'peer') for p in self.peers]
         if len({id(m) for m in (self.net,*models)})<len(models)+1: raise ValueError("A model is its own peer: it would agree with itself all the time. Every Learner needs a model of its own.")
         s,_ = self.look(self.net, [], xb)
-        for m in models: self.check_outputs(s, self.look(m.to(s.device), [], xb)[0], 'A peer')
+        for m in models: self.check_outputs(s, self.look(m.to(s.device), [], xb, 'A peer')[0], 'A peer')
         return models
     def combined(self, loss, w):
         raw = [m(*self.xb) for m in self.extra]

@@ -1,0 +1,102 @@
+"Data parallel training with a teacher, with peers, or with oneself: two processes with gloo on a CPU, by fastai's own `distrib_ctx`"
+import copy, pytest, torch
+from ddp import two_processes
+from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, get_model, set_seed
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import TensorDataset
+from fastquant.all import *
+
+digits = load_digits()
+xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
+n,bs = 160,16 # of each process
+
+def net(width=4, norm=False):
+    "Without batchnorms both processes together do what one does; with them each computes statistics of its own half of a batch"
+    def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU())
+    return nn.Sequential(conv(1, width), conv(width, 2*width), nn.Flatten(), nn.Linear(8*width, 10))
+
+def made(seed, *args, **kwargs):
+    set_seed(seed)
+    return net(*args, **kwargs)
+
+class PlainHeads(SelfDistillCallback):
+    "Without batchnorms in the heads"
+    def begin(self, *xb): return [nn.Sequential(*[nn.Identity() if isinstance(m, nn.BatchNorm2d) else m for m in h]) if isinstance(h, nn.Sequential) else h for h in super().begin(*xb)]
+
+projected = ['0', Match('1', loss='mse'), Match('1', loss='attention')]
+kinds = dict(soft=lambda: DistillCallback(made(1, 16)), features=lambda: DistillCallback(made(1, 16), features=projected), heads=lambda: PlainHeads('[01]', width=8), hint=lambda: PlainHeads('0', width=8, hint='1'),
+    mutual=lambda: MutualCallback(made(2, 6), made(3)), past=lambda: PastSelfCallback(), average=lambda: AverageSelfCallback(.8, features='1'))
+normed = dict(heads_norm=lambda: SelfDistillCallback('[01]', width=8), mutual_norm=lambda: MutualCallback(made(2, 6, True)), average_norm=lambda: AverageSelfCallback(.8))
+cases = {'none':lambda: None, **kinds, **normed}
+
+class Note(Callback):
+    "After each step the student, what trains along, and who teaches"
+    order,run_valid = 50,False
+    def __init__(self, cb): self.cb,self.log = cb,[]
+    def after_batch(self):
+        guide = getattr(self.cb, 'guide', None)
+        parts = dict(student=get_model(self.model), extra=getattr(self.cb, 'extra', None), guide=guide)
+        self.log.append({k:{n:v.detach().clone() for n,v in m.state_dict().items()} for k,m in parts.items() if m is not None})
+
+def learner(idxs, bs, norm=False):
+    dls = [DataLoader(TensorDataset(xs[i], ys[i]), bs=b, shuffle=False, num_workers=0, device=torch.device('cpu')) for i,b in ((idxs,bs),(range(1000,1040),20))]
+    learn = Learner(DataLoaders(*dls, device=torch.device('cpu')), made(0, norm=norm), loss_func=CrossEntropyLossFlat(), opt_func=SGD)
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+    learn.logger = lambda *args: None
+    return learn
+
+def differ(rank, *models):
+    "What one starts with is random, and not the same in each process"
+    for p in (p for m in models for p in m.parameters()): p.data.add_(.1*rank*torch.randn_like(p))
+
+def fit(learn, cb, rank=0):
+    note = Note(cb)
+    set_seed(rank)
+    differ(rank, learn.model, *getattr(cb, 'peers', ()))
+    learn.fit_one_cycle(2, 5e-2, cbs=[note] if cb is None else [cb,note])
+    return note.log,[{k:v.clone() for k,v in m.state_dict().items()} for m in getattr(cb, 'peers', ())]
+
+def work(rank, folder):
+    for k,make in cases.items():
+        learn,cb = learner(range(2*n), bs, 'norm' in k),make()
+        with learn.distrib_ctx(sync_bn=False, cpu=True): done = fit(learn, cb, rank)
+        torch.save(done, f'{folder}/{k}.{rank}.pt')
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "By case: what both processes noted, and what one process on the joined batches"
+    folder = tmp_path_factory.mktemp('ddp')
+    two_processes(work, folder)
+    joined = [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
+    one = {k:fit(learner(joined, 2*bs), make()) for k,make in cases.items() if k not in normed}
+    return {k:(*(torch.load(folder/f'{k}.{r}.pt') for r in (0,1)), one.get(k)) for k in cases}
+
+local = 'running_mean','running_var' # those of its own batches, until rank 0's are broadcast
+def distance(a, b): return max((v.float()-b[k].float()).abs().max().item() for k,v in a.items() if not k.endswith(local))
+
+@pytest.mark.parametrize('case', [*kinds,*normed])
+def test_same_on_both_ranks(runs, case):
+    "Student, projections, heads, peers and averages, after every step, whatever each process started with"
+    (a,peers_a),(b,peers_b),_ = runs[case]
+    assert len(a)==len(b)==2*n//bs and all(s.keys()==t.keys() for s,t in zip(a, b))
+    apart = {k:max(distance(s[k], t[k]) for s,t in zip(a, b) if k in s) for k in a[-1] if a[-1][k]}
+    assert all(v==0 for v in apart.values()), apart
+    assert all(torch.equal(p[k], q[k]) for p,q in zip(peers_a, peers_b) for k in p)
+
+def test_something_trained_along(runs):
+    "Of each callback what it brings, and all of it moved"
+    for case,what in (('features','extra'), ('heads','extra'), ('hint','extra'), ('mutual','extra'), ('average','guide')):
+        log = runs[case][0][0]
+        assert log[0][what] and not any(torch.equal(v, log[-1][what][k]) for k,v in log[0][what].items())
+
+@pytest.mark.parametrize('case', kinds)
+def test_equals_one_process(runs, case):
+    "On the joined batches all of it comes as close as data parallel training does without a callback"
+    (plain,_),_,(plain_one,_) = runs['none']
+    (two,_),_,(one,_) = runs[case]
+    moved,near = distance(plain_one[0]['student'], plain_one[-1]['student']),distance(plain[-1]['student'], plain_one[-1]['student'])
+    far = {k:distance(two[-1][k], one[-1][k]) for k in one[-1] if one[-1][k]}
+    assert moved>1e-2 and near<1e-5*moved
+    assert all(v<1e-4*moved for v in far.values()), (far,near,moved)
+    assert distance(one[-1]['student'], plain_one[-1]['student'])>1e-3 # the callback does something
