@@ -1,5 +1,6 @@
 "Sparsity stays through everything that fastai users do around a fit"
 import os, socket, numpy as np, pytest, torch, torch.multiprocessing as mp
+from contextlib import contextmanager
 from functools import partial
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, GradientClip, ImageBlock,
@@ -307,7 +308,9 @@ def free_port():
         s.bind(('localhost', 0))
         return s.getsockname()[1]
 
-def in_process(rank, port, path, cbs):
+@contextmanager
+def one_of_two(rank, port):
+    "What a process of data parallel training on a CPU needs around its work"
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
     from fastai.distributed import DistributedDL
     torch.set_num_threads(1)
@@ -317,15 +320,20 @@ def in_process(rank, port, path, cbs):
         torch.distributed.broadcast(t, rank)
         return t.tolist()
     DistributedDL._broadcast = broadcast
-    found = {}
-    for name,cb in cbs.items():
-        learn = learner(path)
-        torch.manual_seed(rank) # what is random differs from process to process
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[cb, Zeros()] if name!='rigl' else cb)
-        with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=Zeros())
-        found[name] = {k:(m.weight_mask,m.weight.detach()) for k,m in masked(get(learn.model)).items()}
-    torch.save(found, f'{path}/{rank}.pt')
+    yield
     torch.distributed.destroy_process_group()
+
+def in_process(rank, port, path, cbs):
+    with one_of_two(rank, port): found = {name:both_fits(rank, path, name, cb) for name,cb in cbs.items()}
+    torch.save(found, f'{path}/{rank}.pt')
+
+def both_fits(rank, path, name, cb):
+    "Masks and weights after a fit that prunes and one that does not"
+    learn = learner(path)
+    torch.manual_seed(rank) # what is random differs from process to process
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[cb, Zeros()] if name!='rigl' else cb)
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=Zeros())
+    return {k:(m.weight_mask,m.weight.detach()) for k,m in masked(get(learn.model)).items()}
 
 def test_two_processes(tmp_path):
     "Data parallel on two gloo processes: the same masks and weights on both, though what is random or measured differs"

@@ -1,14 +1,15 @@
 "Channels really removed: what is left does what masks did, trains on, saves, loads, exports and quantizes"
-import numpy as np, pandas as pd, pytest, torch, torchvision
+import numpy as np, pandas as pd, pytest, torch, torch.multiprocessing as mp, torchvision
 from functools import partial
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, ImageBlock, Learner,
-    Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RandomSplitter, SaveModelCallback, SGD, accuracy, load_learner, resnet18, set_seed,
+    Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RandomSplitter, SaveModelCallback, SGD, accuracy, get_model, load_learner, resnet18, set_seed,
     unet_learner, vision_learner)
 from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_digits
 from torch import nn
 from fastquant.all import *
+from test_prune import free_port, one_of_two
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]
@@ -265,6 +266,46 @@ def test_pull_and_schedule():
     learn.fit(2, 1e-2, cbs=[GroupLassoCallback(), PruneScheduleCallback(.5, structure='channel', scope='local', end=.5, every=2)])
     assert widths(learn.model)==[8,16,16,10]
     every_parameter_moves(learn)
+
+# On two processes
+
+class Masks(Callback):
+    "The masks after each step"
+    order,run_valid = PruneScheduleCallback.order+1,False
+    def before_fit(self): self.log = []
+    def after_batch(self): self.log.append({k:m.weight_mask.clone() for k,m in masked(get_model(self.learn.model)).items()})
+
+def in_process(rank, port, path, cases):
+    with one_of_two(rank, port): found = {name:shrunk_in_parallel(rank, path, **kwargs) for name,kwargs in cases.items()}
+    torch.save(found, f'{path}/{rank}.pt')
+
+def shrunk_in_parallel(rank, path, **kwargs):
+    "Masks, the model after a fit that removes channels, and what a plain fit after that does not move"
+    learn,m,at = learner(path),Masks(),lambda: {k:v.clone() for k,v in learn.model.state_dict().items()}
+    torch.manual_seed(rank) # what is random differs from process to process
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(3, 1e-2, cbs=[PruneScheduleCallback(structure='channel', every=2, **kwargs),m])
+    owned,first = {id(p) for p in learn.opt.all_params().itemgot(0)}=={id(p) for p in learn.model.parameters()},at()
+    with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2)
+    stuck = [k for k,p in learn.model.named_parameters() if p.equal(first[k])]
+    return dict(masks=m.log, first=first, owned=owned, second=at(), stuck=stuck, recipe=recipe_of(learn.model).to_json(), widths=widths(learn.model))
+
+def test_two_processes(tmp_path):
+    "Data parallel on two gloo processes: the same masks at every step, and the same smaller weights, which go on to train"
+    cases = dict(local=dict(amount=.5, scope='local'), all=dict(amount=.5), random=dict(amount=.5, scope='local', criterion='random'),
+        taylor=dict(amount=.5, criterion='taylor', scope='local'), target=dict(target={'macs':.5}))
+    mp.spawn(in_process, (free_port(),str(tmp_path),cases), nprocs=2)
+    first,second = (torch.load(tmp_path/f'{r}.pt') for r in (0,1))
+    for name,a in first.items():
+        b = second[name]
+        assert len(a['masks'])==len(b['masks'])==12 and any(not m.all() for s in a['masks'] for m in s.values()), name
+        for s,t in zip(a['masks'], b['masks']): assert s.keys()==t.keys() and all(m.equal(t[k]) for k,m in s.items()), name
+        assert a['recipe']==b['recipe'] and a['widths']==b['widths']!=[16,32,32,10], name
+        for when in ('first','second'):
+            for k,v in a[when].items():
+                w = b[when][k]
+                assert v.shape==w.shape and ('running' in k or torch.allclose(v, w, atol=1e-6)), (name,when,k)
+        assert a['owned'] and b['owned'] and a['stuck']==b['stuck']==[], name
+    assert first['local']['widths']==[8,16,16,10]
 
 # Around a fit
 
