@@ -1,6 +1,9 @@
 "What removing channels costs in accuracy, and buys in time: `python -m benchmarks.structured --data ../shared/data`"
 from __future__ import annotations
-import torchvision
+import multiprocessing, torchvision
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from time import perf_counter
 from torchvision.models import list_models, resnet18
 from fastquant.callback.prune import *
 from fastquant.export import *
@@ -46,12 +49,15 @@ def latency(o):
     return rows,[target('half, eager', ms['float']/ms['half'], 1.7, 1.9),
         target('half, ONNX Runtime', ms['float, ONNX Runtime']/ms['half, ONNX Runtime'], 1.7, 1.9), target('half and int8, against float eager', ms['float']/ms['half, int8'], 8, 10)]
 
+def failed(name, why=''): return dict(net=name, runs=False, groups=0, macs_left=1., px=0, seconds=0., why=why)
+
 def one_model(name):
     "What becomes of a model that loses half of the channels of each group: a row of the table"
+    torch.set_num_threads(1)
     set_seed(42)
     size = dict(image_size=64) if name.startswith('vit') else {}
     model = torchvision.models.get_model(name, num_classes=10, **size, **(dict(init_weights=False) if name in ('googlenet','inception_v3') else {}))
-    x,row = torch.randn(2,3,64,64),dict(net=name, runs=False, groups=0, macs_left=1., why='')
+    x,row,begun = torch.randn(2,3,64,64),failed(name),perf_counter()
     if name=='maxvit_t' or name.startswith('inception'): x = torch.randn(2,3,224 if name=='maxvit_t' else 96,224 if name=='maxvit_t' else 96)
     try:
         s = Selection(.5, 'channel', scope='local')
@@ -61,17 +67,23 @@ def one_model(name):
         out = tensors(model.train()(x))
         sum(t.square().sum() for t in out).backward()
         with evaluating(model): same = model(x).shape==(2,10)
-        row.update(runs=same, groups=len(plan.groups), macs_left=n_macs(model, x)/whole, px=x.shape[-1])
+        row.update(runs=same, groups=len(plan.groups), macs_left=n_macs(model, x)/whole)
     except (ValueError,RuntimeError) as e: row['why'] = str(e).splitlines()[0][:160]
-    return row
+    return {**row, 'px':x.shape[-1], 'seconds':round(perf_counter()-begun, 1)}
+
+def apart(f, *args):
+    "What `f` returns in a process of its own, whose memory is free after that"
+    processes = multiprocessing.get_context('forkserver')
+    processes.set_forkserver_preload(['benchmarks.common','fastquant.prune.learner'])
+    with ProcessPoolExecutor(1, mp_context=processes) as pool: return pool.submit(f, *args).result()
 
 @sections
 def models(o):
     "Every classification model of torchvision, at 64 px or the smallest size it takes: does it run forward and backward with half of the channels of each group?"
-    names = list_models(torchvision.models)
-    rows = []
+    names,rows = list_models(torchvision.models),[]
     for name in names[:o.some(len(names), 4)]:
-        rows.append(one_model(name))
+        try: rows.append(apart(one_model, name))
+        except BrokenProcessPool: rows.append(failed(name, 'its process was killed, as happens where memory runs out'))
         print(rows[-1], flush=True)
     return rows,[target('models that lose channels and run', sum(r['runs'] for r in rows), 70, 77)]
 

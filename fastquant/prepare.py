@@ -112,9 +112,12 @@ class Rounding:
         self.norms = {layer[0]:norm for layer,norm in plan.norms.items() if layer in plan.int8}
         self.how,self.only,self.act,self.ready,self.converted = None,None,Site.as_is,False,False
         self.folded,self.seen = set(),{}
+        self.lay_out()
+    def lay_out(self):
+        "See which scales belong to which weight; again, after channels were removed"
         self.slices,n = {},0
         for k,w in self.weights.items():
-            size = len(model.get_submodule(k).weight) if w.per_channel else 1
+            size = len(self.model.get_submodule(k).weight) if w.per_channel else 1
             self.slices[k],n = slice(n, n+size),n+size
     @property
     def scale(self)->Tensor: return self.model.rounding_scale

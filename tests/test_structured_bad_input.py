@@ -105,16 +105,17 @@ def test_tied_weights():
     m[4].weight = m[2].weight
     with pytest.raises(ValueError, match="used twice under different names"): channel_groups(m, torch.randn(4, 8), round_to=1)
 
-def test_rounding_comes_after(learn):
-    "A model that is prepared for quantization is told what to do first, before anything is changed"
-    learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))
-    before = state(learn)
-    for f in (lambda: learn.prune(.5, structure='channel'), lambda: learn.fit(1, 0., cbs=PruneScheduleCallback(.5, structure='channel'))):
-        with pytest.raises(ValueError, match='remove_quant'): f()
-    assert learn.model[0].out_channels==16 and before.keys()==state(learn).keys()
-    learn.remove_quant()
-    assert learn.prune(.5, structure='channel').model[0].out_channels<=16
-    with pytest.raises(ValueError, match='from before|remove_quant|was not cut|prepared'): shrink(prepare(net(), 'int8', torch.randn(4,2,8,8)), Recipe({}, {}))
+def test_integers_are_not_cut(learn):
+    "A model whose weights are integers already is left as it is"
+    s,x = learn.prune(.5, structure='channel', scope='local'),torch.randn(4, 2, 8, 8)
+    learn.fit(1, 1e-3)
+    model = prepare(clean_copy(learn.model), 'int8', x)
+    watch(model, x)
+    set_ranges(model)
+    convert(model)
+    before = {k:v.clone() for k,v in model.state_dict().items()}
+    with pytest.raises(ValueError, match='Remove channels before `convert`'): shrink(model, recipe_of(s.model))
+    assert same(model.state_dict(), before)
 
 def test_engine(learn):
     learn.fit(1, 1e-3)

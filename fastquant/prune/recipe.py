@@ -7,7 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune.recipe.html.md"""
 # %% ../../nbs/14a_prune.recipe.ipynb #14apru4a2ec5
 from __future__ import annotations
 import json, torch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import singledispatch, partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -18,7 +18,7 @@ from .mask import *
 
 # %% auto #0
 __all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_shape', 'cut_param', 'refit', 'is_attention', 'cut_state', 'cut_opt',
-           'check_fits', 'shrink', 'recipe_of', 'steps_to', 'shrink_like', 'channel_counts']
+           'with_scales', 'check_fits', 'shrink', 'recipe_of', 'steps_to', 'shrink_like', 'channel_counts']
 
 # %% ../../nbs/14a_prune.recipe.ipynb #14apru46a610
 @dataclass(frozen=True)
@@ -179,6 +179,22 @@ def cut_opt(
             ss,i = slow[id(p)]
             if ss[i].shape==torch.Size(shape): ss[i] = cut_tensor(ss[i], left)
 
+# %% ../../nbs/14a_prune.recipe.ipynb #14apru2d90ce
+def with_scales(
+    recipe:Recipe,  # What is, or was, done to weights
+    model:nn.Module # Any model
+)->Recipe:
+    "`recipe`, and what that does to the scales of weights, if `model` rounds"
+    r,left,n = rounding(model),[],0
+    for k,w in r.weights.items() if r else ():
+        key,rows = (f'{k}.weight' if k else 'weight'),r.slices[k]
+        size = recipe.shapes[key][0] if w.per_channel and key in recipe.shapes else rows.stop-rows.start
+        left += [n+i for i in (recipe.left.get(key, {}).get(0) if w.per_channel else None) or range(size)]
+        n += size
+    if len(left)==n: return recipe
+    name = 'rounding_weight_scale'
+    return replace(recipe, left={**recipe.left, name:{0:left}}, shapes={**recipe.shapes, name:(n,)})
+
 # %% ../../nbs/14a_prune.recipe.ipynb #14apru6c4024
 def check_fits(
     recipe:Recipe,  # What is to be done
@@ -197,17 +213,19 @@ def shrink(
     opt=None         # Its optimizer, changed in place too
 )->nn.Module: # `model`
     "Cut the tensors of `model`; raises `ValueError` if `recipe` does not fit, and leaves `model` as it was"
-    if rounding(model): raise ValueError("The model is prepared for quantization, and how it rounds belongs to the channels that it has. Take that off with `learn.remove_quant()`, remove channels, and train through rounding after that.")
-    check_fits(recipe, model)
-    for k,left in recipe.left.items():
+    if (r:=rounding(model)) and r.converted: raise ValueError("The weights of this model are integers already, which are not cut. Remove channels before `convert`.")
+    todo = with_scales(recipe, model)
+    check_fits(todo, model)
+    for k,left in todo.left.items():
         path,_,name = k.rpartition('.')
         m = model.get_submodule(path)
         if name in m._parameters: cut_param(m._parameters[name], left)
         else: m._buffers[name] = cut_tensor(m._buffers[name], left)
         if name=='weight' and mask_of(m): m.weight_mask = cut_tensor(m.weight_mask, left)
     for m in reversed(list(model.modules())): refit(m) # an attention after its layers
+    if r: r.lay_out()
     if not sparsity(model): remove_masks(model)
-    cut_opt(opt, model, recipe)
+    cut_opt(opt, model, todo)
     _remember(model, recipe_of(model).then(recipe))
     return model
 
@@ -220,6 +238,7 @@ class _Kept:
         text = state.pop(prefix+'channels_left', None)
         try: todo = self.recipe.inside(_parse(text))
         except ValueError as e: raise ValueError(f"These weights do not fit {type(model).__name__}: {e} Load them into a model that was not cut.") from e
+        todo = with_scales(todo, model)
         for k,left in todo.left.items():
             if (t:=state.get(prefix+k)) is not None and t.shape==torch.Size(todo.shapes[k]): state[prefix+k] = cut_tensor(t, left)
             mask = prefix+k+'_mask'

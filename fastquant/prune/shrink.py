@@ -450,8 +450,13 @@ def take_out(
 ):
     "Remove the channels that are masked; raises `ValueError` if that would change what `model` does"
     keep = channels_now(groups, model)
-    if (e:=misfit(model, groups, keep, xb)): raise ValueError(f"The channels cannot be removed: {e}. Leave layers out with `exclude`.")
+    float_ = _as_float(model)
+    if (e:=misfit(float_, groups, keep, xb, _trains(float_, xb))): raise ValueError(f"The channels cannot be removed: {e}. Leave layers out with `exclude`.")
     shrink(model, positions_left(groups, keep, model), opt)
+
+def _as_float(model):
+    "`model`, or a copy that does not round if it does"
+    return unprepare(clean_copy(model)) if rounding(model) else model
 
 def remove_masked(
     model:nn.Module, # With masks; changed in place
@@ -575,13 +580,12 @@ class MaskPlan:
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prund34858
 class ChannelPlan:
-    "Channels of several layers, which are masked, and removed in the end; raises `ValueError` if a model is prepared for quantization"
+    "Channels of several layers, which are masked, and removed in the end"
     def __init__(self,
         model:nn.Module,     # To be pruned
         selection:Selection, # What is wanted
         *xb                  # A batch of inputs
     ):
-        if rounding(model): raise ValueError("This model is in training for quantization, and its ranges belong to the channels it has. Take the rounding off with `learn.remove_quant()`, remove channels, and train with `QuantAwareCallback` after that.")
         self.model,self.selection,self.xb,self.counts = model,selection,[x[:2].detach().as_subclass(Tensor) for x in xb],None
         s,round_to = selection,find_structure(selection.structure).round_to
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
@@ -600,7 +604,7 @@ class ChannelPlan:
     def to_target(self, scores, now, share):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
-        if self.counts is None: self.counts = {k:v.sum().item() for k,v in to_target(self.groups, scores, self.model, self.xb, self.selection).items()}
+        if self.counts is None: self.counts = {k:v.sum().item() for k,v in to_target(self.groups, scores, _as_float(self.model), self.xb, self.selection).items()}
         n = {k:len(v)-round(share*(len(v)-self.counts[k])) for k,v in scores.items()}
         return {k:torch.zeros_like(now[k]).index_fill_(0, v.topk(n[k]).indices, True)&now[k] for k,v in scores.items()}
     def check(self): "Channels that are gone are none that could be pruned"
