@@ -51,14 +51,16 @@ def latency(o):
 
 def failed(name, why=''): return dict(net=name, runs=False, groups=0, macs_left=1., px=0, seconds=0., why=why)
 
+smallest = dict(maxvit_t=224, inception_v3=299, vit_h_14=56) # px that a model takes, where 64 is too small or no multiple of its patches
+
 def one_model(name):
     "What becomes of a model that loses half of the channels of each group: a row of the table"
     torch.set_num_threads(1)
     set_seed(42)
-    size = dict(image_size=64) if name.startswith('vit') else {}
+    px = smallest.get(name, 64)
+    size = dict(image_size=px) if name.startswith('vit') else {}
     model = torchvision.models.get_model(name, num_classes=10, **size, **(dict(init_weights=False) if name in ('googlenet','inception_v3') else {}))
-    x,row,begun = torch.randn(2,3,64,64),failed(name),perf_counter()
-    if name=='maxvit_t' or name.startswith('inception'): x = torch.randn(2,3,224 if name=='maxvit_t' else 96,224 if name=='maxvit_t' else 96)
+    x,row,begun = torch.randn(2,3,px,px),failed(name),perf_counter()
     try:
         s = Selection(.5, 'channel', scope='local')
         plan,whole = plan_for(s)(model, s, x),n_macs(model, x)
@@ -69,7 +71,7 @@ def one_model(name):
         with evaluating(model): same = model(x).shape==(2,10)
         row.update(runs=same, groups=len(plan.groups), macs_left=n_macs(model, x)/whole)
     except (ValueError,RuntimeError) as e: row['why'] = str(e).splitlines()[0][:160]
-    return {**row, 'px':x.shape[-1], 'seconds':round(perf_counter()-begun, 1)}
+    return {**row, 'px':px, 'seconds':round(perf_counter()-begun, 1)}
 
 def apart(f, *args):
     "What `f` returns in a process of its own, whose memory is free after that"

@@ -9,6 +9,7 @@ from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFl
 from fastai.vision.models.xresnet import xresnet18
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from fastquant.all import *
 
 digits = load_digits()
@@ -140,14 +141,19 @@ def test_target_of_ones_own():
     finally: del targets['widest']
     assert abs(sum(widths(s.model))/90-.55)<.02
 
-def test_latency_target():
+def test_latency_target(monkeypatch):
+    "A stopwatch that counts multiplications: what really takes how long depends on who else uses the machine"
+    def counted(fns, n):
+        with FlopCounterMode(display=False) as c: fns['']()
+        return pd.DataFrame({'median':[c.get_total_flops()]}, index=list(fns))
     set_seed(0)
     model = nn.Sequential(conv(1,128), conv(128,128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128,10))
     items = [(torch.randn(1,24,24), torch.tensor(i%10)) for i in range(16)]
     learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0), model, loss_func=CrossEntropyLossFlat())
-    try: s = learn.prune(target={'latency':.6})
-    except ValueError as e: assert 'the nearest that can be had' in str(e) # on a machine that is busy with something else
-    else: assert n_macs(s.model, items[0][0][None])<.9*n_macs(model, items[0][0][None])
+    latency = targets['latency'](model, items[0][0][None])
+    monkeypatch.setattr('fastquant.report.latency', counted)
+    s = learn.prune(target={'latency':.6})
+    assert latency>0 and abs(n_macs(s.model, items[0][0][None])/n_macs(model, items[0][0][None])-.6)<=.02
 
 def test_few_channels():
     "Layers with 8 channels or fewer are left whole, unless a finer step is asked for"
