@@ -48,6 +48,9 @@ def _twin(learn, model):
     new('after_create')
     return new
 
+def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
+
+# %% ../nbs/22_learner.ipynb #22lear9c04d8
 def _trainable(learn, model):
     "A Learner like `learn` around `model`, to be trained in the same parameter groups"
     new = _twin(learn, model)
@@ -57,8 +60,6 @@ def _trainable(learn, model):
 def _measure(learn, dl):
     "The first metric, or the loss if there is none"
     return learn.validate(dl=dl)[1 if learn.metrics else 0]
-
-def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
 
 # %% ../nbs/22_learner.ipynb #22leara0f150
 def _numbers(o): return [round(v, 8) for v in tensor(o).flatten().tolist()]

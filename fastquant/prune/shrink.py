@@ -604,7 +604,9 @@ class ChannelPlan:
     def to_target(self, scores, now, share):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
-        if self.counts is None: self.counts = {k:v.sum().item() for k,v in to_target(self.groups, scores, _as_float(self.model), self.xb, self.selection).items()}
+        if self.counts is None:
+            keep = to_target(self.groups, scores, _as_float(self.model), self.xb, self.selection)
+            self.counts = {k:v.sum().item() for k,v in keep.items()}
         n = {k:len(v)-round(share*(len(v)-self.counts[k])) for k,v in scores.items()}
         return {k:torch.zeros_like(now[k]).index_fill_(0, v.topk(n[k]).indices, True)&now[k] for k,v in scores.items()}
     def check(self): "Channels that are gone are none that could be pruned"
