@@ -83,6 +83,7 @@ def find_loss(
     if callable(f:=distill_losses.find(o)): return f
     raise ValueError(f"loss={o!r}: pass a function of student and teacher, or the name of one: {', '.join(sorted(distill_losses))}.")
 
+# %% ../nbs/09_distill.ipynb #09dist8ac5f1
 def distill_loss(
     loss,              # A distillation loss, or the name of one
     student:Tensor,    # What the student says
