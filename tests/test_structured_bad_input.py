@@ -175,3 +175,18 @@ def test_channels_that_cannot_be_followed():
     assert {g.name for g in groups}=={f'features.{i}.{j}.mlp.0' for i in (1,3) for j in (0,1)}
     assert why['features.2.reduction']=='Torch-Pruning cannot follow where its channels go: they would be more than there are places'
     with pytest.raises(ValueError, match="No channels of 'features.2.reduction' can be removed: .*cannot follow"): channel_groups(m, x, only='features.2.reduction')
+
+def test_channels_that_are_shuffled():
+    "What goes through a shuffle is left alone and named, what is inside of a branch can go, and the smaller net does what the masked one did"
+    from torchvision.models import ShuffleNetV2
+    torch.manual_seed(0)
+    m,x = ShuffleNetV2([4,2,2], [16,32,64,128,64], num_classes=10).eval(),torch.randn(2, 3, 64, 64)
+    groups,why = channel_groups(m, x)
+    assert {k for g in groups for k in g.layers}>={f'stage{i}.{j}.branch2.0' for i in (2,3,4) for j in (0,1)}
+    assert why['stage2.1.branch2.5']=='Torch-Pruning cannot follow where its channels go: a view there moves them about'
+    assert why['stage3.1.branch2.5'] and why['stage4.1.branch2.5']
+    plan = plan_for(s := Selection(.5, 'channel', scope='local'))(m, s, x)
+    set_masks(m, plan.choose({}))
+    with evaluating(m): before = m(x)
+    plan.settle()
+    with evaluating(m): assert (m(x)-before).abs().max()<1e-5 and m.stage2[0].branch2[0].out_channels==8

@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune.shrink.html.md"""
 from __future__ import annotations
 import math, torch
 from fastcore.all import listify
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from ..basics import *
@@ -76,6 +76,19 @@ def _groups_of(graph, most):
             seen.update(d.target.module for d,_ in g if graph.is_out_channel_pruning_fn(d.handler))
     return found,wrong
 
+# %% ../../nbs/17_prune.shrink.ipynb #17prun84c0d7
+def _stop_at_views(graph):
+    "Let no channel of `graph` be followed through views that Torch-Pruning divides by zero at"
+    tp = _torch_pruning()
+    def stop(idxs): raise ValueError('a view there moves them about')
+    for m,node in graph.module2node.items():
+        one = copy(graph)
+        one.module2node = {m:node}
+        try: tp.dependency.index_mapping.update_index_mapping(one)
+        except ZeroDivisionError:
+            node.type = tp.ops.OPTYPE.ELEMENTWISE
+            for dep in node.dependencies: dep.index_mapping.append(stop)
+
 # %% ../../nbs/17_prune.shrink.ipynb #17prun9d4e6b
 def graph_of(
     model:nn.Module, # A copy that may be spoilt
@@ -89,10 +102,12 @@ def graph_of(
         path,name,_ = where.at or ('','forward',0)
         raise ValueError(f"{type(model).__name__} cannot be traced: behind {name!r} in {path or 'its forward pass'!r} no gradient leads back to the parameters, so there is no telling which channels belong together.")
     run = lambda m,x: [t for t in tensors(m(*x)) if t.requires_grad]
+    graph = tp.DependencyGraph()
     try:
-        with torch.enable_grad(): graph = tp.DependencyGraph().build_dependency(model, xb, forward_fn=run, verbose=False)
+        with torch.enable_grad(): graph.build_dependency(model, xb, forward_fn=run, verbose=False)
+    except ZeroDivisionError: _stop_at_views(graph)
     except _lost as e: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
-    return graph,*_groups_of(graph, 16*where.largest)
+    return graph,*_groups_of(graph, where.largest)
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prunfd379b
 _norms = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm
