@@ -55,7 +55,9 @@ def tv(name, **kwargs): return lambda: torchvision.models.get_model(name, num_cl
 models = dict(resnet18=(tv('resnet18'), .45), resnet50=(tv('resnet50'), .45), mobilenet_v2=(tv('mobilenet_v2'), .45), mobilenet_v3=(tv('mobilenet_v3_small'), .6),
     efficientnet=(tv('efficientnet_b0'), .5), densenet=(tv('densenet121'), .45), convnext=(timm('convnext_atto'), .65), vit=(timm('vit_tiny_patch16_224', img_size=64), .65),
     timm_resnet=(timm('resnet18'), .45), timm_mobilenet=(timm('mobilenetv3_small_050'), .7), timm_efficientnet=(timm('efficientnet_lite0'), .5),
-    xresnet=(partial(xresnet18, n_out=10), .45), regnet=(tv('regnet_y_400mf'), .75), googlenet=(tv('googlenet', init_weights=False), .6), vgg=(tv('vgg11_bn'), .45))
+    xresnet=(partial(xresnet18, n_out=10), .45), regnet=(tv('regnet_y_400mf'), .75),
+    convnext_tv=(partial(torchvision.models.ConvNeXt, [torchvision.models.convnext.CNBlockConfig(32,64,1),torchvision.models.convnext.CNBlockConfig(64,None,2)], num_classes=10), .65),
+    timm_densenet=(timm('densenet121', growth_rate=16, block_config=(2,2,2,2)), .5), vit_tv=(partial(torchvision.models.VisionTransformer, 64, 16, 2, 4, 64, 256, num_classes=10), .8), googlenet=(tv('googlenet', init_weights=False), .6), vgg=(tv('vgg11_bn'), .45))
 
 @pytest.mark.parametrize('name', models)
 def test_model(name):
@@ -92,6 +94,14 @@ def test_heads():
     plan.settle()
     a = model.blocks[0].attn
     assert (a.num_heads,a.head_dim,a.attn_dim,a.qkv.out_features,a.proj.in_features)==(2,64,128,384,128)
+
+def test_attention_of_torchvision():
+    "All weights of `nn.MultiheadAttention` are one parameter of a fused operation: its heads stay, the width of the MLPs goes"
+    model,x = models['vit_tv'][0](),torch.randn(2,3,64,64)
+    found,why = channel_groups(model, x)
+    assert {g.name:len(g) for g in found}=={f'encoder.layers.encoder_layer_{i}.mlp.0':256 for i in (0,1)}
+    assert 'LayerNorm' in why['encoder.layers.encoder_layer_1.mlp.3']
+    with pytest.raises(ValueError, match="No channels of '\\*self_attention\\*' can be removed"): channel_groups(model, x, only='*self_attention*')
 
 def test_macs_by_two_others():
     "Our count of multiplications against Torch-Pruning's, which counts what is element by element too"
