@@ -77,15 +77,15 @@ def _groups_of(graph, most):
     return found,wrong
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prun84c0d7
-def _stop_at_views(graph):
-    "Let no channel of `graph` be followed through views that Torch-Pruning divides by zero at"
+def _stop_where_lost(graph):
+    "Let no channel of `graph` be followed through operations for which Torch-Pruning fails to work out positions"
     tp = _torch_pruning()
-    def stop(idxs): raise ValueError('a view there moves them about')
+    def stop(idxs): raise ValueError('it has no rule for an operation there')
     for m,node in graph.module2node.items():
         one = copy(graph)
         one.module2node = {m:node}
         try: tp.dependency.index_mapping.update_index_mapping(one)
-        except ZeroDivisionError:
+        except (ZeroDivisionError,TypeError):
             node.type = tp.ops.OPTYPE.ELEMENTWISE
             for dep in node.dependencies: dep.index_mapping.append(stop)
 
@@ -105,8 +105,9 @@ def graph_of(
     graph = tp.DependencyGraph()
     try:
         with torch.enable_grad(): graph.build_dependency(model, xb, forward_fn=run, verbose=False)
-    except ZeroDivisionError: _stop_at_views(graph)
-    except _lost as e: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
+    except _lost as e:
+        if isinstance(e, (ZeroDivisionError,TypeError)) and getattr(graph, 'module2node', None): _stop_where_lost(graph)
+        else: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
     return graph,*_groups_of(graph, where.largest)
 
 # %% ../../nbs/17_prune.shrink.ipynb #17prunfd379b
