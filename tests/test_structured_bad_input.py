@@ -190,3 +190,11 @@ def test_channels_that_are_shuffled():
     with evaluating(m): before = m(x)
     plan.settle()
     with evaluating(m): assert (m(x)-before).abs().max()<1e-5 and m.stage2[0].branch2[0].out_channels==8
+
+def test_joined_windows():
+    "Where Torch-Pruning adds up sizes that it does not know, as for a Swin of many blocks, the MLPs can go all the same"
+    from torchvision.models import SwinTransformer
+    m,x = SwinTransformer([4,4], 24, [2,2,10,2], [3,6,12,24], [4,4], num_classes=10).eval(),torch.randn(2, 3, 64, 64)
+    groups,why = channel_groups(m, x)
+    assert {g.name for g in groups}=={k for k,_ in m.named_modules() if k.endswith('mlp.0')} and len(groups)==16
+    assert any('cannot follow' in v for v in why.values())
