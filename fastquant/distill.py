@@ -183,9 +183,10 @@ def small_head(
     n_out:int,      # Numbers to predict
     width:int=64    # Channels of the bottleneck
 )->nn.Sequential:
-    "A classifier on `feature`"
+    "A classifier on `feature`: a bottleneck, and what predicts from that"
     ni,n = feature.shape[1],feature.ndim-2
-    if n==0: return nn.Sequential(nn.Linear(ni, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, n_out))
+    if n==0: return nn.Sequential(nn.Sequential(nn.Linear(ni, width), nn.BatchNorm1d(width), nn.ReLU()), nn.Linear(width, n_out))
     conv,norm = ((nn.Conv1d,nn.BatchNorm1d),(nn.Conv2d,nn.BatchNorm2d),(nn.Conv3d,nn.BatchNorm3d))[n-1]
     pool = (nn.AdaptiveAvgPool1d,nn.AdaptiveAvgPool2d,nn.AdaptiveAvgPool3d)[n-1]
-    return nn.Sequential(conv(ni, width, 1, bias=False), norm(width), nn.ReLU(), pool(1), nn.Flatten(), nn.Linear(width, n_out))
+    narrow = nn.Sequential(conv(ni, width, 1, bias=False), norm(width), nn.ReLU())
+    return nn.Sequential(narrow, nn.Sequential(pool(1), nn.Flatten(), nn.Linear(width, n_out)))

@@ -168,7 +168,7 @@ def load(self:Learner, file, device=None, **kwargs):
     if self.opt is None: self.create_opt()
     with _first(model, lambda state: [f(self, state) for f in restorers.values()]), _first(self.opt, partial(keep_passing, self.opt)):
         _load(self, file, device=device, **kwargs)
-    cut_opt(self.opt, model, with_scales(recipe_of(model), model)) # what is from before channels were removed
+    cut_opt(self.opt, model, recipe_of(model)) # what is from before channels were removed
     return self
 
 Learner.load.__wrapped__ = _load

@@ -116,7 +116,7 @@ def test_gradient_of_the_hint(tmp_path):
         with torch.no_grad():
             a = model[0](x)
             b = model[1](a)
-            narrow = [h[2](h[1](h[0](f))) for h,f in zip(extra, (a,b))]
+            narrow = [h[0][2](h[0][1](h[0][0](f))) for h,f in zip(extra, (a,b))]
             return sum((p(F.adaptive_avg_pool2d(f, deep.shape[2:]))-deep).square().sum()/deep.numel() for p,f in zip(extra[2:], narrow)).item()
     ps,diff = [*model.parameters(),*extra.parameters()],[(b-a)/2 for a,b in zip(*(t.grads for t in taps))]
     torch.manual_seed(0)

@@ -22,7 +22,10 @@ def made(seed, *args, **kwargs):
 
 class PlainHeads(SelfDistillCallback):
     "Without batchnorms in the heads"
-    def begin(self, *xb): return [nn.Sequential(*[nn.Identity() if isinstance(m, nn.BatchNorm2d) else m for m in h]) if isinstance(h, nn.Sequential) else h for h in super().begin(*xb)]
+    def begin(self, *xb):
+        found = super().begin(*xb)
+        for h in found[:len(self.heads)]: h[0][1] = nn.Identity()
+        return found
 
 projected = ['0', Match('1', loss='mse'), Match('1', loss='attention')]
 kinds = dict(soft=lambda: DistillCallback(made(1, 16)), features=lambda: DistillCallback(made(1, 16), features=projected), heads=lambda: PlainHeads('[01]', width=8), hint=lambda: PlainHeads('0', width=8, hint='1'),

@@ -241,11 +241,11 @@ class DistillCallback(TeachingCallback):
         return bridges
     def bridge(self, match, s, t):
         "What has to be done with the student's features before they are compared"
-        if 'size' in wants(distill_losses.find(match.loss)): s,t = aligned(s, t)
-        return projection(s.float(), t, distill_losses.find(match.loss)) or nn.Identity()
+        if 'size' in wants(find_loss(match.loss)): s,t = aligned(s, t)
+        return projection(s.float(), t, find_loss(match.loss)) or nn.Identity()
     def compare_features(self, match, bridge, s, t):
         s,t = s.float(),t.float()
-        if 'size' in wants(distill_losses.find(match.loss)): s,t = aligned(s, t)
+        if 'size' in wants(find_loss(match.loss)): s,t = aligned(s, t)
         return match.weight*distill_loss(match.loss, bridge(s), t)
     def combined(self, loss, w):
         if self.guide is None: return loss,None
@@ -326,8 +326,8 @@ class SelfDistillCallback(TeachingCallback):
     def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()
     def combined(self, loss, w):
         deep = self.outputs(self.learn.pred).detach()
-        narrow = [h[:3](self.turned(self.found[k])) for k,h in zip(self.heads, self.extra)]
-        preds = [h[3:](b) for b,h in zip(narrow, self.extra)]
+        narrow = [h[0](self.turned(self.found[k])) for k,h in zip(self.heads, self.extra)]
+        preds = [h[1](b) for b,h in zip(narrow, self.extra)]
         term,hint = sum(self.compared(p, deep) for p in preds),self.hints(narrow)
         return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term+hint,term+hint
 
@@ -338,7 +338,7 @@ def bridges(self:SelfDistillCallback, heads, found):
     if not self.deepest: return []
     t = self.turned(found[self.deepest[0]])
     def one(k, head):
-        with evaluating(head): s,d = aligned(*_pooled(head[:3](self.turned(found[k])), t))
+        with evaluating(head): s,d = aligned(*_pooled(head[0](self.turned(found[k])), t))
         return (projection(s, d, F.mse_loss) or nn.Identity()).to(t.device)
     return [one(k, h) for k,h in zip(self.heads, heads)]
 

@@ -169,7 +169,7 @@ def cut_opt(
     recipe:Recipe   # What is, or was, done to `model`
 ):
     "Let `opt` remember only what is left; what fits already stays as it is"
-    params,slow = dict(model.named_parameters()),{}
+    recipe,params,slow = with_scales(recipe, model),dict(model.named_parameters()),{}
     if getattr(opt, 'slow_weights', None): slow = {id(p):(ss,i) for ss,ps in zip(opt.slow_weights, opt.param_lists) for i,p in enumerate(ps)} # fastai's Lookahead
     for k in [k for k in recipe.left if k in params]:
         p,shape,left = params[k],recipe.shapes[k],recipe.left[k]
@@ -225,7 +225,7 @@ def shrink(
     for m in reversed(list(model.modules())): refit(m) # an attention after its layers
     if r: r.lay_out()
     if not sparsity(model): remove_masks(model)
-    cut_opt(opt, model, todo)
+    cut_opt(opt, model, recipe)
     _remember(model, recipe_of(model).then(recipe))
     return model
 
