@@ -6,7 +6,7 @@ from fastquant.distill import *
 from fastquant.learner import *
 from fastquant.report import latency as in_turns
 from .common import *
-from .qat import two_bits
+from .qat import teacher, two_bits
 
 sections = Registry('section')
 
@@ -57,7 +57,7 @@ class NoValid(Callback):
 @sections
 def student(o, epochs=6):
     "A ResNet-8 of half the width with ResNet-20 as teacher, against itself alone"
-    ways = {'alone':lambda: [], 'soft targets':lambda: [DistillCallback(resnet20(o).to(memory_format=torch.channels_last), weight=.9, temperature=2)]}
+    ways = {'alone':lambda: [], 'soft targets':lambda: [teacher(o, temperature=2.)]}
     rows = [dict(way=k, seed=s, epochs=epochs, top1=right(fitted(o, small, epochs, 1e-2, s, cbs()))) for s in range(o.some(3, 1)) for k,cbs in ways.items()]
     return rows,[target('small student with ResNet-20 as teacher against alone (points)', gain(rows, ways), .5, 1.5)]
 

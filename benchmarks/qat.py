@@ -28,19 +28,18 @@ def tuned(
     spec,           # The name of one; None for float
     data:tuple,     # Training and test set
     epochs:int,
-    lr:float,
+    lr:float,       # Of the first cycle; a second one has half of it
     how:str='',     # A word for `cbs`
     cbs=(),         # Besides augmentation and rounding
-    before:int=0    # Epochs of a cycle before this one, with the same `cbs` and twice the learning rate
+    before:int=0    # Epochs of the first cycle, if this is a second one
 )->Learner:
     "The trained ResNet-20, trained on for `epochs`, calibrated before and through the rounding of `spec`; from the cache if that has been done before"
     fname = o.cache/f"resnet20-{spec}{how and '-'+how}-{f'{before}-' if before else ''}{epochs}-{lr}{'-quick' if o.quick else ''}.safetensors"
-    if before and not fname.exists(): learn = tuned(o, spec, data, before, 2*lr, how, cbs)
-    else: learn = learner(resnet20(o), *data, bs=64).to_channelslast(use_amp=False)
+    learn = tuned(o, spec, data, before, lr, how, cbs) if before else learner(resnet20(o), *data, bs=64).to_channelslast(use_amp=False)
     if not fname.exists():
         set_seed(42+before)
         if spec and not before: learn.validate(cbs=PTQCalibrate(spec=spec))
-        learn.fit_one_cycle(o.some(epochs, 1), lr, reset_opt=True, cbs=[Flip(),Crop(),*([QuantAwareCallback(spec)] if spec else []),*cbs])
+        learn.fit_one_cycle(o.some(epochs, 1), lr/2 if before else lr, reset_opt=True, cbs=[Flip(),Crop(),*([QuantAwareCallback(spec)] if spec else []),*cbs])
         fname.parent.mkdir(parents=True, exist_ok=True)
         write_whole(fname, save({k:t.contiguous() for k,t in learn.model.state_dict().items()}))
     if spec: prepare(learn.model, spec, data[1].tensors[0][:2])
@@ -77,21 +76,21 @@ def cifar(o): return against_float(o, 2, int8=3e-4, w4a4=5e-4, w2a2=2e-3)
 
 long = 12
 
-def teacher(o):
+def teacher(o, temperature=4.):
     "The float net as it came, as a teacher"
-    return DistillCallback(resnet20(o).to(memory_format=torch.channels_last), weight=.9)
+    return DistillCallback(resnet20(o).to(memory_format=torch.channels_last), weight=.9, temperature=temperature)
 
-def longer_float(o, before=0, epochs=long): return tuned(o, None, cifar10(o), epochs, 1.5e-4 if before else 3e-4, 'bf16', [Bf16()], before)
+def longer_float(o, epochs=long, before=0): return tuned(o, None, cifar10(o), epochs, 3e-4, 'bf16', [Bf16()], before)
 
 def two_bits(
     o:Options,
     taught:bool, # With the float net as teacher, or by labels only?
     epochs:int=long,
-    before:int=0 # Epochs of a cycle before, with twice the learning rate
+    before:int=0 # Epochs of a cycle before these
 )->Learner:
     "The trained ResNet-20 after training through the rounding of w2a2"
     how,cbs = ('taught',[Bf16(),teacher(o)]) if taught else ('bf16',[Bf16()])
-    return tuned(o, 'w2a2', cifar10(o), epochs, 1.5e-3 if before else 3e-3, how, cbs, before)
+    return tuned(o, 'w2a2', cifar10(o), epochs, 3e-3, how, cbs, before)
 
 @sections
 def longer(o, again=8):
