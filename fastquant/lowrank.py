@@ -329,7 +329,7 @@ def _why_not(k, m, f, exclude, owners, tr):
     if f is None: return f'there is no factorisation for {type(m).__name__} of this kind'
     if m._parameters.get('weight') is None: return 'its weight is computed while it runs'
     if owners[id(m.weight)]>1: return 'it shares its weight with another layer'
-    user = tr.users.get(id(m.weight))
+    user = tr.users.get(m.weight)
     if user is None: return 'it never ran'
     if user[0]!=k: return f'its weight is read by {user[1]}'
 

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakTensorKeyDictionary
 from fastcore.all import patch
 from .basics import *
 from .spec import *
@@ -112,7 +113,7 @@ class Tracer(Where):
     "Writes down all operations on activations"
     def __init__(self, model):
         super().__init__(model)
-        self.model,self.ops,self.vals,self.keep,self.ran,self.users = model,[],{},[],set(),{}
+        self.model,self.ops,self.vals,self.keep,self.ran,self.users = model,[],{},[],set(),WeakTensorKeyDictionary()
     def push(self, m, args):
         super().push(m, args)
         self.ran.add(self.stack[-1])
@@ -130,7 +131,7 @@ class Tracer(Where):
     def see(self, key, func, args, kwargs):
         given = floats((args,kwargs))
         acts = [self.vals[id(t)] for t in given if id(t) in self.vals]
-        for t in given: self.users.setdefault(id(t), key)
+        for t in given: self.users.setdefault(t, key)
         out = func(*args, **kwargs)
         kind = kind_of(key[1], len(acts), len(given)-len(acts), args, kwargs)
         if kind in ('layer','norm') and not self.owns(key[0], kind, args): kind = 'float'
@@ -146,7 +147,7 @@ class Trace:
     inputs:list  # Values of the model's floating-point inputs
     outputs:set  # Values that the model returns
     ran:set      # Paths of modules that ran
-    users:dict   # The key of the first operation that used a tensor, by the tensor's identity
+    users:WeakTensorKeyDictionary # The key of the first operation that used a tensor, for tensors that are still there
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
     def __post_init__(self):
         for o in self.ops:
@@ -285,7 +286,8 @@ def float_layers(
     "The modules with weights that `plan` leaves in float; raises `ValueError` if one of them never ran"
     def why(path, m):
         if plan.spec.at(path) is None: return 'excluded'
-        user = plan.tr.users.get(id(getattr(m, 'weight', None)))
+        weight = getattr(m, 'weight', None)
+        user = None if weight is None else plan.tr.users.get(weight)
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: raise ValueError(f"{path!r} never ran on the calibration batch, so nothing is known of its activations. Pass exclude={path!r} to leave it in float, or calibrate on data that uses it.")
         if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it comes from a floating-point input'
