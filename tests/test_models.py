@@ -1,6 +1,7 @@
 "The support matrix: each of these models quantizes, verifies, and runs every layer in int8 unless it is named here"
 import json
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 import numpy as np, openvino as ov, pandas as pd, pytest, torch, torchvision
 from fastai.callback.training import ShortEpochCallback
@@ -51,7 +52,7 @@ models = dict(resnet18=tv('resnet18'), resnet50=tv('resnet50'), mobilenet_v2=tv(
     vit_tiny=timm('vit_tiny_patch16_224', 224))
 in_float = {} # By model, the layers that stay in float
 
-columns = 'int8','OpenVINO','pruned','trained'
+columns = 'int8','OpenVINO','pruned','channels','trained'
 committed = Path(__file__).parent/'support.json'
 
 @pytest.fixture
@@ -95,6 +96,19 @@ def test_prune_model(name, supports):
     w = torch.cat([m.weight.flatten() for m in masked(learn.model).values()])
     assert len(w) and abs((w==0).float().mean()-.5)<.01 and abs(sparsity(learn.model)-.5)<.001
     supports('pruned')
+
+@pytest.mark.parametrize('name', models)
+def test_cut_model(name, supports, tmp_path):
+    "A fit removes channels, with the whole model as teacher, and a fresh Learner does the same from the file"
+    learn = models[name]()
+    whole = deepcopy(learn)
+    cbs = [PruneScheduleCallback(.5, structure='channel', scope='local', end=.2),DistillCallback(whole),ShortEpochCallback(.25)]
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=cbs)
+    assert n_params(learn.model)<.95*n_params(whole.model)
+    assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
+    cut = whole.load_sparse(learn.save_sparse(tmp_path/'cut.safetensors'))
+    with learn.no_bar(), cut.no_bar(): assert learn.get_preds()[0].equal(cut.get_preds()[0])
+    supports('channels')
 
 @pytest.mark.parametrize('name', models)
 def test_parity_after_training(name, supports):

@@ -221,7 +221,7 @@ def channel_masks(
 
 def _zeroed(model, groups, keep):
     "A copy of `model` that does not use what is not in `keep`"
-    model = deepcopy(model)
+    model = clean_copy(model)
     for k,mask in channel_masks(groups, keep, model).items(): model.get_submodule(k).weight.data.mul_(mask)
     return model
 
