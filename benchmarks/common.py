@@ -211,7 +211,7 @@ def trained(
     fname = o.cache/f"{name}-{epochs}{'-quick' if o.quick else ''}.safetensors"
     if not fname.exists():
         set_seed(42)
-        learn.fit_one_cycle(o.some(epochs, 1), lr, cbs=cbs)
+        learn.fit_one_cycle(o.some(epochs, 1), lr, reset_opt=True, cbs=cbs)
         fname.parent.mkdir(parents=True, exist_ok=True)
         write_whole(fname, pack_model(learn.model))
     learn.model,_ = unpack_model(fname.read_bytes(), learn.model)

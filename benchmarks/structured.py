@@ -22,16 +22,18 @@ from .qat import long, longer_float, teacher
 sections = Registry('section')
 
 @sections
-def cifar(o):
-    "Half the multiplications of ResNet-20, with the float net as teacher, against the float net fine-tuned as long (that of `benchmarks.qat --only longer`)"
+def cifar(o, again=8):
+    "Half the multiplications of ResNet-20, with the float net as teacher, against the float net fine-tuned as long (that of `benchmarks.qat --only longer`): one cycle, and a second one with half the learning rate"
     start = lambda: learner(resnet20(o), *cifar10(o), bs=128).to_channelslast(use_amp=False)
     x = torch.randn(2,3,32,32)
-    row = lambda what,l: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=right(l))
+    row = lambda what,l,than: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=right(l), lost=right(than)-right(l))
     half = dict(target={'macs':.5}, structure=Channel(4), scope='local')
-    pruned = trained(o, 'structured-taught', start(), long, 4e-3, [*around(),PruneScheduleCallback(**half, end=.3),teacher(o)])
-    rows = [row(f'float, {long} epochs', longer_float(o)),row('as it came', start()),row('half, one shot', start().prune(**half)),row(f'half along a schedule, {long} epochs', pruned)]
-    for r in rows: r['lost'] = rows[0]['top1']-r['top1']
-    return rows,[target('share of multiplications left', rows[3]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[3]['lost'], 1., .3)]
+    once = trained(o, 'structured-taught', start(), long, 4e-3, [*around(),PruneScheduleCallback(**half, end=.3),teacher(o)])
+    float_ = longer_float(o)
+    rows = [row(f'float, {long} epochs', float_, float_),row('as it came', start(), float_),row('half, one shot', start().prune(**half), float_),row(f'half along a schedule, {long} epochs', once, float_)]
+    twice,float_ = trained(o, f'structured-taught-{long}', once, again, 2e-3, [*around(),teacher(o)]),longer_float(o, again, long)
+    rows += [row(f'float, {long+again} epochs', float_, float_),row(f'half along a schedule, {long+again} epochs', twice, float_)]
+    return rows,[target('share of multiplications left', rows[-1]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[-1]['lost'], 1., .3)]
 
 @sections
 def latency(o):
