@@ -389,6 +389,23 @@ def test_with_rounding_and_pruning(teacher, tmp_path, make_cb, spec):
     q = learn.quantize(n_batches=1)
     assert abs(q.validate()[1]-learn.validate()[1])<=.02
 
+@every
+@pytest.mark.parametrize('end', [.2,.5])
+def test_channels_go(teacher, tmp_path, make_cb, end):
+    "Channels are removed in the middle of a fit, or with the last batch of an epoch: all is learned on, and the best epoch loads into a fresh Learner"
+    learn = learner(tmp_path, 16)
+    before,terms,sizes = n_params(learn.model),[],[]
+    cbs = [make_cb(teacher),PruneScheduleCallback(.5, structure='channel', scope='local', end=end),SaveModelCallback(every_epoch=True, with_opt=True, fname='cut'),
+        Do(after_loss=lambda l: terms.append(l.loss.item()), after_batch=lambda l: sizes.append(n_params(l.model)))]
+    learn.fit_one_cycle(2, 5e-3, cbs=cbs)
+    assert len(terms)==30 and np.isfinite(terms).all() and sizes[0]==before and sizes[-1]<.6*before and sizes.index(sizes[-1])<=round(30*end)
+    assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
+    fresh = learner(tmp_path, 16)
+    fresh.load('cut_0')
+    fresh.fit(1, 1e-3, cbs=make_cb(teacher))
+    fresh.load('cut_1')
+    assert same(state(fresh.model), state(learn.model))
+
 # Other outputs
 
 def test_segmentation_and_other_losses(tmp_path):

@@ -91,7 +91,12 @@ class TeachingCallback(Callback):
         if self.going: self.join()
         else: self.start()
         self.extra.train()
+    @property
+    def inside(self):
+        "Whether this fit has something that depends on the widths of the model's layers"
+        return bool(self.paths)
     def before_batch(self):
+        self.keep_up()
         self._open.close()
         self.found = self._open.enter_context(catching(self.net, self.paths))
     def after_pred(self): self._open.close()
@@ -101,20 +106,33 @@ class TeachingCallback(Callback):
         if term is None: return
         self.learn.loss_grad = loss
         self.losses.append(term.detach())
+    def after_train(self): self.keep_up()
     def after_fit(self):
         self.share(self.extra.buffers() if self.extra else ())
         self.leave()
 
 # %% ../../nbs/24_callback.distill.ipynb #24call917010
 @patch
-def start(self:TeachingCallback):
+def start(self:TeachingCallback,
+    xb=None # Inputs to look at, those of a training batch if None
+):
     "Find out what is needed, on two items; raises `ValueError` before anything has changed"
-    with calibration_dl(self.learn, None, 1) as dl:
-        self.paths = []
-        extra = nn.ModuleList(self.begin(*[x[:2] for x in inputs(self.learn, dl, 1)[0]]))
-    self.extra,self.going = extra.to(next(self.net.parameters()).device),True
+    if xb is None:
+        with calibration_dl(self.learn, None, 1) as dl: return self.start(inputs(self.learn, dl, 1)[0])
+    self.paths = []
+    extra = nn.ModuleList(self.begin(*[x[:2] for x in xb]))
+    self.extra,self.going,self.shapes = extra.to(next(self.net.parameters()).device),True,_shapes(self.net)
     self.kept = {m:deepcopy(m.state_dict()) for m in extra} if hasattr(self.learn, 'lr_finder') else {}
     self.join()
+
+def _shapes(net): return [p.shape for p in net.parameters()]
+
+@patch
+def keep_up(self:TeachingCallback):
+    "Where channels have gone from the model, begin anew with what has to fit it inside"
+    if not self.inside or self.shapes==_shapes(self.net): return
+    self.leave()
+    self.start(self.xb)
 
 @patch
 def join(self:TeachingCallback):
@@ -268,6 +286,10 @@ class PastSelfCallback(DistillCallback):
     def before_train(self):
         super().before_train()
         self.guide = copy_model(self.net) if self.epoch else None
+    def keep_up(self):
+        nobody = self.guide is None
+        super().keep_up()
+        if nobody: self.guide = None
 
 class AverageSelfCallback(PastSelfCallback):
     "Learn from an exponential moving average of the model's own weights"
@@ -283,6 +305,8 @@ class AverageSelfCallback(PastSelfCallback):
         self.mom = mom
     @property
     def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
+    @property
+    def inside(self): return True
     def before_train(self): TeachingCallback.before_train(self)
     def after_step(self):
         now = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
