@@ -91,14 +91,6 @@ class TeachingCallback(Callback):
         if self.going: self.join()
         else: self.start()
         self.extra.train()
-    @property
-    def inside(self):
-        "Whether this fit has something that depends on the widths of the model's layers"
-        return bool(self.paths)
-    def before_batch(self):
-        self.keep_up()
-        self._open.close()
-        self.found = self._open.enter_context(catching(self.net, self.paths))
     def after_pred(self): self._open.close()
     def after_loss(self):
         if not len(self.yb): return
@@ -125,7 +117,21 @@ def start(self:TeachingCallback,
     self.kept = {m:deepcopy(m.state_dict()) for m in extra} if hasattr(self.learn, 'lr_finder') else {}
     self.join()
 
+@patch
+def join(self:TeachingCallback):
+    "Give the optimizer what is to be trained along"
+    opt,ps = self.learn.opt,trainable_params(self.extra)
+    own_group(opt, ps, name=self.name, passing=True, aside=self.aside, beside=self.beside)
+    for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
+    self.share([*ps,*self.beside])
+
+# %% ../../nbs/24_callback.distill.ipynb #24callcut002
 def _shapes(net): return [p.shape for p in net.parameters()]
+
+@patch(as_prop=True)
+def inside(self:TeachingCallback):
+    "Whether this fit has something that depends on the widths of the model's layers"
+    return bool(self.paths)
 
 @patch
 def keep_up(self:TeachingCallback):
@@ -134,13 +140,12 @@ def keep_up(self:TeachingCallback):
     self.leave()
     self.start(self.xb)
 
+# %% ../../nbs/24_callback.distill.ipynb #24callcut003
 @patch
-def join(self:TeachingCallback):
-    "Give the optimizer what is to be trained along"
-    opt,ps = self.learn.opt,trainable_params(self.extra)
-    own_group(opt, ps, name=self.name, passing=True, aside=self.aside, beside=self.beside)
-    for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
-    self.share([*ps,*self.beside])
+def before_batch(self:TeachingCallback):
+    self.keep_up()
+    self._open.close()
+    self.found = self._open.enter_context(catching(self.net, self.paths))
 
 # %% ../../nbs/24_callback.distill.ipynb #24call2ad9c7
 @patch
