@@ -71,7 +71,8 @@ def w2a2(o, epochs=1):
 def mutual(o, epochs=6):
     "Pairs of ResNet-8s that learn from each other, less and less towards the end of the fit, against each alone"
     ways,rows = ('alone','mutual'),[]
-    for a,b in [(i,i+1) for i in range(0, o.some(4, 2), 2)]:
+    for a in range(0, o.some(4, 2), 2):
+        b = a+1
         set_seed(b)
         peer = learner(resnet8(), *cifar10(o), bs=128).to_channelslast(use_amp=False)
         first = fitted(o, resnet8, epochs, 1e-2, a, [MutualCallback(peer, weight=SchedLin(.5, 0))])

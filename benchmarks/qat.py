@@ -95,7 +95,7 @@ def two_bits(
 @sections
 def longer(o, again=8):
     "Two bits want more epochs, and a teacher: one cycle, and a second one with half the learning rate"
-    test,rows,targets = cifar10(o)[1],[],[]
+    test,rows = cifar10(o)[1],[]
     for cycles in (dict(epochs=long),dict(epochs=again, before=long)):
         float_,total = longer_float(o, **cycles),sum(cycles.values())
         with warnings.catch_warnings(action='ignore'): shipped = two_bits(o, True, **cycles).quantize('w2a2')

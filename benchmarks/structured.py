@@ -26,13 +26,15 @@ def cifar(o, again=8):
     "Half the multiplications of ResNet-20, with the float net as teacher, against the float net fine-tuned as long (that of `benchmarks.qat --only longer`): one cycle, and a second one with half the learning rate"
     start = lambda: learner(resnet20(o), *cifar10(o), bs=128).to_channelslast(use_amp=False)
     x = torch.randn(2,3,32,32)
-    row = lambda what,l,than: dict(net=what, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=right(l), lost=right(than)-right(l))
+    def against(float_, nets):
+        "A row for each, with what it loses against `float_`"
+        rows = [dict(net=k, macs=n_macs(l.model, x), parameters=n_params(l.model), top1=right(l)) for k,l in {**float_,**nets}.items()]
+        return [dict(r, lost=rows[0]['top1']-r['top1']) for r in rows]
     half = dict(target={'macs':.5}, structure=Channel(4), scope='local')
     once = trained(o, 'structured-taught', start(), long, 4e-3, [*around(),PruneScheduleCallback(**half, end=.3),teacher(o)])
-    float_ = longer_float(o)
-    rows = [row(f'float, {long} epochs', float_, float_),row('as it came', start(), float_),row('half, one shot', start().prune(**half), float_),row(f'half along a schedule, {long} epochs', once, float_)]
-    twice,float_ = trained(o, f'structured-taught-{long}', once, again, 2e-3, [*around(),teacher(o)]),longer_float(o, again, long)
-    rows += [row(f'float, {long+again} epochs', float_, float_),row(f'half along a schedule, {long+again} epochs', twice, float_)]
+    rows = against({f'float, {long} epochs':longer_float(o)}, {'as it came':start(), 'half, one shot':start().prune(**half), f'half along a schedule, {long} epochs':once})
+    twice = trained(o, f'structured-taught-{long}', once, again, 2e-3, [*around(),teacher(o)])
+    rows += against({f'float, {long+again} epochs':longer_float(o, again, long)}, {f'half along a schedule, {long+again} epochs':twice})
     return rows,[target('share of multiplications left', rows[-1]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[-1]['lost'], 1., .3)]
 
 @sections

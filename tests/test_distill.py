@@ -399,7 +399,7 @@ def test_channels_go(teacher, tmp_path, make_cb, end):
         Do(after_loss=lambda l: terms.append(l.loss.item()), after_batch=lambda l: sizes.append(n_params(l.model)))]
     learn.fit_one_cycle(2, 5e-3, cbs=cbs)
     assert len(terms)==30 and np.isfinite(terms).all() and sizes[0]==before and sizes[-1]<.6*before and sizes.index(sizes[-1])<=round(30*end)
-    assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
+    check_clean(learn)
     fresh = learner(tmp_path, 16)
     fresh.load('cut_0')
     fresh.fit(1, 1e-3, cbs=make_cb(teacher))
