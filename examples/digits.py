@@ -26,4 +26,4 @@ if __name__=='__main__':
     print(qlearn.model.report, '\n')
     with learn.no_bar(), qlearn.no_bar(): table = learn.compare(qlearn)
     print(table.T.to_string(float_format=lambda v: f'{v:,.0f}' if abs(v)>=100 else f'{v:.4f}'))
-    print(f'\nWritten to {(learn.path/"digits.int8.onnx").resolve()}: it runs in ONNX Runtime, OpenVINO and TensorRT.')
+    print(f'\nWritten to {(learn.path/"digits.int8.onnx").resolve()}: it runs in ONNX Runtime and OpenVINO.')

@@ -23,7 +23,7 @@ __all__ = ['factorisations', 'default_kinds', 'LowRank', 'digits_of', 'TTLinear'
 # %% ../nbs/09a_lowrank.ipynb #09alow714335
 def _tensorly():
     try: import tensorly.decomposition, tensorly.tenalg.svd
-    except ModuleNotFoundError as e: raise ModuleNotFoundError("Factorising needs tensorly, which is an extra: pip install 'fastquant[decompose]'.") from e
+    except ModuleNotFoundError as e: raise ModuleNotFoundError("Factorising needs tensorly: pip install tensorly") from e
     return tensorly
 
 def _with_torch(f):

@@ -176,6 +176,6 @@ def readme():
     (cfg.config_path/'README.md').write_text(pypandoc.convert_text(head+md, 'gfm', format=dialect, extra_args=['--wrap=preserve']), encoding='utf-8')
 
 if __name__=='__main__':
-    lib = get_config().lib_name
+    lib = get_config().lib_path.name
     if not entry_points(group='nbdev', name=lib): sys.exit(f'{lib} is not installed here, so no name could link to its docs: pip install -e ".[dev]"')
     sys.exit(bool(readme() if '--readme' in sys.argv[1:] else build()))

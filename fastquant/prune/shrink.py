@@ -43,7 +43,7 @@ class ChannelGroup:
 # %% ../../nbs/17_prune.shrink.ipynb #17prundef07c
 def _torch_pruning():
     try: import torch_pruning
-    except ImportError as e: raise ImportError("Removing channels takes Torch-Pruning, which finds out which of them belong together: pip install 'fastquant[structured]'.") from e
+    except ImportError as e: raise ImportError("Removing channels takes Torch-Pruning, which finds out which of them belong together: pip install torch-pruning") from e
     return torch_pruning
 
 class _Severed(Where):
