@@ -19,12 +19,13 @@ class Grid:
     "The integers `lo..hi` a quantized tensor may hold"
     bits:int=8       # Width, from 2 to 8
     signed:bool=True # Centred on 0 (symmetric), or starting from it (affine)
+    whole:bool=False # If signed: down to `-hi-1` too, which has no counterpart above, as engines clip signed activations
     def __post_init__(self):
         if not 2<=self.bits<=8: raise ValueError(f"bits={self.bits}: int8 storage holds 2 to 8 bits. Leave the layer out of the spec to keep it in float.")
     @property
     def hi(self)->int: return 2**(self.bits-1)-1 if self.signed else 2**self.bits-1
     @property
-    def lo(self)->int: return -self.hi if self.signed else 0
+    def lo(self)->int: return -self.hi-self.whole if self.signed else 0
     @property
     def dtype(self)->torch.dtype: return torch.int8 if self.signed else torch.uint8
 
@@ -96,10 +97,11 @@ def _dot(a, b):
 class _FakeQuant(torch.autograd.Function):
     "Rounding of `x` to multiples of `s` from `lo` to `hi`, with a gradient for `x` and one, `k` times as large as it is, for `scale`"
     @staticmethod
-    def forward(ctx, x, scale, s, lo, hi, inside, k):
+    def forward(ctx, x, scale, s, lo, hi, inside, k, fit):
         ctx.s,ctx.inside,ctx.k = s,inside,k
         y = x.float().div_(s) if x.dtype.itemsize<4 else x.div(s)
-        y = y.round_().clamp_(lo, hi).mul_(s).to(x.dtype)
+        y = y.round_().clamp_(lo, hi)
+        y = (y if fit is None else fit(y)).mul_(s).to(x.dtype)
         ctx.save_for_backward(x, *[y][:ctx.needs_input_grad[1]])
         return y
     @staticmethod
@@ -108,10 +110,10 @@ class _FakeQuant(torch.autograd.Function):
         if g.stride()!=x.stride(): g = torch.empty_like(x, dtype=g.dtype).copy_(g)
         one = not isinstance(ctx.s, Tensor)
         dx = torch.ops.aten.hardtanh_backward(g, x if one else x/ctx.s, *ctx.inside)
-        if not y: return dx,*[None]*6
+        if not y: return dx,*[None]*7
         if one: ds = (_dot(g, y[0])-_dot(dx, x))/ctx.s
         else: ds = ((g*y[0]-dx*x).flatten(1).sum(1)/ctx.s.flatten())
-        return dx,ds.float()*ctx.k,*[None]*5
+        return dx,ds.float()*ctx.k,*[None]*6
 
 # %% ../nbs/01_affine.ipynb #01affifb836a
 def fake_quant(
@@ -129,11 +131,12 @@ def round_channels(
     x:Tensor,     # Floats, channels along the first dimension
     scale:Tensor, # Distance of neighbours on the grid, one per channel
     grid:Grid,    # As in `fake_quant`
-    k:float=1.    # As in `fake_quant`
+    k:float=1.,   # As in `fake_quant`
+    fit=None      # A function that changes the integers (as floats, shaped like `x`) in place before they become floats again
 )->Tensor:
     "`fake_quant` with a scale for each channel, on a grid around 0"
     s = along(scale.detach(), x)
-    return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k)
+    return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k, fit)
 
 def round_tensor(
     x:Tensor,  # Floats
@@ -142,9 +145,10 @@ def round_tensor(
     grid:Grid, # As in `fake_quant`
     scale:Tensor|None=None, # `s` as a parameter, if it is to learn
     k:float=1., # As in `fake_quant`
-    cap:float|None=None # Upper end of a clipping activation that comes first
+    cap:float|None=None, # Upper end of a clipping activation that comes first
+    fit=None   # As in `round_channels`
 )->Tensor:
     "`fake_quant` with scale and zero point as numbers, of `x` clipped at 0 and `cap` if that is given"
     lo,hi = grid.lo-z,grid.hi-z
     inside = ((lo-.5)*s, (hi+.5)*s) if cap is None else (0., min((hi+.5)*s, cap))
-    return _FakeQuant.apply(x, scale, s, lo, hi, inside, k)
+    return _FakeQuant.apply(x, scale, s, lo, hi, inside, k, fit)

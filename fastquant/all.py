@@ -2,6 +2,7 @@
 from .basics import *
 from .affine import *
 from .lsq import *
+from .pairs import *
 from .observe import *
 from .spec import *
 from .trace import *
@@ -9,6 +10,8 @@ from .prepare import *
 from .train import *
 from .convert import *
 from .export import *
+from .engine import *
+from .verify import *
 from .report import *
 from .prune.criteria import *
 from .prune.groups import *

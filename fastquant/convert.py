@@ -11,25 +11,32 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from .basics import *
 from .affine import *
+from .pairs import *
 from .spec import *
 from .trace import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['integer_weight', 'convert', 'set_constants', 'set_integers', 'computed_no_more']
+__all__ = ['room', 'integer_weight', 'convert', 'set_constants', 'set_integers', 'computed_no_more']
 
 # %% ../nbs/06_convert.ipynb #06conv88f95b
+def room(
+    grid:Grid # Of a weight
+)->int:
+    "By what integers of few bits can be multiplied in their byte, and two neighbours still fit to every processor"
+    return 2**max(0, (pair_limit//2//grid.hi).bit_length()-1)
+
 def integer_weight(
     w:Tensor,      # Weight as floats, output channels first
     b:Tensor|None, # Bias as floats
     sx:Tensor,     # Scale of the layer's input
     s:Tensor,      # Scale of the weight, for the whole or for each channel
     grid:Grid,     # Grid of the weight
-    k=None         # Factor of each output channel still to fold in; `b` has it already
+    k=None,        # Factor of each output channel still to fold in; `b` has it already
+    fit=None       # See `Rounding.fit`
 )->tuple: # Integers and scale of the weight, integers and scale of the bias
     "The integers that a layer computes with"
-    q,room = quantize(w, s, torch.zeros_like(s, dtype=grid.dtype), grid),2**(8-grid.bits)
-    q,s = q*room,s/room
+    q,s = shifted(w, s, grid, fit)
     if k is not None: q,s = q*along(k.sign().to(torch.int8), q),s*k.abs()
     if s.ndim: s = torch.where((q==0).flatten(1).all(1), 0., s)
     need = 0.*s if b is None else b.abs()/(sx*2**30)
@@ -39,6 +46,18 @@ def integer_weight(
     if b is None: return q,s,None,None
     sb = (sx*s).expand(len(b)).contiguous()
     return q,s,(b.double()/sb).round().to(torch.int32),sb
+
+# %% ../nbs/06_convert.ipynb #06convroom05
+def shifted(
+    w:Tensor,  # Weight as floats, output channels first
+    s:Tensor,  # Its scale, for the whole or for each channel
+    grid:Grid, # Its grid
+    fit=None   # See `Rounding.fit`
+)->tuple: # Integers and their scale
+    "The integers of `w`, at the upper end of what their byte has room for"
+    q = quantize(w, s, torch.zeros_like(s, dtype=grid.dtype), grid)
+    if fit: q = fit(q.float()).to(grid.dtype)
+    return q*room(grid),s/room(grid)
 
 # %% ../nbs/06_convert.ipynb #06conva820d5
 @torch.no_grad()
@@ -57,9 +76,10 @@ def convert(
         if path in r.norms and r.norms[path] not in r.folded:
             _,b,k = folded(w, b, model.get_submodule(r.norms[path][0]))
             r.folded.add(r.norms[path])
-        q,s,qb,sb = integer_weight(w, b, site.scale, s if r.weights[path].per_channel else s[0], r.weights[path].grid, k)
+        q,s,qb,sb = integer_weight(w, b, site.scale, s if r.weights[path].per_channel else s[0], r.weights[path].grid, k, r.fit(path))
         set_integers(m, 'weight', q, s)
-        set_integers(m, 'bias', qb, sb)
+        if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
+        elif b is not None: m.bias = nn.Parameter(b.detach())
     for s in r.all: set_constants(model, s)
     r.converted = True
     return model.eval()

@@ -13,7 +13,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from .basics import *
 from .prepare import rounding, check_finite
-from .export import Engine
+from .engine import Engine
 from .lowrank import *
 from .data import *
 from .learner import copy_model, describe, restorers, _measure, _trainable

@@ -1,4 +1,4 @@
-"""One standard file: QDQ ONNX, checked against its simulation, and a module that runs it
+"""One standard file: QDQ ONNX
 
 Docs: https://fastquant-dev.github.io/fastquant/export.html.md"""
 
@@ -6,28 +6,19 @@ Docs: https://fastquant-dev.github.io/fastquant/export.html.md"""
 
 # %% ../nbs/07_export.ipynb #07expoba6e60
 from __future__ import annotations
-import json, logging, math, re, tempfile, warnings
-import numpy as np, onnx, onnxruntime as ort, torch
+import logging, warnings
+import numpy as np, onnx, torch
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fastcore.all import patch
-from pathlib import Path
-from google.protobuf.message import DecodeError
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from onnxscript import opset20 as op
 from torch import nn, Tensor
-from . import __version__
-from .basics import *
 from .affine import *
-from .trace import floats, evaluating
+from .convert import room
 from .prepare import rounding
 
 # %% auto #0
-__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'integer_kernels', 'mismatch', 'quiet',
-           'to_onnx', 'tidy', 'name_ends', 'layer_nodes', 'pack', 'packed_four', 'packed_two', 'session', 'Engine',
-           'optimized', 'layer_kernels', 'sqnr', 'agreement', 'ExportMismatch', 'Report', 'first_output', 'verify',
-           'to_bytes', 'load_engine']
+__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
+           'layer_nodes', 'pack', 'packed_four', 'packed_two']
 
 # %% ../nbs/07_export.ipynb #07expo483e03
 INT4,INT8,UINT8,INT32,INT64 = (getattr(onnx.TensorProto, k) for k in ('INT4','INT8','UINT8','INT32','INT64'))
@@ -35,7 +26,7 @@ INT4,INT8,UINT8,INT32,INT64 = (getattr(onnx.TensorProto, k) for k in ('INT4','IN
 # %% ../nbs/07_export.ipynb #07expo914d5b
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
     q = op.QuantizeLinear(x, scale, zero_point, axis=axis)
-    if (lo,hi)==(0,255): return q
+    if (lo,hi) in ((0,255),(-128,127)): return q
     end = lambda v: op.Constant(value=onnx.helper.make_tensor('', INT8 if lo<0 else UINT8, (), [v]))
     return op.Clip(q, end(lo), end(hi))
 def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q, scale, zero_point, axis=axis)
@@ -89,7 +80,7 @@ def to_onnx(
         why = (str(root).strip() or type(root).__name__).splitlines()[0]
         raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
             "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
-    return pack(tidy(proto), {k:w.grid.bits for k,w in r.weights.items()} if (r:=rounding(model)) else {})
+    return pack(keep_float(tidy(proto)), {k:w.grid for k,w in r.weights.items()} if (r:=rounding(model)) else {})
 
 # %% ../nbs/07_export.ipynb #07expo73d649
 def tidy(
@@ -115,7 +106,7 @@ def name_ends(g, ends, name):
     for o in ends: o.name = new[o.name]
     for n in g.node: n.input[:],n.output[:] = ([new.get(i, i) for i in o] for o in (n.input,n.output))
 
-unpacking = {'DequantizeLinear','Transpose','Cast','Mul','Sub','Unsqueeze','BitShift','BitwiseAnd','Slice','Reshape'}
+unpacking = {'DequantizeLinear','Transpose','Cast','Mul','Add','Sub','Unsqueeze','BitShift','BitwiseAnd','Slice','Reshape'}
 
 def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
@@ -130,24 +121,47 @@ def layer_nodes(
     found = {i.name.removesuffix('.weight'):use(i.name) for i in proto.graph.initializer if i.name.endswith('.weight')}
     return {k:n for k,n in found.items() if n is not None and n.op_type in ('Conv','Gemm','MatMul')}
 
+# %% ../nbs/07_export.ipynb #07expokeep02
+def put_before(
+    graph:onnx.GraphProto, # Changed in place
+    new:dict               # Lists of nodes, by the position of the node that they are to come before
+):
+    "Put nodes in front of others"
+    nodes = [n for i,o in enumerate(graph.node) for n in (*new.get(i, ()), o)]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+def keep_float(
+    proto:onnx.ModelProto # Changed in place
+)->onnx.ModelProto: # `proto`
+    "Keep engines from rounding the weights of layers that are in float"
+    g,floats,new = proto.graph,{i.name for i in proto.graph.initializer if i.data_type==onnx.TensorProto.FLOAT},{}
+    integer = {o for n in g.node if n.op_type=='DequantizeLinear' for o in n.output}
+    for i,n in enumerate(g.node):
+        if n.op_type not in ('Conv','ConvTranspose','Gemm') or n.input[0] not in integer or n.input[1] not in floats: continue
+        new[i] = [onnx.helper.make_node('Max', [n.input[0]], [f'{n.input[0]}_of_{i}'])]
+        n.input[0] = new[i][0].output[0]
+    put_before(g, new)
+    return proto
+
 # %% ../nbs/07_export.ipynb #07expof08d97
 def pack(
     proto:onnx.ModelProto, # Changed in place
-    bits:dict              # Bits of the weight of each layer, by module path
+    grids:dict             # Grid of the weight of each layer, by module path
 )->onnx.ModelProto: # `proto`
     "Store the integer weights of 4 and fewer bits in as few bytes"
     g,front = proto.graph,[]
     for i in list(g.initializer):
-        b = bits.get(i.name.removesuffix('.weight'), 8)
-        if not i.name.endswith('.weight') or i.data_type!=INT8 or b>4: continue
-        q,room = onnx.numpy_helper.to_array(i).astype(np.int32),2**(8-b)
-        if (q%room).any(): continue
-        small,nodes = (packed_two if b==2 else packed_four)(i.name, q//room, room)
+        grid = grids.get(i.name.removesuffix('.weight'), Grid())
+        if not i.name.endswith('.weight') or i.data_type!=INT8 or grid.bits>4: continue
+        q,n = onnx.numpy_helper.to_array(i).astype(np.int32),room(grid)
+        if (q%n).any(): continue
+        small,nodes = (packed_two if grid.bits==2 else packed_four)(i.name, q//n, n)
         i.CopyFrom(small)
         for n in g.node: n.input[:] = [f'{i.name}_int8' if v==i.name else v for v in n.input]
         front += nodes
     if not front: return proto
-    for n in reversed(front): g.node.insert(0, n)
+    put_before(g, {0:front})
     for o in proto.opset_import: o.version = max(o.version, 21) if o.domain=='' else o.version
     proto.ir_version = max(proto.ir_version, 10)
     return proto
@@ -163,7 +177,8 @@ def _steps(name, first, *steps):
 # %% ../nbs/07_export.ipynb #07expo2aca79
 def packed_four(name, q, room):
     "An initializer of 4-bit integers, and the nodes that make int8 of it"
-    small = onnx.helper.make_tensor(name, INT4, q.shape, q.flatten().tolist())
+    u = np.pad(q.flatten(), (0, q.size%2)).astype(np.uint8)&15
+    small = onnx.helper.make_tensor(name, INT4, q.shape, (u[::2]|u[1::2]<<4).tobytes(), raw=True)
     return small,[_constant(f'{name}_room', INT8, (), [room]),*_steps(name, name, ('Cast', None, dict(to=INT8)), ('Mul', f'{name}_room', {}))]
 
 def packed_two(name, q, room):
@@ -178,185 +193,3 @@ def packed_two(name, q, room):
         ('Reshape', v['shape'], {}), ('Cast', None, dict(to=INT8)))
     nodes[7].input.append(v['size'])
     return small,[*(_constant(v[k], *o) for k,o in values.items()),*nodes]
-
-# %% ../nbs/07_export.ipynb #07expoc9931b
-def session(
-    data:bytes,    # An ONNX file
-    threads:int=1, # Threads within an operation
-    **options      # Attributes of `ort.SessionOptions`
-)->ort.InferenceSession:
-    "An ONNX Runtime session; raises `ValueError` if `data` is not an ONNX model"
-    o = ort.SessionOptions()
-    o.intra_op_num_threads,o.log_severity_level = threads,3
-    for k,v in options.items(): setattr(o, k, v)
-    try: return ort.InferenceSession(data, o, providers=['CPUExecutionProvider'])
-    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as e:
-        raise ValueError(f"This is not an ONNX model that ONNX Runtime can run, or it is damaged: {str(e).splitlines()[0]}") from e
-
-# %% ../nbs/07_export.ipynb #07expo614806
-_arrays = {'tensor(float)':torch.float32, 'tensor(float16)':torch.float16, 'tensor(double)':torch.float64,
-    'tensor(int64)':torch.int64, 'tensor(int32)':torch.int32, 'tensor(bool)':torch.bool}
-
-class Engine(nn.Module):
-    "Runs an ONNX file, for inference only"
-    def __init__(self,
-        data:bytes # The file's content
-    ):
-        super().__init__()
-        self.data,self.nothing,self.training = data,nn.Parameter(torch.empty(0)),False
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_session','_threads')}
-    def get_extra_state(self): return torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
-    def set_extra_state(self, state):
-        self.__dict__.pop('_session', None)
-        self.data = state.cpu().numpy().tobytes()
-    def train(self, mode=True):
-        if mode: raise RuntimeError("This model runs a file, for inference only, and cannot be trained. Train the float Learner it came from, then call `quantize` again.")
-        return self
-    @property
-    def session(self):
-        "The ONNX Runtime session, with as many threads as torch uses"
-        n = torch.get_num_threads()
-        if self.__dict__.get('_threads')!=n or '_session' not in self.__dict__: self._session,self._threads = session(self.data, n),n
-        return self._session
-    @property
-    def n_params(self)->int:
-        "Weights and biases in the file; scales, zero points and running statistics are none"
-        g = onnx.load_from_string(self.data).graph
-        aside = {i for n in g.node if n.op_type in ('QuantizeLinear','DequantizeLinear','Clip') for i in n.input[1:]}
-        aside |= {i for n in g.node if n.op_type=='BatchNormalization' for i in n.input[3:]}
-        shapes = {n.output[0].removesuffix('_shape'):onnx.numpy_helper.to_array(n.attribute[0].t) for n in g.node if n.op_type=='Constant'}
-        size = lambda i: math.prod(shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims)
-        return sum(size(i) for i in g.initializer if i.name not in aside and i.data_type!=INT64)
-    @property
-    def metadata(self)->dict:
-        "What is written in the file besides the model"
-        return {k:json.loads(v) for k,v in self.session.get_modelmeta().custom_metadata_map.items()}
-    @property
-    def report(self)->Report|None:
-        "How the file was verified when it was made; None if it is a float model"
-        r = self.metadata.get('report')
-        return Report(**r) if r else None
-    def forward(self, *xb):
-        plain = lambda i,x: x.detach().as_subclass(Tensor).to('cpu', _arrays[i.type]).contiguous().numpy()
-        feed = {i.name:plain(i, x) for i,x in zip(self.session.get_inputs(), xb, strict=True)}
-        out = [torch.from_numpy(o).to(xb[0].device) for o in self.session.run(None, feed)]
-        return out[0] if len(out)==1 else tuple(out)
-    def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
-
-# %% ../nbs/07_export.ipynb #07expo78d278
-@patch(as_prop=True)
-def n_macs(self:Engine)->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
-    g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
-    shape = {v.name:[d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in [*g.input,*g.value_info,*g.output]}
-    shape.update({i.name:list(i.dims) for i in g.initializer})
-    size = lambda n: math.prod(shape[n.input[0] if n.op_type=='ConvTranspose' else n.output[0]])
-    each = lambda n: math.prod(shape[n.input[1]][1:]) if 'Conv' in n.op_type else shape[n.input[0]][-1]
-    return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
-
-# %% ../nbs/07_export.ipynb #07expo0bd896
-integer_kernels = {'QLinearConv','QGemm','QLinearMatMul','MatMulIntegerToFloat','MatMulInteger','ConvInteger','DynamicQuantizeMatMul'}
-
-def optimized(
-    data:bytes # An ONNX file
-)->onnx.ModelProto:
-    "The graph that ONNX Runtime runs for it"
-    with tempfile.TemporaryDirectory() as d:
-        session(data, optimized_model_filepath=f'{d}/o.onnx')
-        return onnx.load(f'{d}/o.onnx')
-
-def layer_kernels(
-    data:bytes # An ONNX file written by fastquant
-)->dict:
-    "The kernel that ONNX Runtime uses for each layer, by module path"
-    names = set(layer_nodes(onnx.load_from_string(data)))
-    found = {re.sub(r'^fused |(_token_\d+|_nchwc|_quant)+$', '', n.name):n.op_type for n in optimized(data).graph.node}
-    return {k:found.get(k, 'gone') for k in names}
-
-# %% ../nbs/07_export.ipynb #07expo1685ab
-def sqnr(
-    x:Tensor, # What it should be
-    y:Tensor  # What it is
-)->float: # In dB: 20 is an error of a tenth, 40 of a hundredth; infinite if they are equal
-    "Signal to quantization noise ratio of `y`"
-    x,y = x.double(),y.double()
-    return 10*torch.log10(x.pow(2).sum()/(x-y).pow(2).sum()).item()
-
-def agreement(
-    x:Tensor, # Predictions, classes along dimension 1
-    y:Tensor  # Others
-)->float|None: # A share; None if there are no classes to agree on
-    "Share of predictions that name the same class"
-    return (x.argmax(1)==y.argmax(1)).float().mean().item() if x.ndim>1 and x.shape[1]>1 else None
-
-# %% ../nbs/07_export.ipynb #07expo58d4f1
-class ExportMismatch(RuntimeError): "The exported file does something else than the model it was made from"
-
-@dataclass(frozen=True, repr=False)
-class Report:
-    "How a file was verified"
-    n_layers:int        # Modules with weights in the model
-    n_int8:int          # Those that ONNX Runtime runs with integer kernels
-    float_layers:dict   # Why each of the others does not, by module path
-    n_items:int         # Items of the batches it was verified on
-    sqnr:float          # Of the file's output against its simulation's, in dB; 200 if they are equal
-    sqnr_float:float    # Of the file's output against the float model's, in dB
-    agrees:float|None   # Share of predictions equal to the simulation's
-    agrees_float:float|None # Share of predictions equal to the float model's
-    agrees_rounded:float|None=None # Share of predictions equal to those of the PyTorch model that rounds
-    trained:bool=False  # Did the Learner's own model round, after training or calibration? Then that one counts, and not float
-    def __str__(self):
-        rest = ', '.join(f'{k} ({why})' for k,why in self.float_layers.items())
-        share,whom = (self.agrees_rounded,'the model that rounds') if self.trained else (self.agrees_float,'float')
-        same = '' if share is None else f', {share:.1%} of {self.n_items} predictions equal to {whom}'
-        return f"{self.n_int8} of {self.n_layers} layers quantized{f'; in float: {rest}' if rest else ''}{same}"
-    __repr__ = _repr_markdown_ = __str__
-
-# %% ../nbs/07_export.ipynb #07expo1270af
-mismatch = """The {what} disagrees with its {of}: {db:.1f} dB apart on {n} items, where quantization itself makes {noise:.1f} dB of noise.
-Nothing was written. On an x86 processor without VNNI integer kernels can saturate; weights of 7 bits are safe there:
-Spec(weight=TensorSpec(Grid(7), per_channel=True)). Otherwise please report the model."""
-
-def first_output(m, xb):
-    "The first floating-point output of `m`, on the CPU"
-    return floats(m(*xb))[0].detach().as_subclass(Tensor).cpu()
-
-def verify(
-    model:nn.Module,   # The float model
-    rounded:nn.Module, # The model that rounds, before `convert`
-    sim:nn.Module,     # The same from `convert`
-    data:bytes,        # The file made of it
-    batches,           # Tuples of inputs, real ones
-    trained=False      # Did the Learner's own model round?
-)->Report:
-    "Run all four on `batches`; raises `ExportMismatch` if the file does not do what the simulation does, or this not what the model did that rounded"
-    with evaluating(model), evaluating(rounded): f,r,s,e = (torch.cat([first_output(m, xb) for xb in batches]) for m in (model,rounded,sim,Engine(data)))
-    noise,line = (db:=sqnr(f, s)),min(20, max(db, 6))
-    for what,of,a,b in (('exported file','simulation',s,e),('converted model','model that rounds',r,s)):
-        if not (db:=sqnr(a, b))>=line: raise ExportMismatch(mismatch.format(what=what, of=of, db=db, n=len(s), noise=noise))
-    same = agreement(r, e)
-    r,kernels = rounding(sim),layer_kernels(data)
-    refused = {k:f'ONNX Runtime runs it as {kernels.get(k)}' for k in r.layers if kernels.get(k) not in integer_kernels}
-    why = {**r.float_layers, **refused}
-    n = len(r.layers)+len(r.float_layers)
-    return Report(n, n-len(why), why, len(s), min(sqnr(s, e), 200.), min(sqnr(f, e), 200.), agreement(s, e), agreement(f, e), same, trained)
-
-# %% ../nbs/07_export.ipynb #07expo413e87
-def to_bytes(
-    proto:onnx.ModelProto, # The model
-    **metadata             # Anything that JSON can say
-)->bytes:
-    "The file's content: `proto` and its `metadata`"
-    onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in dict(metadata, fastquant=__version__).items()})
-    return proto.SerializeToString()
-
-def load_engine(
-    fname # A file that fastquant wrote
-)->Engine:
-    "An `Engine` that runs the file; raises `ValueError` if it is damaged, or somebody else's"
-    try: props = {p.key for p in onnx.load(fname, load_external_data=False).metadata_props}
-    except DecodeError as e: raise ValueError(f"{str(fname)!r} is not an ONNX file, or it is damaged. Export it again with `export_onnx`.") from e
-    if 'fastquant' not in props: raise ValueError(f"{str(fname)!r} was not written by fastquant, so nothing is known of its inputs and classes. Run it with `onnxruntime.InferenceSession`, or export the Learner again with `export_onnx`.")
-    engine = Engine(Path(fname).read_bytes())
-    engine.session
-    return engine

@@ -17,6 +17,8 @@ from .trace import *
 from .prepare import *
 from .convert import *
 from .export import *
+from .engine import *
+from .verify import *
 from .report import *
 from .data import *
 from .optimizer import *
@@ -79,18 +81,19 @@ def describe(
 # %% ../nbs/22_learner.ipynb #22lear4f502e
 @patch
 def quantize(self:Learner,
-    spec='int8',     # A `Spec`, or the name of one: `int8`, `int8_per_tensor`, or one of your own
+    spec=None,       # A `Spec`, or the name of one; None is what the model was prepared with, else `int8`
     dl=None,         # Data to calibrate on; the training set without augmentation if None
     n_batches:int=8, # Batches to calibrate on
     exclude=None,    # Module names or patterns to leave in float
-    fname=None       # Where to write the ONNX file too, relative to `self.path`
+    fname=None,      # Where to write the ONNX file too, relative to `self.path`
+    timed:bool=True  # Warn if int8 is not faster here than float in the same engine? Takes a moment
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
     if isinstance(self.model, Engine): raise ValueError("This Learner runs an int8 file already. Call `quantize` on the float Learner it came from.")
     if fname: fname = check_writable(self.path/fname)
-    model,wanted = copy_model(self.model),find_spec(spec).excluding(exclude)
+    model,wanted = copy_model(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
     if (r:=rounding(model)):
-        if wanted not in (r.spec, Spec()): raise ValueError(f"The model is prepared already, with {r.spec}, so it cannot be quantized with {wanted}. Take that off with `learn.remove_quant()`.")
+        if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
         r.refresh()
         if not r.ready: wanted,model = r.spec,unprepare(model)
     trained = rounding(model) is not None
@@ -102,6 +105,7 @@ def quantize(self:Learner,
     data = _verified(self, model, xb, trained)
     if fname: write_whole(fname, data)
     new = _twin(self, Engine(data))
+    if timed: _say_if_slow(new.model, xb[0])
     _say_if_noisy(new.model.report)
     return new
 
@@ -123,6 +127,17 @@ def _with_size(info, xb): return merge(info, dict(preprocess=merge(info['preproc
 def _say_if_noisy(report):
     if report.trained or report.sqnr_float>=10: return
     warn(f"Rounding leaves the output only {report.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
+
+def _say_if_slow(engine, xb):
+    ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
+    int8,float_ = ms['median']
+    if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself
+    warn(f"On this machine int8 is not faster than float in the same engine: {int8:.3g} ms an item, and {float_:.3g} ms in float. The file is smaller all the same. Measure again where it will run; timed=False leaves this out.")
+
+def _prepared(has, wanted):
+    "What to say if a model that is prepared with the spec `has` is to be quantized with `wanted`"
+    why = ' Its weights use the whole range of int8, and those of a portable file have to be trained, or calibrated, to fit.' if wanted.portable and not has.portable else ''
+    return f"The model is prepared already, with {has}, so it cannot be quantized with {wanted}.{why} Leave `spec` and `exclude` out to ship what it was prepared with, or take that off with `learn.remove_quant()`."
 
 # %% ../nbs/22_learner.ipynb #22lear8ea2d0
 restorers = Registry('restorer')
@@ -225,16 +240,21 @@ def compare(self:Learner,
     names=None, # A name for each row
     **kwargs
 )->pd.DataFrame: # A row for each Learner
-    "Size, work, latency, metrics and agreement of `self` and `others`"
+    "Size, work, latency, metrics and agreement of `self` and `others`; of an int8 file also the latency of the same net in float in its engine"
     learns = (self,*others)
     names = names or _names(learns)
     if len(names)!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
     dl = ifnone(dl, self.dls.valid)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
-    ms = latency({k:_one_item(l, dl) for k,l in zip(names, learns)}, **kwargs)
-    rows = [dict(_row(l, r, runs[0], dl), **{'latency (ms)':ms['median'][k], 'spread (ms)':ms['spread'][k]}) for k,l,r in zip(names, learns, runs)]
+    alone = {_in_float(k):_twin(l, Engine(in_float(l.model.data))) for k,l in zip(names, learns) if isinstance(l.model, Engine) and l.model.report}
+    ms = latency({k:_one_item(l, dl) for k,l in [*zip(names, learns),*alone.items()]}, **kwargs)
+    rows = [dict(_row(l, r, runs[0], dl), **_times(ms, k)) for k,l,r in zip(names, learns, runs)]
     return pd.DataFrame(rows, index=names)
+
+def _in_float(name): return f'{name}, in float there'
+
+def _times(ms, name): return {'latency (ms)':ms['median'][name], 'in float there (ms)':ms['median'].get(_in_float(name), float('nan')), 'spread (ms)':ms['spread'][name]}
 
 # %% ../nbs/22_learner.ipynb #22lear6af963
 def _names(learns):

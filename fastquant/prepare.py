@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from .basics import *
 from .affine import *
 from .lsq import *
+from .pairs import *
 from .observe import *
 from .spec import *
 from .trace import *
@@ -109,6 +110,8 @@ class Rounding:
         self.doors = {k:site[k] for k in plan.doors}
         self.layers = {k:self.doors.get(k) or site[plan.grid[vs[0]]] for k,vs in plan.layers.items()}
         self.weights = {k:plan.at(k).weight for k in self.layers}
+        self.paired = {k for k,w in self.weights.items() if plan.at(k).portable and w.grid.bits==8 and adds_pairs(model.get_submodule(k))}
+        self.float_bias = {k for k in self.layers if plan.at(k).float_bias}
         self.norms = {layer[0]:norm for layer,norm in plan.norms.items() if layer in plan.int8}
         self.how,self.only,self.act,self.ready,self.converted = None,None,Site.as_is,False,False
         self.folded,self.seen = set(),{}
@@ -119,6 +122,11 @@ class Rounding:
         for k,w in self.weights.items():
             size = len(self.model.get_submodule(k).weight) if w.per_channel else 1
             self.slices[k],n = slice(n, n+size),n+size
+    def fit(self,
+        path:str # Of a layer
+    ): # A function of integers as floats, or None
+        "What makes the integers of a weight fit to every processor, if that is wanted"
+        return fit_pairs if path in self.paired else None
     @property
     def scale(self)->Tensor: return self.model.rounding_scale
     @property
@@ -153,8 +161,9 @@ def round_weight(self:Rounding, path, w):
         return w+0*self.weight_scale.sum() if tie else w
     spec,s = self.weights[path],self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()
-    if spec.per_channel: return round_channels(w, s, spec.grid, grad_factor(w[0].numel(), spec.grid))
-    return round_tensor(w, s.item(), 0, spec.grid, s[0] if spec.learned else None, grad_factor(w.numel(), spec.grid))
+    k,fit = grad_factor(w[0].numel() if spec.per_channel else w.numel(), spec.grid),self.fit(path)
+    if spec.per_channel: return round_channels(w, s, spec.grid, k, fit)
+    return round_tensor(w, s.item(), 0, spec.grid, s[0] if spec.learned else None, k, fit=fit)
 
 # %% ../nbs/05_prepare.ipynb #05prep2a9fe4
 @patch
@@ -163,7 +172,7 @@ def forward(self:Rounding, *args, **kwargs):
     (how,self.how),self.seen = (self.how,None),{}
     if not self.converted: self.refresh()
     if how is Site.follow and not self.model.training: how = None
-    self.act = Site.through_integers if self.converted else how or (Site.forward if self.ready else Site.as_is)
+    self.act = how or (Site.through_integers if self.converted else Site.forward if self.ready else Site.as_is)
     args,n = list(args),0
     for i,x in enumerate(args):
         if not isinstance(x, Tensor) or not x.is_floating_point(): continue
@@ -220,7 +229,10 @@ class Rounder(Where):
     def floats_of(self, path):
         "Weight and bias of a converted layer, as floats"
         m = self.model.get_submodule(path)
-        return [None if (q:=getattr(m, k)) is None else dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point')) for k in ('weight','bias')]
+        def of(k):
+            q = getattr(m, k)
+            return q if q is None or q.is_floating_point() else dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
+        return of('weight'),of('bias')
 
 # %% ../nbs/05_prepare.ipynb #05prep56d4c9
 @patch
@@ -326,7 +338,7 @@ def loading(self:Rounding, model, state, prefix, *args):
     text = state.pop(prefix+'rounding_spec', None)
     if text is None: return
     text = bytes(text.tolist()).decode()
-    if text!=spec_to_json(self.spec):
+    if spec_from_json(text)!=self.spec:
         raise ValueError(f"These are the weights of a model that rounds with {text}, and this one rounds with {spec_to_json(self.spec)}. Take that off first with `learn.remove_quant()`.")
 
 # %% ../nbs/05_prepare.ipynb #05prep061739
@@ -349,14 +361,15 @@ def set_ranges(
     try: lo,hi = map(torch.stack, zip(*[s.wanted_range() for s in r.all]))
     finally:
         for s in r.all: s.observer = None
-    weights = torch.cat([weight_range(model.get_submodule(k).weight, w) for k,w in r.weights.items()])
+    weights = torch.cat([weight_range(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
     set_qparams(r, lo, hi, torch.stack([lo, hi, torch.full_like(lo, torch.nan)], 1), weights)
 
-def weight_range(w, spec):
-    "The scale, or scales, for the weight `w` that its observer wants"
-    o = spec.watcher(len(w)).to(w.device)
-    o(w.detach().flatten(1) if spec.per_channel else w.detach().reshape(1,-1))
-    return qparams(*o.range(spec.grid), spec.grid)[0]
+def weight_range(w, spec, paired=False):
+    "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
+    o,w = spec.watcher(len(w)).to(w.device),w.detach()
+    o(w.flatten(1) if spec.per_channel else w.reshape(1,-1))
+    s,_ = qparams(*o.range(spec.grid), spec.grid)
+    return portable_scale(w, s, spec.grid) if paired else s
 
 # %% ../nbs/05_prepare.ipynb #05prepeef48d
 def by_grid(r):
@@ -374,6 +387,19 @@ def set_qparams(r, lo, hi, seen, weights):
     r.range.copy_(seen)
     r.weight_scale.data.copy_(weights)
     r.refresh()
+
+# %% ../nbs/05_prepare.ipynb #05prepfits04
+@patch
+@torch.no_grad()
+def fit_scales(self:Rounding,
+    paths # Layers that have lost inputs
+):
+    "Find new scales for weights of 8 bits whose neighbours do not fit"
+    for k in self.paired.intersection(paths):
+        w,s,grid = self.model.get_submodule(k).weight.detach().float(),self.weight_scale[self.slices[k]],self.weights[k].grid
+        q = (w/along(s, w)).round().clamp(grid.lo, grid.hi)
+        wrong = (fit_pairs(q.clone())!=q).flatten(1).any(1)
+        self.weight_scale.data[self.slices[k]] = torch.where(wrong if len(s)>1 else wrong.any(), portable_scale(w, s, grid), s)
 
 # %% ../nbs/05_prepare.ipynb #05prepfc9cbc
 @torch.no_grad()

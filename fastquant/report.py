@@ -15,9 +15,12 @@ from .affine import fake_quant
 from .trace import evaluating
 from .prepare import *
 from .export import *
+from .engine import *
+from .verify import *
 
 # %% auto #0
-__all__ = ['n_bytes', 'n_params', 'n_macs', 'latency', 'capture', 'site_errors', 'alone', 'plot_errors', 'ranges']
+__all__ = ['n_bytes', 'n_params', 'n_macs', 'latency', 'against_float', 'capture', 'site_errors', 'alone', 'plot_errors',
+           'ranges']
 
 # %% ../nbs/08_report.ipynb #08repobad086
 def n_bytes(
@@ -65,6 +68,16 @@ def latency(
             if i>=warmup: times[k].append((time.perf_counter()-t)*1e3)
         if i>warmup+2 and time.perf_counter()-start>seconds: break
     return pd.DataFrame({k:dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25]))) for k,t in times.items()}).T
+
+# %% ../nbs/08_report.ipynb #08repoflt002
+def against_float(
+    engine:Engine, # Runs an int8 file
+    *xb,           # Inputs, of which the first item is taken
+    **kwargs       # See `latency`
+)->pd.DataFrame: # As from `latency`, with the rows `int8` and `float`
+    "Time of one item through `engine`, and through the same net in float in the same engine"
+    item,alone = [x[:1] for x in xb],Engine(in_float(engine.data))
+    return latency({'int8':lambda: engine(*item), 'float':lambda: alone(*item)}, **kwargs)
 
 # %% ../nbs/08_report.ipynb #08repo24d552
 def capture(

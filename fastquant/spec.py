@@ -14,7 +14,8 @@ from .affine import *
 from .observe import *
 
 # %% auto #0
-__all__ = ['specs', 'TensorSpec', 'Spec', 'int8', 'int8_per_tensor', 'low_bits', 'find_spec', 'spec_to_json', 'spec_from_json']
+__all__ = ['specs', 'TensorSpec', 'Spec', 'int8', 'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec',
+           'spec_to_json', 'spec_from_json']
 
 # %% ../nbs/03_spec.ipynb #03specdf2e77
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Spec:
     "How a model is rounded; raises `ValueError` on something that no engine could run"
-    weight:TensorSpec=TensorSpec(Grid(8), 'mse', per_channel=True) # For weights
-    act:TensorSpec=TensorSpec(Grid(8, signed=False), 'mse')        # For activations that go into layers
+    weight:TensorSpec=TensorSpec(Grid(8), per_channel=True) # For weights
+    act:TensorSpec=TensorSpec(Grid(8, signed=False), 'mse') # For activations that go into layers
     stream:TensorSpec|None=None # For other activations; None is as `act`
     ends:Spec|None=None # For the first and the last layer; None is as the others
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
+    portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
+    float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
     def __post_init__(self):
-        if not self.weight.grid.signed: raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
+        if not self.weight.grid.signed or self.weight.grid.whole: raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
         if self.act.per_channel or self.stream and self.stream.per_channel: raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use per_channel=False.")
     def at(self,
         path:str # Module path
@@ -61,13 +64,23 @@ specs = Registry('spec')
 # %% ../nbs/03_spec.ipynb #03specdfb118
 @specs
 def int8():
-    "8 bits, a scale for each output channel of a weight"
+    "8 bits, a scale for each output channel of a weight, the same on every processor"
     return Spec()
 
 @specs
 def int8_per_tensor():
-    "8 bits, one scale for each weight"
-    return Spec(weight=TensorSpec(Grid(8), 'mse'))
+    "8 bits, one scale for each weight, the same on every processor"
+    return Spec(weight=TensorSpec(Grid(8)))
+
+@specs
+def int8_full():
+    "8 bits with the whole range of weights: only for processors that do not saturate"
+    return Spec(weight=TensorSpec(Grid(8), 'mse', per_channel=True), portable=False)
+
+@specs
+def int8_symmetric():
+    "8 bits by TensorRT's published rules: signed activations around 0, biases in float"
+    return Spec(act=TensorSpec(Grid(8, whole=True), 'mse'), float_bias=True)
 
 # %% ../nbs/03_spec.ipynb #03spec384cb5
 def low_bits(
@@ -97,10 +110,18 @@ def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
     return json.dumps(asdict(spec), default=_observer_name)
 
+_before_pairs = dict(portable=False, float_bias=False) # what specs from before these fields meant
+
+def _tensor_spec(d): return d and TensorSpec(**{**d, 'grid':Grid(**d['grid'])})
+
+def _spec(d):
+    if not d: return d
+    parts = dict(weight=_tensor_spec(d['weight']), act=_tensor_spec(d['act']), stream=_tensor_spec(d['stream']))
+    rest = dict(ends=_spec(d['ends']), overrides=tuple((p,_spec(s)) for p,s in d['overrides']))
+    return Spec(**{**_before_pairs, **d, **parts, **rest})
+
 def spec_from_json(
-    text:str # From `spec_to_json`
+    text:str # From `spec_to_json`, of this version or an older one
 )->Spec:
     "The spec that was written; raises `ValueError` if it has an observer that is not registered here"
-    tensor = lambda d: d and TensorSpec(**{**d, 'grid':Grid(**d['grid'])})
-    def spec(d): return d and Spec(tensor(d['weight']), tensor(d['act']), tensor(d['stream']), spec(d['ends']), tuple((p,spec(s)) for p,s in d['overrides']))
-    return spec(json.loads(text))
+    return _spec(json.loads(text))

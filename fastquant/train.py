@@ -10,6 +10,7 @@ import torch, torch.distributed as dist
 from torch import nn, Tensor
 from .affine import *
 from .lsq import *
+from .pairs import *
 from .trace import evaluating
 from .prepare import *
 
@@ -59,13 +60,15 @@ def move_grids(r, mom):
         if rows: put_rows(r, rows, *qparams(r.range[rows,0], r.range[rows,1], g))
     for k,spec in r.weights.items():
         if spec.learned: continue
-        s = largest(r.model.get_submodule(k).weight, spec)/spec.grid.hi
+        s = largest(r.model.get_submodule(k).weight, spec, k in r.paired)/spec.grid.hi
         r.weight_scale.data[r.slices[k]].lerp_(torch.where(s>1e-30, s, r.weight_scale[r.slices[k]]), mom)
 
-def largest(w, spec):
-    "The largest absolute value in `w`, or in each of its channels"
-    w = w.detach().abs()
-    return (w.amax(tuple(range(1, w.ndim))) if spec.per_channel else w.amax()[None]).float()
+def largest(w, spec, paired=False):
+    "The largest absolute value in `w`, or in each of its channels, that its grid has to hold; if neighbours have to fit, so has the largest sum of them"
+    w = w.detach().float()
+    most = w.abs().flatten(1).amax(1)
+    if paired: most = torch.maximum(most, largest_pair(w)*spec.grid.hi/pair_limit)
+    return most if spec.per_channel else most.amax()[None]
 
 # %% ../nbs/05a_train.ipynb #05atra21b15d
 @torch.no_grad()
@@ -76,7 +79,7 @@ def start(
     r = rounding(model)
     r.refresh()
     if r.ready or unseen(model): return
-    (lo,hi,mean),weights = r.range.T,torch.cat([first_scale(model.get_submodule(k).weight, w) for k,w in r.weights.items()])
+    (lo,hi,mean),weights = r.range.T,torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
     set_qparams(r, lo, hi, r.range.clone(), weights)
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if r.all[i].spec.learned]
@@ -84,9 +87,11 @@ def start(
     stay_inside(r)
     r.refresh()
 
-def first_scale(w, spec):
+def first_scale(w, spec, paired=False):
     "Scale, or scales, that the weight `w` starts training with"
-    if not spec.learned: return qparams(-largest(w, spec), largest(w, spec), spec.grid)[0]
+    if not spec.learned:
+        most = largest(w, spec, paired)
+        return qparams(-most, most, spec.grid)[0]
     w = w.detach().abs()
     return first_step(w.flatten(1).mean(1) if spec.per_channel else w.mean()[None], spec.grid)
 
@@ -104,7 +109,7 @@ def guess(
     for i,(lo,hi,mean) in seen.items():
         s,_ = first_qparams(lo, hi, mean, r.all[i].spec.grid) if r.all[i].spec.learned else qparams(lo, hi, r.all[i].spec.grid)
         if s.isfinite(): r.scale.data[i] = s
-    r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w) for k,w in r.weights.items()]))
+    r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()]))
 
 # %% ../nbs/05a_train.ipynb #05atrada697e
 def unseen(

@@ -85,13 +85,14 @@ def test_unknown_observer():
 def test_mismatch_is_not_returned(learn, monkeypatch):
     def wrong(model, *xb):
         proto = to_onnx(model, *xb)
-        scale = next(i for i in proto.graph.initializer if i.name=='0.weight_scale')
-        scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale)*3, scale.name))
+        for scale in [i for i in proto.graph.initializer if i.name=='0.weight_scale']:
+            scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale)*3, scale.name))
         return proto
     monkeypatch.setattr(fastquant.learner, 'to_onnx', wrong)
     before = snapshot(learn)
-    with pytest.raises(ExportMismatch, match='disagrees with its simulation'): learn.quantize(fname='model.onnx')
+    with pytest.raises(ExportMismatch, match="(?s)exported file and its simulation part at '0'.*Leave it in float with exclude='0'"): learn.quantize(fname='model.onnx')
     assert same(before, snapshot(learn))
+    assert '0' in learn.quantize(exclude='0').model.report.float_layers # what the message says to do
 
 @pytest.mark.parametrize('verb', ['quantize','export_onnx'])
 def test_full_disk(learn, monkeypatch, verb):

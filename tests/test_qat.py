@@ -1,5 +1,5 @@
 "What a fastai user does to a Learner, done to one that trains through rounding: it survives, and does what it should"
-import copy, numpy as np, pandas as pd, pytest, random, torch
+import copy, numpy as np, onnx, pandas as pd, pytest, random, torch
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.overrides import _get_current_function_mode_stack as modes
 from torch.utils.data import TensorDataset
 from fastquant.all import *
-from fastquant.export import optimized
+from fastquant.engine import misfits, optimized
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
@@ -853,3 +853,29 @@ def test_nan(make, spec, start):
     with pytest.raises(ValueError, match="The output of '2.0.0' ranges from .* to nan in batch 7 of epoch 1"):
         learn.fit(2, 1e-3, cbs=QuantAwareCallback(spec, start=start, freeze_bn=.9))
     assert rounding(learn.model).range[:,:2].isfinite().all() and modes()==[]
+
+learned_8 = Spec(weight=TensorSpec(Grid(8), per_channel=True, learned=True), act=TensorSpec(Grid(8, signed=False), learned=True))
+one_scale_8 = Spec(weight=TensorSpec(Grid(8), learned=True))
+
+@pytest.mark.parametrize('spec', ['int8','int8_per_tensor','int8_symmetric','w4a8','w3a8',learned_8,one_scale_8], ids=str)
+def test_what_trains_fits_every_processor(make, spec):
+    "Neighbouring weights add up to no more than 16 bits hold, in training as in the file, whether scales follow or learn"
+    learn = make()
+    learn.fit(2, 1e-3, cbs=QuantAwareCallback(spec))
+    r = rounding(learn.model)
+    for k in r.paired:
+        w,s = learn.model.get_submodule(k).weight.detach(),r.weight_scale[r.slices[k]].detach()
+        r.refresh()
+        r.only = {k}
+        assert pairs_fit((r.round_weight(k, w)/s.view(-1,*[1]*(w.ndim-1))).round())
+    r.only = None
+    qlearn = learn.quantize()
+    assert qlearn.model.report.portable and not misfits(onnx.load_from_string(qlearn.model.data))
+    assert qlearn.model.report.agrees_rounded>.98 and qlearn.validate()[1]>.9
+
+def test_full_range_is_for_who_asks(make):
+    "Training with `int8_full` uses weights that a portable file may not have"
+    learn = make()
+    learn.fit(2, 1e-3, cbs=QuantAwareCallback('int8_full'))
+    report = learn.quantize().model.report
+    assert not rounding(learn.model).paired and report.portable is False and 'whole range' in str(report)

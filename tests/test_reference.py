@@ -38,7 +38,7 @@ names = dict(public())
 parts = '''agree along blank by_grid cap_of ChannelGroup ChannelPlan check_curve check_facts check_finite check_fit check_fits check_parts computed_no_more
     create_opt cut_opt cut_shape cut_tensor distributed first_output first_scale group_pools guess Guest head_group is_attention is_weight joined
     largest LossColumn MaskingCallback MaskPlan misfit move_grids name_ends norms_of pack packed_four packed_two plot_channels put_on put_rows
-    reason Report restore_channels restore_masks restore_rounding rows_of set_constants set_integers set_qparams stay_inside StepGroup steps_to
+    reason restore_channels restore_masks restore_rounding rows_of set_constants set_integers set_qparams stay_inside StepGroup steps_to
     take_out tidy Tracer wants weight_range'''.split()
 
 def test_there_are_names(): assert len(names)>100

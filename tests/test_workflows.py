@@ -182,3 +182,12 @@ def test_progress(monkeypatch):
         with learn.no_bar(): f()
         assert len(shown)==1
         shown.clear()
+
+@pytest.mark.parametrize('int8,in_float,says', [(1.25,1.,True),(1.,1.25,False),(.02,.01,False)])
+def test_says_if_int8_is_not_faster(vision, monkeypatch, recwarn, int8, in_float, says):
+    "What it takes in float in the same engine decides; where a call takes longer than the net, nothing is said, nor if nobody asks"
+    ms = pd.DataFrame(dict(median=[int8,in_float], spread=[.001,.001]), index=['int8','float'])
+    monkeypatch.setattr('fastquant.learner.against_float', lambda *args, **kwargs: ms)
+    with vision.no_bar():
+        for timed in True,False: vision.quantize(n_batches=1, timed=timed)
+    assert ['not faster than float in the same engine: 1.25 ms' in str(w.message) for w in recwarn]==[True]*says

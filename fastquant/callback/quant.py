@@ -13,7 +13,7 @@ from ..basics import *
 from ..spec import *
 from ..prepare import *
 from ..train import *
-from ..export import Engine
+from ..engine import Engine
 from ..data import *
 from ..optimizer import *
 

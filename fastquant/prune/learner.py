@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.schedule import *
 from ..basics import *
-from ..export import Engine
+from ..engine import Engine
 from ..data import *
 from ..learner import describe, restorers, _measure, _trainable, _twin
 from ..callback.prune import *

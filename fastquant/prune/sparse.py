@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from torch import nn, Tensor
 from .. import __version__
 from ..basics import *
-from ..export import Engine
+from ..engine import Engine
 from .mask import *
 from .recipe import *
 
@@ -171,13 +171,10 @@ _nibbles = onnx.TensorProto.INT4,onnx.TensorProto.UINT4
 def _engine_tensors(data):
     proto,found = onnx.load_from_string(data),{}
     for i in proto.graph.initializer:
-        if i.data_type in _nibbles and len(i.int32_data)>=512: # onnx keeps a byte with two of them in each of these
-            b = np.array(i.int32_data, np.uint8)
-            found[i.name] = torch.from_numpy(np.stack([b&15, b>>4], -1).reshape(-1))
-            i.ClearField('int32_data')
-        elif i.data_type not in _nibbles and len(i.raw_data)>=512: # small ones compress better with the graph
-            found[i.name] = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8))
-            i.ClearField('raw_data')
+        if len(i.raw_data)<512: continue # small ones compress better with the graph
+        b = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8))
+        found[i.name] = torch.stack([b&15, b>>4], -1).reshape(-1) if i.data_type in _nibbles else b # a byte holds two of these
+        i.ClearField('raw_data')
     return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
 
 def _engine_bytes(tensors):
@@ -185,8 +182,7 @@ def _engine_bytes(tensors):
     for i in proto.graph.initializer:
         if i.name not in tensors: continue
         q = tensors[i.name].view(torch.uint8).numpy()
-        if i.data_type in _nibbles: i.int32_data.extend((q[::2]|q[1::2]<<4).tolist())
-        else: i.raw_data = q.tobytes()
+        i.raw_data = ((q[::2]|q[1::2]<<4) if i.data_type in _nibbles else q).tobytes()
     return proto.SerializeToString()
 
 # %% ../../nbs/15_prune.sparse.ipynb #15prun5f8e59
