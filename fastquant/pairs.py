@@ -39,6 +39,7 @@ def _fit(rows):
     b -= over-half
 
 def _across(w): return w.ndim>2 and w.shape[1]%2==1 # do pairs reach from one position of the kernel to the next?
+def _halved(w): return w.ndim==2 and 256<w.shape[1]<511 and w.shape[1]%4 in (1,2) # does a second half begin within a pair?
 
 def fit_pairs(
     q:Tensor # Integers of a weight, as floats, output channels first; changed in place
@@ -49,6 +50,7 @@ def fit_pairs(
         flat = rows.flatten(1).clone()
         _fit(flat)
         rows.copy_(flat.view_as(rows))
+    if _halved(q): _fit(q[:,1:])
     _fit(rows)
     return q
 
@@ -96,7 +98,7 @@ def largest_pair(
 )->Tensor: # A number for each channel
     "The largest sum of neighbours, either way, in the orders of all kernels"
     rows = w.movedim(1, -1)
-    orders = [rows,rows.flatten(1)] if _across(w) else [rows]
+    orders = [rows, *[rows.flatten(1)]*_across(w), *[w[:,1:]]*_halved(w)]
     sums = torch.cat([(a+b).flatten(1) for a,b in map(_pairs, orders)], 1)
     return sums.abs().amax(1) if sums.shape[1] else sums.new_zeros(len(w))
 
