@@ -1,12 +1,13 @@
 "What the benchmarks share: data, nets, training, a command line, and results with what made them"
 from __future__ import annotations
-import argparse, fastquant, io, json, os, platform, sys
+import argparse, fastquant, io, json, os, platform, sys, time
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from unittest import mock
 from PIL import Image
 from safetensors.torch import load_file, save
 from torch.utils.data import TensorDataset
@@ -24,6 +25,8 @@ class Options:
     data:Path        # The folder with the data sets
     cache:Path       # Where nets that were trained here are kept
     quick:bool=False # Small subsets, to see that everything runs
+    packages:Path|None=None # Where packages with trained nets are installed
+    busy:bool=False  # Do others use the machine too? See `clock`
     def some(self,
         n:int,    # A number of images, epochs or rounds
         few:int=0 # Instead of it if `quick`
@@ -246,6 +249,11 @@ def made_by(module):
     return dict(date=f'{pd.Timestamp.now():%Y-%m-%d}', command=' '.join(['python -m', module, *args]), cpu=cpu, cores=os.cpu_count(),
         int8_flags=flags, python=platform.python_version(), versions=versions)
 
+@contextmanager
+def clock(o:Options):
+    "Let `latency` count the time that passes or, where others use the machine, the time that this process computes: on a quiet one and one thread they are the same"
+    with mock.patch.object(time, 'perf_counter', time.process_time if o.busy else time.perf_counter): yield
+
 def installed(package):
     try: return version(package)
     except PackageNotFoundError: return None
@@ -253,6 +261,20 @@ def installed(package):
 def show(name, rows, targets):
     with pd.option_context('display.width', 200, 'display.max_columns', None, 'display.float_format', '{:.4g}'.format):
         for title,o in ((name, rows),('reached', targets)): print(f'\n{title}', pd.DataFrame(o).to_string(index=False), sep='\n', flush=True)
+
+def kind_of(flags)->str:
+    "The kind of processor that has the `flags`: does it multiply integers of 8 bits without saturating?"
+    return 'VNNI' if any('vnni' in f for f in flags) else 'no VNNI'
+
+def per_processor(section):
+    "Mark a section whose results depend on the kind of processor: those of each kind are kept"
+    section.per_processor = True
+    return section
+
+def kept_as(section, name, flags)->str:
+    "Where results of the function `section` are kept: under its `name`, and beside it on a processor without VNNI if that matters"
+    kind = kind_of(flags)
+    return f'{name} ({kind})' if kind!='VNNI' and getattr(section, 'per_processor', False) else name
 
 def add_result(
     fname,      # A JSON file, new or from before
@@ -271,11 +293,15 @@ def run(
     p = argparse.ArgumentParser(prog=f'python -m benchmarks.{name}')
     p.add_argument('--data', type=Path, required=True, help='the folder with the data sets')
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache'/'fastquant-benchmarks', help='where nets trained here are kept (%(default)s)')
+    p.add_argument('--packages', type=Path, help='a folder with packages that carry trained nets, for sections that want them')
+    p.add_argument('--busy', action='store_true', help='others use the machine: in latencies count the time this process computes, not the time that passes')
     p.add_argument('--only', nargs='+', choices=sections, default=list(sections), help='sections to run; the others stay as they are in the results')
     p.add_argument('--quick', action='store_true', help='small subsets, to see that everything runs; writes no results')
     a = p.parse_args()
     torch.set_num_threads(1)
     for section in progress_bar(a.only):
-        rows,targets = sections[section](Options(a.data, a.cache, a.quick))
+        rows,targets = sections[section](Options(a.data, a.cache, a.quick, a.packages, a.busy))
         show(section, rows, targets)
-        if not a.quick: add_result(results/f'{name}.json', section, made=made_by(f'benchmarks.{name}'), rows=rows, targets=targets)
+        made = made_by(f'benchmarks.{name}')
+        where = kept_as(sections[section], section, made['int8_flags'])
+        if not a.quick: add_result(results/f'{name}.json', where, made=made, rows=rows, targets=targets)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import tempfile
 from torchvision.models import resnet18
 from fastquant.decompose import *
-from fastquant.export import Engine
+from fastquant.engine import Engine
 from fastquant.learner import *
 from fastquant.lowrank import *
 from fastquant.report import latency as in_turns, n_params
@@ -26,6 +26,7 @@ def exact(o):
     return rows,[target('largest difference at full rank', worst, 1e-4, 1e-5, digits=9)]
 
 @sections
+@per_processor
 def latency(o):
     "ResNet-18 at 224 px with half the MACs in ONNX Runtime, against as it was"
     px = 224

@@ -33,6 +33,7 @@ def gain(rows, ways):
     return np.mean(b)-np.mean(a)
 
 @sections
+@per_processor
 def time(o):
     "A step of fastai's loop at 128 px, batches of 16, with a ResNet-18 as teacher and without, on the average of fits of ten; both in the layout that trains faster here"
     set_seed(42)

@@ -5,6 +5,7 @@ from torchvision.models import resnet18
 from fastquant.affine import *
 from fastquant.callback.distill import *
 from fastquant.callback.prune import *
+from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prune.groups import *
@@ -110,6 +111,7 @@ def rigl(o):
 # Time
 
 @sections
+@per_processor
 def steps(o):
     "A training step of ResNet-18 with a mask of 90%, against one without; 128 px, batches of 16, in turns"
     x,y = torch.randn(16,3,128,128),torch.randint(0, 10, (16,))
@@ -128,6 +130,7 @@ def steps(o):
     return table.rename_axis('step').reset_index().to_dict('records'),[target('step with a mask / step without', ratio, 1.1, 1.03)]
 
 @sections
+@per_processor
 def latency(o):
     "What scattered zeros do for the speed of engines for dense matrices, which is nothing: ResNet-18 at 224 px in ONNX Runtime"
     set_seed(42)

@@ -6,6 +6,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision import models
 from fastquant.convert import *
 from fastquant.data import *
+from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prepare import *
@@ -60,10 +61,11 @@ def calibration_set(
 def simulation(
     learn:Learner,
     qlearn:Learner, # From `learn.quantize()`
-    batches:list    # What it was calibrated on
+    batches:list,   # What it was calibrated on
+    spec='int8'     # And how it is rounded
 )->nn.Module:
     "What the file of `qlearn` was made of; raises `RuntimeError` if that is not so"
-    sim = prepare(copy_model(learn.model), 'int8', *batches[0], fold=True)
+    sim = prepare(copy_model(learn.model), spec, *batches[0], fold=True)
     for xb in batches: watch(sim, *xb)
     set_ranges(sim)
     if to_onnx(convert(sim), *batches[0]).graph!=onnx.load_from_string(qlearn.model.data).graph:
@@ -124,6 +126,10 @@ def size(o):
     float_,int8 = n_bytes(model),n_bytes(learn.quantize(n_batches=1).model)
     return [dict(net='resnet18', float_bytes=float_, int8_bytes=int8)], [target('resnet18: times smaller', float_/int8, 3.8, 3.95)]
 
+def float_file(model, x)->bytes:
+    "The float model as a file"
+    return to_onnx(copy_model(model), x).SerializeToString()
+
 def ort_run(data, x):
     s = session(data)
     feed = {s.get_inputs()[0].name:x.numpy()}
@@ -142,19 +148,31 @@ def runners(
     data = noise(16, px)
     learn,x = learner(model, data, data, bs=8),data.tensors[0][:1]
     mine,batches = learn.quantize().model.data,calibration_set(learn)
-    found = {'eager float':lambda: model(x), 'fastquant, ONNX Runtime':ort_run(mine, x), 'ONNX Runtime, its own':ort_run(ort_file(model, batches), x)}
+    files = {'float, ONNX Runtime':float_file(model, x), 'fastquant, ONNX Runtime':mine, 'ONNX Runtime, its own':ort_file(model, batches)}
+    found = {'eager float':lambda: model(x), **{k:ort_run(f, x) for k,f in files.items()}}
     if installed('openvino'): found['fastquant, OpenVINO'] = openvino_run(mine, x)
     return found
 
+def timed(
+    o:Options,
+    name:str, # Of the net
+    fns:dict  # Functions that run it, as from `runners`
+)->tuple: # Rows, and medians by name
+    "How long `fns` take in turns, against eager float and against float in the engine"
+    with torch.inference_mode(), clock(o): ms = in_turns(fns, o.some(50, 5), seconds=float('inf')).round(3)
+    found = ms['median']
+    against = lambda v: dict(speedup=round(found['eager float']/v, 3), against_float_engine=round(v/found['float, ONNX Runtime'], 3))
+    return [dict(net=name, by=k, median_ms=r['median'], spread_ms=r['spread'], **against(r['median'])) for k,r in ms.iterrows()],found
+
 def latencies(o, net):
     "Rows and targets for one net"
-    name,fns = net.__name__,runners(settled(net))
-    with torch.inference_mode(): ms = in_turns(fns, o.some(50, 5), seconds=float('inf')).round(3)
-    eager,mine,its = ms['median'].iloc[:3]
-    rows = [dict(net=name, by=k, median_ms=r['median'], spread_ms=r['spread'], speedup=round(eager/r['median'], 3)) for k,r in ms.iterrows()]
+    name = net.__name__
+    rows,ms = timed(o, name, runners(settled(net)))
+    eager,mine,its = (ms[k] for k in ('eager float','fastquant, ONNX Runtime','ONNX Runtime, its own'))
     return rows, [target(f'{name}: times faster than eager float', eager/mine, 4, 5.5), target(f"{name}: times the time of ONNX Runtime's own", mine/its, 1.1, 1)]
 
 @sections
+@per_processor
 def latency(o):
     rows,targets = zip(*[latencies(o, net) for net in (models.resnet18,models.resnet50,models.mobilenet_v2)])
     return sum(rows, []),sum(targets, [])
@@ -177,12 +195,14 @@ def calibration_times(o, threads):
     return dict(net='resnet18', threads=threads, float_ms=ms['float'], calibration_ms=ms['calibration'], ratio=round(ms['calibration']/ms['float'], 3))
 
 @sections
+@per_processor
 def calibration(o):
     rows = [calibration_times(o, n) for n in sorted({1,os.cpu_count()})]
     torch.set_num_threads(1)
     return rows, [target(f"resnet18, {r['threads']} threads: calibration against plain forward passes", r['ratio'], 2., 1.3) for r in rows]
 
 @sections
+@per_processor
 def pareto(o):
     "Size and latency of the nets whose accuracy `cifar` and `other` measure"
     rows = []

@@ -146,6 +146,7 @@ def step(
     return run
 
 @sections
+@per_processor
 def time(o):
     rows,targets = [],[]
     for net,goal in ((models.resnet18,(1.6,1.25)), (models.mobilenet_v2,(2.2,1.5))):

@@ -6,6 +6,7 @@ from concurrent.futures.process import BrokenProcessPool
 from time import perf_counter
 from torchvision.models import list_models, resnet18
 from fastquant.callback.prune import *
+from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prune.groups import *
@@ -38,6 +39,7 @@ def cifar(o, again=8):
     return rows,[target('share of multiplications left', rows[-1]['macs']/rows[0]['macs'], .52, .5),target('points lost', rows[-1]['lost'], 1., .3)]
 
 @sections
+@per_processor
 def latency(o):
     "ResNet-18 at 224 px, batch 1, one thread: half the multiplications, in PyTorch and in ONNX Runtime, and int8 on top"
     data,x = noise(16, 224),torch.randn(1,3,224,224)
