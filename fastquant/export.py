@@ -18,7 +18,7 @@ from .prepare import rounding
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
-           'layer_nodes', 'pack', 'packed_four', 'packed_two']
+           'layer_nodes', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two']
 
 # %% ../nbs/07_export.ipynb #07expo483e03
 INT4,INT8,UINT8,INT32,INT64 = (getattr(onnx.TensorProto, k) for k in ('INT4','INT8','UINT8','INT32','INT64'))

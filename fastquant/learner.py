@@ -128,6 +128,7 @@ def _say_if_noisy(report):
     if report.trained or report.sqnr_float>=10: return
     warn(f"Rounding leaves the output only {report.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
 
+# %% ../nbs/22_learner.ipynb #22learc08s0f
 def _say_if_slow(engine, xb):
     ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
     int8,float_ = ms['median']

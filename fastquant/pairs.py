@@ -38,9 +38,11 @@ def _fit(rows):
     a -= half
     b -= over-half
 
+# %% ../nbs/01b_pairs.ipynb #01bpaia70s0f
 def _across(w): return w.ndim>2 and w.shape[1]%2==1 # do pairs reach from one position of the kernel to the next?
 def _halved(w): return w.ndim==2 and 256<w.shape[1]<511 and w.shape[1]%4 in (1,2) # does a second half begin within a pair?
 
+# %% ../nbs/01b_pairs.ipynb #01bpaia70s1f
 def fit_pairs(
     q:Tensor # Integers of a weight, as floats, output channels first; changed in place
 )->Tensor: # `q`

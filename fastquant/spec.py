@@ -72,6 +72,7 @@ def int8_per_tensor():
     "8 bits, one scale for each weight, the same on every processor"
     return Spec(weight=TensorSpec(Grid(8)))
 
+# %% ../nbs/03_spec.ipynb #03specdfbs08
 @specs
 def int8_full():
     "8 bits with the whole range of weights: only for processors that do not saturate"
@@ -110,6 +111,7 @@ def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
     return json.dumps(asdict(spec), default=_observer_name)
 
+# %% ../nbs/03_spec.ipynb #03specd76s09
 _before_pairs = dict(portable=False, float_bias=False) # what specs from before these fields meant
 
 def _tensor_spec(d): return d and TensorSpec(**{**d, 'grid':Grid(**d['grid'])})
@@ -120,6 +122,7 @@ def _spec(d):
     rest = dict(ends=_spec(d['ends']), overrides=tuple((p,_spec(s)) for p,s in d['overrides']))
     return Spec(**{**_before_pairs, **d, **parts, **rest})
 
+# %% ../nbs/03_spec.ipynb #03specd76s19
 def spec_from_json(
     text:str # From `spec_to_json`, of this version or an older one
 )->Spec:

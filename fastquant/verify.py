@@ -7,7 +7,6 @@ Docs: https://fastquant-dev.github.io/fastquant/verify.html.md"""
 # %% ../nbs/07b_verify.ipynb #07verf000003
 from __future__ import annotations
 import onnx, torch
-import numpy as np
 from dataclasses import dataclass
 from functools import partial
 from onnxruntime import GraphOptimizationLevel
@@ -15,7 +14,6 @@ from torch import nn, Tensor
 from .affine import *
 from .trace import floats, evaluating
 from .prepare import rounding
-from .export import layer_nodes
 from .engine import *
 
 # %% auto #0
@@ -135,6 +133,14 @@ class _Given:
         if self.left and q is self.left[-1][1]: self.used.append(self.left.pop())
         return d,q
 
+# %% ../nbs/07b_verify.ipynb #07verf000062
+def _integers(site, x):
+    "The step of `site`, and the integers that `x` becomes there"
+    s = site.scale.detach()
+    return s.item(),quantize(x, s, site.zero_point.to(site.spec.grid.dtype), site.spec.grid)
+
+def _floats(site, q): return dequantize(q, site.scale.detach(), site.zero_point.to(q.dtype))
+
 # %% ../nbs/07b_verify.ipynb #07verf000018
 def replay(
     model:nn.Module, # A prepared model, converted or not
@@ -155,13 +161,7 @@ def replay(
     if given.left: raise ExportMismatch(f"The file rounds {len(given.left)} values more than its simulation. Please report the model.")
     return found,out
 
-def _integers(site, x):
-    "The step of `site`, and the integers that `x` becomes there"
-    s = site.scale.detach()
-    return s.item(),quantize(x, s, site.zero_point.to(site.spec.grid.dtype), site.spec.grid)
-
-def _floats(site, q): return dequantize(q, site.scale.detach(), site.zero_point.to(q.dtype))
-
+# %% ../nbs/07b_verify.ipynb #07verf000063
 def integers_of(
     sim:nn.Module, # From `convert`
     xb             # Inputs
@@ -207,6 +207,7 @@ def bias_steps(
     scale = lambda k: getattr(sim.get_submodule(k), 'bias_scale', torch.zeros(1)).max().item()
     return {s.source:scale(s.source)/2/s.scale.item() for s in r.all if s.source in r.layers and s not in r.doors.values()}
 
+# %% ../nbs/07b_verify.ipynb #07verf000s01
 def gate(
     rounded:nn.Module,     # The model that rounds, before `convert`
     sim:nn.Module,         # The same from `convert`
