@@ -40,7 +40,7 @@ def _fit(rows):
 
 # %% ../nbs/01b_pairs.ipynb #01bpaia70s0f
 def _across(w): return w.ndim>2 and w.shape[1]%2==1 # do pairs reach from one position of the kernel to the next?
-def _halved(w): return w.ndim==2 and 256<w.shape[1]<511 and w.shape[1]%4 in (1,2) # does a second half begin within a pair?
+def _halved(w): return 256<w[0].numel()<1536 and w[0].numel()%4 in (1,2) # may a second half begin within a pair?
 
 # %% ../nbs/01b_pairs.ipynb #01bpaia70s1f
 def fit_pairs(
@@ -48,11 +48,11 @@ def fit_pairs(
 )->Tensor: # `q`
     "Shrink neighbours that add up to more than `pair_limit`, in the orders of all kernels"
     rows = q.movedim(1, -1)
-    if _across(q):
+    if _across(q) or _halved(q):
         flat = rows.flatten(1).clone()
         _fit(flat)
+        if _halved(q): _fit(flat[:,1:])
         rows.copy_(flat.view_as(rows))
-    if _halved(q): _fit(q[:,1:])
     _fit(rows)
     return q
 
@@ -100,7 +100,8 @@ def largest_pair(
 )->Tensor: # A number for each channel
     "The largest sum of neighbours, either way, in the orders of all kernels"
     rows = w.movedim(1, -1)
-    orders = [rows, *[rows.flatten(1)]*_across(w), *[w[:,1:]]*_halved(w)]
+    flat = rows.flatten(1)
+    orders = [rows, *[flat]*_across(w), *[flat[:,1:]]*_halved(w)]
     sums = torch.cat([(a+b).flatten(1) for a,b in map(_pairs, orders)], 1)
     return sums.abs().amax(1) if sums.shape[1] else sums.new_zeros(len(w))
 
