@@ -388,19 +388,6 @@ def set_qparams(r, lo, hi, seen, weights):
     r.weight_scale.data.copy_(weights)
     r.refresh()
 
-# %% ../nbs/05_prepare.ipynb #05prepfits04
-@patch
-@torch.no_grad()
-def fit_scales(self:Rounding,
-    paths # Layers that have lost inputs
-):
-    "Find new scales for weights of 8 bits whose neighbours do not fit"
-    for k in self.paired.intersection(paths):
-        w,s,grid = self.model.get_submodule(k).weight.detach().float(),self.weight_scale[self.slices[k]],self.weights[k].grid
-        q = (w/along(s, w)).round().clamp(grid.lo, grid.hi)
-        wrong = (fit_pairs(q.clone())!=q).flatten(1).any(1)
-        self.weight_scale.data[self.slices[k]] = torch.where(wrong if len(s)>1 else wrong.any(), portable_scale(w, s, grid), s)
-
 # %% ../nbs/05_prepare.ipynb #05prepfc9cbc
 @torch.no_grad()
 def unprepare(

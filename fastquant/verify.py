@@ -189,11 +189,12 @@ def check_same(
     ours,         # Outputs on the same integers
     theirs,       # Outputs of what is compared
     more={},       # Steps besides `near_tie` that are explained, by the path of a layer
-    least:float=80 # Of outputs, in dB
+    least:float=80, # Of outputs, in dB
+    other:float=0  # Steps besides `near_tie` elsewhere
 ):
     "Raise `ExportMismatch` that names the first layer at which two models part"
     for d in found:
-        allowed = near_tie+more.get(d.source, 0)
+        allowed = near_tie+more.get(d.source, other)
         if not d.far<=allowed: raise ExportMismatch(_parted.format(what=what, of=of, layer=d.source, exclude=d.exclude, how=d, allowed=allowed))
     for a,b in zip(ours, theirs):
         if not (db:=sqnr(a, b.to(a.dtype)))>=least and not a.equal(b): raise ExportMismatch(_outputs.format(what=what, of=of, db=db, least=least))
@@ -223,7 +224,7 @@ def gate(
         if who is run: kept = outs
     own = integers_of(sim, xb)
     found,theirs = replay(rounded, own, xb)
-    check_same('converted model', 'model that rounds', found, replay(sim, own, xb)[1], theirs, bias_steps(sim), 30)
+    check_same('converted model', 'model that rounds', found, replay(sim, own, xb)[1], theirs, bias_steps(sim), 30, .5)
     return kept
 
 # %% ../nbs/07b_verify.ipynb #07verf000040

@@ -224,7 +224,6 @@ def shrink(
         if name=='weight' and mask_of(m): m.weight_mask = cut_tensor(m.weight_mask, left)
     for m in reversed(list(model.modules())): refit(m) # an attention after its layers
     if r: r.lay_out()
-    if r and r.ready: r.fit_scales([k.removesuffix('.weight') for k,left in todo.left.items() if 1 in left])
     if not sparsity(model): remove_masks(model)
     cut_opt(opt, model, recipe)
     _remember(model, recipe_of(model).then(recipe))
