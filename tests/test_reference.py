@@ -35,7 +35,7 @@ def used():
 names = dict(public())
 
 # What others are made of, documented beside them: nobody calls these from outside, and the docs show what they do as a part of the whole
-parts = '''agree along blank by_grid cap_of ChannelGroup ChannelPlan check_curve check_facts check_finite check_fit check_fits check_parts computed_no_more
+parts = '''agree blank by_grid cap_of ChannelGroup ChannelPlan check_curve check_facts check_finite check_fit check_fits check_parts computed_no_more
     create_opt cut_opt cut_shape cut_tensor distributed first_output first_scale group_pools guess Guest head_group is_attention is_weight joined keep_float
     largest LossColumn MaskingCallback MaskPlan misfit move_grids name_ends norms_of pack packed_four packed_two plot_channels put_before put_on put_rows
     reason restore_channels restore_masks restore_rounding rows_of set_constants set_integers set_qparams stay_inside StepGroup steps_to
