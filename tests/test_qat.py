@@ -633,7 +633,7 @@ def check_model(learn, spec='int8', epochs=1, lr=1e-3, within=.02, **kwargs):
     q = learn.quantize(n_batches=2)
     rounds,shipped = learn.validate(),q.validate()
     assert q.model.report.trained and q.model.report.float_layers=={}
-    assert rounds[1]-shipped[1]<=within, (rounds, shipped)
+    assert round(rounds[1]-shipped[1], 6)<=within, (rounds, shipped) # accuracies are float32: .30-.25 is .05
     return rounds[1]
 
 @pytest.mark.parametrize('act', [nn.ReLU6, lambda: nn.Hardtanh(0., 1.)], ids=['relu6','hardtanh'])
