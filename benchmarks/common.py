@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from torchvision.models import MobileNetV2
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
-from fastquant.basics import *
+from fastquant.core.basics import *
 from fastquant.prune.sparse import pack_model, unpack_model
 
 results = Path(__file__).parent/'results'

@@ -7,7 +7,7 @@ from fastquant.engine import Engine
 from fastquant.learner import *
 from fastquant.lowrank import *
 from fastquant.report import latency as in_turns, n_params
-from fastquant.trace import evaluating
+from fastquant.core.trace import evaluating
 from .common import *
 from .qat import long, longer_float, teacher
 

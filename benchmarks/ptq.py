@@ -11,7 +11,7 @@ from fastquant.export import *
 from fastquant.learner import *
 from fastquant.prepare import *
 from fastquant.report import latency as in_turns, n_bytes
-from fastquant.trace import *
+from fastquant.core.trace import *
 from .common import *
 
 sections = Registry('section')

@@ -16,7 +16,7 @@ from fastquant.prune.recipe import *
 from fastquant.prune.select import *
 from fastquant.prune.shrink import *
 from fastquant.report import latency as in_turns, n_macs, n_params
-from fastquant.trace import evaluating, tensors
+from fastquant.core.trace import evaluating, tensors
 from .common import *
 from .qat import long, longer_float, teacher
 

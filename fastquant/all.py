@@ -1,11 +1,11 @@
 "Everything at once, as fastai's own `all` modules do: `from fastquant.all import *`"
-from .basics import *
+from .core.basics import *
 from .affine import *
 from .lsq import *
 from .pairs import *
 from .observe import *
 from .spec import *
-from .trace import *
+from .core.trace import *
 from .prepare import *
 from .train import *
 from .convert import *

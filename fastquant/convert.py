@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
-from .basics import *
+from .core.basics import *
 from .affine import *
 from .pairs import *
 from .spec import *
-from .trace import *
+from .core.trace import *
 from .prepare import *
 
 # %% auto #0

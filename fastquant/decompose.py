@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastai.basics import *
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
-from .basics import *
+from .core.basics import *
 from .prepare import rounding, check_finite
 from .engine import Engine
 from .lowrank import *

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
-from .basics import *
-from .trace import *
+from .core.basics import *
+from .core.trace import *
 
 # %% auto #0
 __all__ = ['distill_losses', 'agree', 'wants', 'find_loss', 'distill_loss', 'aligned', 'projection', 'modules_at', 'Match',

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from torch import nn, Tensor
 from . import __version__
-from .basics import *
+from .core.basics import *
 from .pairs import *
 from .export import *
 from .export import put_before

@@ -11,9 +11,9 @@ from warnings import warn
 from dataclasses import asdict
 from fastai.basics import *
 from fastai.layers import ToTensorBase
-from .basics import *
+from .core.basics import *
 from .spec import *
-from .trace import *
+from .core.trace import *
 from .prepare import *
 from .convert import *
 from .export import *

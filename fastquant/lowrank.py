@@ -11,8 +11,8 @@ from collections import Counter
 from copy import deepcopy
 from torch import nn, Tensor
 from fastcore.basics import *
-from .basics import *
-from .trace import *
+from .core.basics import *
+from .core.trace import *
 from .distill import catching
 
 # %% auto #0

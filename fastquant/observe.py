@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/observe.html.md"""
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
-from .basics import *
+from .core.basics import *
 from .affine import *
 
 # %% auto #0

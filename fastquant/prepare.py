@@ -11,13 +11,13 @@ import torch.distributed as dist
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
-from .basics import *
+from .core.basics import *
 from .affine import *
 from .lsq import *
 from .pairs import *
 from .observe import *
 from .spec import *
-from .trace import *
+from .core.trace import *
 
 # %% auto #0
 __all__ = ['Site', 'distributed', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of',

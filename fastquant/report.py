@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch import nn, Tensor
 from .affine import fake_quant
-from .trace import evaluating
+from .core.trace import evaluating
 from .prepare import *
 from .export import *
 from .engine import *

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from fastcore.all import *
-from .basics import *
+from .core.basics import *
 from .affine import *
 from .observe import *
 

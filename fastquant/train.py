@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from .affine import *
 from .lsq import *
 from .pairs import *
-from .trace import evaluating
+from .core.trace import evaluating
 from .prepare import *
 
 # %% auto #0

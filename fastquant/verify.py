@@ -12,7 +12,7 @@ from functools import partial
 from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
 from .affine import *
-from .trace import floats, evaluating
+from .core.trace import floats, evaluating
 from .prepare import rounding
 from .engine import *
 

@@ -109,7 +109,7 @@ def globs(contents):
     return [c['auto'] if isinstance(c, dict) else c for c in contents]
 
 def place(nm, sections):
-    "Where the notebook called `nm` goes: the numbers of its group and of the pattern in it, as `_quarto.yml` has them"
+    "Where the notebook at `nm` goes: the numbers of its group and of the pattern in it, as `_quarto.yml` has them"
     for i,s in enumerate(sections):
         for j,p in enumerate(globs(s['contents'])):
             if fnmatch(nm, p): return i,j
@@ -126,11 +126,16 @@ def turn(pages, here, root):
     link = lambda j,rel: f'<a rel="{rel}" href="{root}{pages[j][0]}"><small>{pages[j][2]}</small>{html.escape(pages[j][1])}</a>' if 0<=j<len(pages) else '<span></span>'
     return link(i-1, 'prev')+link(i+1, 'next')
 
+def to_page(here, link, page_of):
+    "Where the `link` that the notebook `here` has to another, as in Jupyter, leads on the site"
+    to = Path(os.path.normpath(here.parent/link)).as_posix()
+    return os.path.relpath(page_of[to], here.parent) if to in page_of else link
+
 def render(nm, meta, md, fn, menu, cfg):
     "The page `nm`, as HTML"
     root = '../'*nm.count('/')
     head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url,
-        notebook=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{fn.name}')
+        notebook=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{fn.as_posix()}')
     head['description-meta'] = head['description'].replace('`', '')
     out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
         '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}',
@@ -149,15 +154,15 @@ def build():
             (site/f.relative_to(proc)).parent.mkdir(exist_ok=True, parents=True)
             shutil.copy(f, site/f.relative_to(proc))
     srcs = []
-    for fn in sorted(proc.rglob('*.ipynb'), key=lambda p: (place(p.name, sections), p)):
-        rel = fn.relative_to(proc).parent
-        meta,md = page(fn, site/rel)
-        srcs.append(((rel/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
-    files = {fn.name: Path(nm).name for nm,_,_,fn in srcs} # links may name a notebook, as they do in Jupyter
-    menu = [(n, m['title'].replace('`', ''), sections[place(fn.name, sections)[0]]['section']) for n,m,_,fn in srcs]
+    found = (f.relative_to(proc) for f in proc.rglob('*.ipynb'))
+    for fn in sorted(found, key=lambda f: (place(f.as_posix(), sections), f)):
+        meta,md = page(proc/fn, site/fn.parent)
+        srcs.append(((fn.parent/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
+    page_of = {fn.as_posix():nm for nm,_,_,fn in srcs}
+    menu = [(n, m['title'].replace('`', ''), sections[place(fn.as_posix(), sections)[0]]['section']) for n,m,_,fn in srcs]
     with ThreadPoolExecutor(os.cpu_count()) as pool: outs = list(pool.map(lambda s: render(*s, menu, cfg), srcs))
-    for (nm,*_),out in zip(srcs, outs):
-        out = re.sub(r'(?<=href=")([^":]*?)([^"/:#]+\.ipynb)', lambda m: m[1]+files.get(m[2], m[2]), out)
+    for (nm,_,_,fn),out in zip(srcs, outs):
+        out = re.sub(r'(?<=href=")[^":#]+\.ipynb', lambda m: to_page(fn, m[0], page_of), out)
         (site/nm).parent.mkdir(exist_ok=True, parents=True)
         (site/nm).write_text(out.replace(f'href="{url}/', f'href="{"../"*nm.count("/")}') if url else out, encoding='utf-8')
     pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}

@@ -4,7 +4,7 @@ from pathlib import Path
 from fastai.basics import Learner
 from fastai.learner import Recorder
 import fastquant, fastquant.all, pytest
-from fastquant.basics import Registry
+from fastquant.core.basics import Registry
 
 root = Path(__file__).parent.parent
 modules = [m.name for m in pkgutil.walk_packages(fastquant.__path__, 'fastquant.') if not m.name.endswith(('all','_modidx')) and not m.ispkg]
@@ -23,7 +23,7 @@ def public():
 def used():
     "Names that cells of the docs use, other than those that define the package"
     found = set()
-    for f in root.glob('nbs/*.ipynb'):
+    for f in root.glob('nbs/**/[!_.]*.ipynb'):
         for c in json.loads(f.read_text(encoding='utf-8'))['cells']:
             src = ''.join(c['source'])
             if c['cell_type']!='code' or re.search(r'^#\|\s*(export|hide)', src, re.M): continue

@@ -23,7 +23,7 @@ directive = re.compile(r'^\s*(?:#\|\s*\w|:{3,}|`{3,}|\{=html\})', re.M)
 @pytest.fixture(scope='module')
 def site():
     "The folder with the built docs: built now, unless they are newer than all that they are made of"
-    made,of = root/'_docs'/'index.html',[*root.glob('nbs/*.ipynb'),*root.glob('nbs/*.yml'),*root.glob('scripts/**/*.*'),*root.glob('benchmarks/results/*')]
+    made,of = root/'_docs'/'index.html',[*root.glob('nbs/**/[!_.]*.ipynb'),*root.glob('nbs/*.yml'),*root.glob('scripts/**/*.*'),*root.glob('benchmarks/results/*')]
     if not made.exists() or made.stat().st_mtime<max(f.stat().st_mtime for f in of):
         r = subprocess.run([sys.executable, 'scripts/docs.py'], cwd=root, capture_output=True, text=True)
         assert r.returncode==0, r.stdout+r.stderr
@@ -102,7 +102,7 @@ def test_checks_find_what_is_wrong(browser, tmp_path):
     with served(tmp_path) as u: p = visit(browser, u, 'bad.html')
     assert all(check(p) for check in checks.values())
 
-def test_every_notebook_has_a_page(pages): assert len(pages)==len(list(root.glob('nbs/*.ipynb')))
+def test_every_notebook_has_a_page(pages): assert len(pages)==len(list(root.glob('nbs/**/[!_.]*.ipynb')))
 def test_formulas(pages):
     assert len(pages['affine.html']['formulas'])>10
     assert not each(pages, lambda p: [w for w in p['formulas'] if not w])

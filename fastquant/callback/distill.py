@@ -10,8 +10,8 @@ import math
 from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
-from ..basics import *
-from ..trace import evaluating, floats
+from ..core.basics import *
+from ..core.trace import evaluating, floats
 from ..distill import *
 from ..distill import _shape
 from ..data import *

@@ -9,7 +9,7 @@ from __future__ import annotations
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from warnings import warn
-from ..basics import *
+from ..core.basics import *
 from ..spec import *
 from ..prepare import *
 from ..train import *

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect, torch
 from torch import nn, Tensor
 from torch.func import functional_call
-from ..basics import *
-from ..trace import evaluating
+from ..core.basics import *
+from ..core.trace import evaluating
 
 # %% auto #0
 __all__ = ['criteria', 'statistics', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']

@@ -10,8 +10,8 @@ import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.all import listify
-from ..basics import *
-from ..trace import *
+from ..core.basics import *
+from ..core.trace import *
 
 # %% auto #0
 __all__ = ['structures', 'prunable', 'NM', 'Channel', 'find_structure', 'outputs_first', 'cut', 'join', 'last_layers', 'groups',

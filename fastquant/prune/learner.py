@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.schedule import *
-from ..basics import *
+from ..core.basics import *
 from ..engine import Engine
 from ..data import *
 from ..learner import describe, restorers, _measure, _trainable, _twin

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch, partial
 from fastcore.all import patch
 from torch import nn, Tensor
-from ..basics import *
+from ..core.basics import *
 from ..prepare import rounding
 from .groups import prunable
 from .mask import *

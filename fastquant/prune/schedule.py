@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune.schedule.html.md"""
 from __future__ import annotations
 import math, matplotlib.pyplot as plt
 from dataclasses import dataclass
-from ..basics import *
+from ..core.basics import *
 
 # %% auto #0
 __all__ = ['schedules', 'Steps', 'Schedule', 'plot_schedules']

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
-from ..basics import *
+from ..core.basics import *
 from .criteria import *
 from .groups import *
 

@@ -11,8 +11,8 @@ from fastcore.all import listify
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from torch import nn, Tensor
-from ..basics import *
-from ..trace import *
+from ..core.basics import *
+from ..core.trace import *
 from ..prepare import rounding, unprepare
 from .criteria import *
 from .groups import *

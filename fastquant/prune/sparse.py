@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn, Tensor
 from .. import __version__
-from ..basics import *
+from ..core.basics import *
 from ..engine import Engine
 from .mask import *
 from .recipe import *
