@@ -2,7 +2,7 @@
 from __future__ import annotations
 import re, tempfile
 from torchvision.models import resnet18
-from fastquant.affine import *
+from fastquant.quant.grid import *
 from fastquant.callback.distill import *
 from fastquant.callback.prune import *
 from fastquant.engine import *
@@ -13,7 +13,7 @@ from fastquant.prune.learner import *
 from fastquant.prune.mask import *
 from fastquant.prune.sparse import *
 from fastquant.report import latency as in_turns
-from fastquant.spec import *
+from fastquant.quant.spec import *
 from .common import *
 from .qat import long, longer_float, teacher
 

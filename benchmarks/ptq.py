@@ -4,12 +4,12 @@ import onnx, tempfile
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision import models
-from fastquant.convert import *
+from fastquant.quant.convert import *
 from fastquant.data import *
 from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
-from fastquant.prepare import *
+from fastquant.quant.prepare import *
 from fastquant.report import latency as in_turns, n_bytes
 from fastquant.core.trace import *
 from .common import *

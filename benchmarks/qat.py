@@ -7,9 +7,9 @@ from fastquant.callback.distill import *
 from fastquant.callback.quant import *
 from fastquant.export import quiet
 from fastquant.learner import *
-from fastquant.prepare import *
+from fastquant.quant.prepare import *
 from fastquant.report import latency as in_turns, n_bytes
-from fastquant.train import *
+from fastquant.quant.train import *
 from .common import *
 
 sections = Registry('section')

@@ -12,7 +12,7 @@ from fastai.basics import *
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from .core.basics import *
-from .prepare import rounding, check_finite
+from .quant.prepare import rounding, check_finite
 from .engine import Engine
 from .lowrank import *
 from .data import *

@@ -17,7 +17,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, I
 from torch import nn, Tensor
 from . import __version__
 from .core.basics import *
-from .pairs import *
+from .quant.pairs import *
 from .export import *
 from .export import put_before
 

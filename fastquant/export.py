@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from onnxscript import opset20 as op
 from torch import nn, Tensor
-from .affine import *
-from .convert import room
-from .prepare import rounding
+from .quant.grid import *
+from .quant.convert import room
+from .quant.prepare import rounding
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',

@@ -11,9 +11,9 @@ from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torch import nn, Tensor
-from .affine import fake_quant
+from .quant.grid import fake_quant
 from .core.trace import evaluating
-from .prepare import *
+from .quant.prepare import *
 from .export import *
 from .engine import *
 from .verify import *

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
-from .affine import *
+from .quant.grid import *
 from .core.trace import floats, evaluating
-from .prepare import rounding
+from .quant.prepare import rounding
 from .engine import *
 
 # %% auto #0

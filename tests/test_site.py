@@ -104,7 +104,7 @@ def test_checks_find_what_is_wrong(browser, tmp_path):
 
 def test_every_notebook_has_a_page(pages): assert len(pages)==len(list(root.glob('nbs/**/[!_.]*.ipynb')))
 def test_formulas(pages):
-    assert len(pages['affine.html']['formulas'])>10
+    assert len(pages['quant/grid.html']['formulas'])>10
     assert not each(pages, lambda p: [w for w in p['formulas'] if not w])
 
 def test_every_link_leads_somewhere(pages, url):
@@ -135,7 +135,7 @@ def luminance(rgb): return sum(map(int, re.findall(r'\d+', rgb)[:3]))/3/255
 def in_view(b, id): return b.execute_script('const r = document.getElementById(arguments[0]).getBoundingClientRect(); return r.top>=0 && r.bottom<=innerHeight', id)
 
 def test_search_jumps_to_a_name(browser, url):
-    open_page(browser, url, 'affine.html')
+    open_page(browser, url, 'quant/grid.html')
     one(browser, 'body').send_keys('/')
     q = browser.switch_to.active_element
     q.send_keys('QuantAwareCallback')
@@ -175,12 +175,12 @@ def test_navigation(browser, url, pages):
 
 def test_navigation_on_a_phone(browser, url):
     open_page(browser, url, 'index.html', 390)
-    link = one(browser, 'nav a[href="affine.html"]')
+    link = one(browser, 'nav a[href="quant/grid.html"]')
     assert not link.is_displayed()
     one(browser, '#menu').click()
     assert link.is_displayed()
     link.click()
-    assert browser.current_url==url+'affine.html' and not one(browser, 'nav').is_displayed() and one(browser, 'main h1').is_displayed()
+    assert browser.current_url==url+'quant/grid.html' and not one(browser, 'nav').is_displayed() and one(browser, 'main h1').is_displayed()
 
 def test_light_and_dark(browser, url):
     for name,dark in (('light',False), ('dark',True)):
@@ -189,7 +189,7 @@ def test_light_and_dark(browser, url):
         assert (luminance(background(browser))<.2)==dark
     one(browser, '#theme').click()
     assert luminance(background(browser))>.8
-    browser.get(url+'affine.html')
+    browser.get(url+'quant/grid.html')
     assert luminance(background(browser))>.8, 'a choice lasts from page to page'
     one(browser, '#theme').click()
     assert luminance(background(browser))<.2

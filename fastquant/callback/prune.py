@@ -7,7 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback.prune.html.md"""
 # %% ../../nbs/21_callback.prune.ipynb #21call921230
 from __future__ import annotations
 from fastai.basics import *
-from ..prepare import rounding
+from ..quant.prepare import rounding
 from ..data import _add_column
 from ..prune.criteria import *
 from ..prune.groups import *

@@ -10,9 +10,9 @@ from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from warnings import warn
 from ..core.basics import *
-from ..spec import *
-from ..prepare import *
-from ..train import *
+from ..quant.spec import *
+from ..quant.prepare import *
+from ..quant.train import *
 from ..engine import Engine
 from ..data import *
 from ..optimizer import *

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 from fastcore.all import patch
 from .basics import *
-from ..spec import *
+from ..quant.spec import *
 
 # %% auto #0
 __all__ = ['kinds', 'weighted', 'tensors', 'floats', 'op_name', 'Where', 'kind_of', 'Op', 'Tracer', 'Trace', 'evaluating',

@@ -12,7 +12,7 @@ from functools import singledispatch, partial
 from fastcore.all import patch
 from torch import nn, Tensor
 from ..core.basics import *
-from ..prepare import rounding
+from ..quant.prepare import rounding
 from .groups import prunable
 from .mask import *
 

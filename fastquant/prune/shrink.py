@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn, Tensor
 from ..core.basics import *
 from ..core.trace import *
-from ..prepare import rounding, unprepare
+from ..quant.prepare import rounding, unprepare
 from .criteria import *
 from .groups import *
 from .mask import *
