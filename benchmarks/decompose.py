@@ -5,7 +5,7 @@ from torchvision.models import resnet18
 from fastquant.decompose import *
 from fastquant.engine import Engine
 from fastquant.learner import *
-from fastquant.lowrank import *
+from fastquant.lowrank.factors import *
 from fastquant.report import latency as in_turns, n_params
 from fastquant.core.trace import evaluating
 from .common import *

@@ -23,7 +23,7 @@ from .prune.sparse import *
 from .prune.regrow import *
 from .prune.shrink import *
 from .distill import *
-from .lowrank import *
+from .lowrank.factors import *
 from .data import *
 from .optimizer import *
 from .callback.quant import *

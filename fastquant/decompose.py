@@ -14,7 +14,7 @@ from safetensors.torch import save
 from .core.basics import *
 from .quant.prepare import rounding, check_finite
 from .engine import Engine
-from .lowrank import *
+from .lowrank.factors import *
 from .data import *
 from .learner import copy_model, describe, restorers, _measure, _trainable
 from .prune.mask import masked
