@@ -22,7 +22,7 @@ from .prune.recipe import *
 from .prune.sparse import *
 from .prune.regrow import *
 from .prune.shrink import *
-from .distill import *
+from .distill.losses import *
 from .lowrank.factors import *
 from .data import *
 from .optimizer import *

@@ -12,8 +12,8 @@ from copy import deepcopy
 from fastai.basics import *
 from ..core.basics import *
 from ..core.trace import evaluating, floats
-from ..distill import *
-from ..distill import _shape
+from ..distill.losses import *
+from ..distill.losses import _shape
 from ..data import *
 from ..data import _add_column
 from ..optimizer import *

@@ -13,7 +13,7 @@ from torch import nn, Tensor
 from fastcore.basics import *
 from ..core.basics import *
 from ..core.trace import *
-from ..distill import catching
+from ..distill.losses import catching
 
 # %% auto #0
 __all__ = ['factorisations', 'default_kinds', 'LowRank', 'digits_of', 'TTLinear', 'TTEmbedding', 'skeleton', 'factorise',
