@@ -8,7 +8,7 @@ from fastquant.callback.prune import *
 from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
-from fastquant.prune.groups import *
+from fastquant.prune.structures import *
 from fastquant.prune.learner import *
 from fastquant.prune.mask import *
 from fastquant.prune.sparse import *

@@ -9,12 +9,12 @@ from fastquant.callback.prune import *
 from fastquant.engine import *
 from fastquant.export import *
 from fastquant.learner import *
-from fastquant.prune.groups import *
+from fastquant.prune.structures import *
 from fastquant.prune.learner import *
 from fastquant.prune.mask import *
-from fastquant.prune.recipe import *
-from fastquant.prune.select import *
 from fastquant.prune.shrink import *
+from fastquant.prune.select import *
+from fastquant.prune.channels import *
 from fastquant.report import latency as in_turns, n_macs, n_params
 from fastquant.core.trace import evaluating, tensors
 from .common import *

@@ -14,14 +14,14 @@ from .engine import *
 from .verify import *
 from .report import *
 from .prune.criteria import *
-from .prune.groups import *
+from .prune.structures import *
 from .prune.select import *
 from .prune.schedule import *
 from .prune.mask import *
-from .prune.recipe import *
+from .prune.channels import *
 from .prune.sparse import *
 from .prune.regrow import *
-from .prune.shrink import *
+from .prune.channels import *
 from .distill.losses import *
 from .lowrank.factors import *
 from .data import *

@@ -24,8 +24,8 @@ from .data import *
 from .optimizer import *
 from .quant.train import *
 from .callback.quant import *
-from .prune.recipe import *
-from .prune.shrink import clean_copy
+from .prune.shrink import *
+from .prune.channels import clean_copy
 
 # %% auto #0
 __all__ = ['restorers', 'copy_model', 'describe', 'restore_channels', 'restore_rounding']

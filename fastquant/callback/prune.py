@@ -10,12 +10,12 @@ from fastai.basics import *
 from ..quant.prepare import rounding
 from ..data import _add_column
 from ..prune.criteria import *
-from ..prune.groups import *
+from ..prune.structures import *
 from ..prune.mask import *
 from ..prune.regrow import *
 from ..prune.schedule import *
 from ..prune.select import *
-from ..prune.shrink import *
+from ..prune.channels import *
 
 # %% auto #0
 __all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback',

@@ -16,12 +16,12 @@ from ..data import *
 from ..learner import describe, restorers, _measure, _trainable, _twin
 from ..callback.prune import *
 from .criteria import *
-from .groups import *
+from .structures import *
 from .mask import *
 from .select import *
 from .sparse import *
+from .channels import *
 from .shrink import *
-from .recipe import *
 
 # %% auto #0
 __all__ = ['restore_masks', 'plot_report', 'plot_channels', 'Sensitivity']

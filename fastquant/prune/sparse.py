@@ -14,7 +14,7 @@ from .. import __version__
 from ..core.basics import *
 from ..engine import Engine
 from .mask import *
-from .recipe import *
+from .shrink import *
 
 # %% auto #0
 __all__ = ['deltas', 'positions', 'deflate', 'inflate', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
