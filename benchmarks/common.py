@@ -15,7 +15,7 @@ from torchvision.models import MobileNetV2
 from fastai.vision.all import *
 from fastprogress.fastprogress import progress_bar
 from fastquant.core.basics import *
-from fastquant.prune.sparse import pack_model, unpack_model
+from fastquant.export.sparse import pack_model, unpack_model
 
 results = Path(__file__).parent/'results'
 

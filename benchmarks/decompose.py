@@ -2,11 +2,11 @@
 from __future__ import annotations
 import tempfile
 from torchvision.models import resnet18
-from fastquant.decompose import *
-from fastquant.engine import Engine
-from fastquant.learner import *
+from fastquant.learner.lowrank import *
+from fastquant.export.engine import Engine
+from fastquant.learner.quant import *
 from fastquant.lowrank.factors import *
-from fastquant.report import latency as in_turns, n_params
+from fastquant.export.report import latency as in_turns, n_params
 from fastquant.core.trace import evaluating
 from .common import *
 from .qat import long, longer_float, teacher

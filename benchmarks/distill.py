@@ -3,8 +3,8 @@ from __future__ import annotations
 from torchvision.models import resnet18
 from fastquant.callback.distill import *
 from fastquant.distill.losses import *
-from fastquant.learner import *
-from fastquant.report import latency as in_turns
+from fastquant.learner.quant import *
+from fastquant.export.report import latency as in_turns
 from .common import *
 from .qat import teacher, two_bits
 

@@ -4,12 +4,12 @@ import importlib, matplotlib, onnx, shutil, sklearn, subprocess, tempfile
 from time import perf_counter
 from torchvision import models
 from fastquant.quant.convert import convert
-from fastquant.data import inputs
-from fastquant.engine import Engine, int8_weights, unsigned
-from fastquant.export import to_onnx
-from fastquant.learner import copy_model
+from fastquant.callback.data import inputs
+from fastquant.export.engine import Engine, int8_weights, unsigned
+from fastquant.export.onnx import to_onnx
+from fastquant.learner.quant import copy_model
 from fastquant.quant.prepare import prepare, set_ranges, watch
-from fastquant.verify import ExportMismatch, file_integers, first_output, gate as go_through, replay, run_as_written, run_file, sqnr, ties
+from fastquant.export.verify import ExportMismatch, file_integers, first_output, gate as go_through, replay, run_as_written, run_file, sqnr, ties
 from .common import *
 from .ptq import calibration_set, float_file, openvino_run, ort_file, ort_run, percent, simulation, timed
 

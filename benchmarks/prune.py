@@ -5,14 +5,14 @@ from torchvision.models import resnet18
 from fastquant.quant.grid import *
 from fastquant.callback.distill import *
 from fastquant.callback.prune import *
-from fastquant.engine import *
-from fastquant.export import *
-from fastquant.learner import *
+from fastquant.export.engine import *
+from fastquant.export.onnx import *
+from fastquant.learner.quant import *
 from fastquant.prune.structures import *
-from fastquant.prune.learner import *
+from fastquant.learner.prune import *
 from fastquant.prune.mask import *
-from fastquant.prune.sparse import *
-from fastquant.report import latency as in_turns
+from fastquant.export.sparse import *
+from fastquant.export.report import latency as in_turns
 from fastquant.quant.spec import *
 from .common import *
 from .qat import long, longer_float, teacher

@@ -5,12 +5,12 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision import models
 from fastquant.quant.convert import *
-from fastquant.data import *
-from fastquant.engine import *
-from fastquant.export import *
-from fastquant.learner import *
+from fastquant.callback.data import *
+from fastquant.export.engine import *
+from fastquant.export.onnx import *
+from fastquant.learner.quant import *
 from fastquant.quant.prepare import *
-from fastquant.report import latency as in_turns, n_bytes
+from fastquant.export.report import latency as in_turns, n_bytes
 from fastquant.core.trace import *
 from .common import *
 

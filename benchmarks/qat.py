@@ -5,10 +5,10 @@ from functools import partial
 from torchvision import models
 from fastquant.callback.distill import *
 from fastquant.callback.quant import *
-from fastquant.export import quiet
-from fastquant.learner import *
+from fastquant.export.onnx import quiet
+from fastquant.learner.quant import *
 from fastquant.quant.prepare import *
-from fastquant.report import latency as in_turns, n_bytes
+from fastquant.export.report import latency as in_turns, n_bytes
 from fastquant.quant.train import *
 from .common import *
 

@@ -6,16 +6,16 @@ from concurrent.futures.process import BrokenProcessPool
 from time import perf_counter
 from torchvision.models import list_models, resnet18
 from fastquant.callback.prune import *
-from fastquant.engine import *
-from fastquant.export import *
-from fastquant.learner import *
+from fastquant.export.engine import *
+from fastquant.export.onnx import *
+from fastquant.learner.quant import *
 from fastquant.prune.structures import *
-from fastquant.prune.learner import *
+from fastquant.learner.prune import *
 from fastquant.prune.mask import *
 from fastquant.prune.shrink import *
 from fastquant.prune.select import *
 from fastquant.prune.channels import *
-from fastquant.report import latency as in_turns, n_macs, n_params
+from fastquant.export.report import latency as in_turns, n_macs, n_params
 from fastquant.core.trace import evaluating, tensors
 from .common import *
 from .qat import long, longer_float, teacher
@@ -82,7 +82,7 @@ def one_model(name):
 def apart(f, *args):
     "What `f` returns in a process of its own, whose memory is free after that"
     processes = multiprocessing.get_context('forkserver')
-    processes.set_forkserver_preload(['benchmarks.common','fastquant.prune.learner'])
+    processes.set_forkserver_preload(['benchmarks.common','fastquant.learner.prune'])
     with ProcessPoolExecutor(1, mp_context=processes) as pool: return pool.submit(f, *args).result()
 
 @sections

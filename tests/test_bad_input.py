@@ -3,7 +3,7 @@ import onnx, pytest, torch
 from pathlib import Path
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
 from torch import nn
-import fastquant.learner
+import fastquant.learner.quant
 from fastquant.all import *
 
 def net(): return nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
@@ -88,7 +88,7 @@ def test_mismatch_is_not_returned(learn, monkeypatch):
         for scale in [i for i in proto.graph.initializer if i.name=='0.weight_scale']:
             scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale)*3, scale.name))
         return proto
-    monkeypatch.setattr(fastquant.learner, 'to_onnx', wrong)
+    monkeypatch.setattr(fastquant.learner.quant, 'to_onnx', wrong)
     before = snapshot(learn)
     with pytest.raises(ExportMismatch, match="(?s)exported file and its simulation part at '0'.*Leave it in float with exclude='0'"): learn.quantize(fname='model.onnx')
     assert same(before, snapshot(learn))

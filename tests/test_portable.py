@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
-from fastquant import engine
+from fastquant.export import engine
 from fastquant.all import *
 from integers import attributes, evaluate, integer_layers, makers, values
 from test_integers import Case, File, Net, conv, plain
@@ -456,7 +456,7 @@ def test_small_net_on_a_processor_that_saturates(spec, tmp_path):
     assert db<45 if spec=='int8_full' else db>60, db
 
 whole_library = """import json, sys, numpy as np, torch, warnings
-from fastquant.engine import Engine, saturates, session
+from fastquant.export.engine import Engine, saturates, session
 data,x = open(sys.argv[1], 'rb').read(),np.load(sys.argv[2])
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')

@@ -142,7 +142,7 @@ def test_search_jumps_to_a_name(browser, url):
     first = one(browser, '#hits li')
     assert first.is_displayed() and first.text.startswith('QuantAwareCallback')
     q.send_keys(Keys.ENTER)
-    assert browser.current_url==url+'callback.quant.html#quantawarecallback' and in_view(browser, 'quantawarecallback')
+    assert browser.current_url==url+'callback/quant.html#quantawarecallback' and in_view(browser, 'quantawarecallback')
     assert not one(browser, '#hits').is_displayed()
 
 def test_search_with_keys_and_without_hits(browser, url):
@@ -164,12 +164,12 @@ def test_navigation(browser, url, pages):
     titles = [b.text for b in browser.find_elements(By.CSS_SELECTOR, 'nav b')]
     assert titles==['Start','Lessons','How-to','Reference','Benchmarks']
     assert len(browser.find_elements(By.CSS_SELECTOR, 'nav li a'))==len(pages)
-    one(browser, 'nav a[href="learner.html"]').click()
-    assert browser.current_url==url+'learner.html' and one(browser, 'nav a[aria-current]').get_attribute('href')==url+'learner.html'
+    one(browser, 'nav a[href="learner/quant.html"]').click()
+    assert browser.current_url==url+'learner/quant.html' and one(browser, 'nav a[aria-current]').get_attribute('href')==url+'learner/quant.html'
     one(browser, '.turn [rel=next]').click()
-    assert browser.current_url!=url+'learner.html'
+    assert browser.current_url!=url+'learner/quant.html'
     one(browser, '.turn [rel=prev]').click()
-    assert browser.current_url==url+'learner.html'
+    assert browser.current_url==url+'learner/quant.html'
     one(browser, 'aside li a[href="#the-file"]').click()
     assert in_view(browser, 'the-file')
 

@@ -170,12 +170,12 @@ def test_displays():
 
 def test_progress(monkeypatch):
     "Whatever takes longer than a moment shows a bar, unless the Learner shows none"
-    import fastquant.data
+    import fastquant.callback.data
     shown = []
     def spy(items, **kwargs):
         shown.append(items)
         return items
-    monkeypatch.setattr(fastquant.data, 'progress_bar', spy)
+    monkeypatch.setattr(fastquant.callback.data, 'progress_bar', spy)
     learn = tiny()
     for f in (lambda: learn.quantize(n_batches=1), lambda: learn.layer_errors(show_plot=False), lambda: learn.prune_sensitivity((.5,), show_plot=False)):
         f()
@@ -187,7 +187,7 @@ def test_progress(monkeypatch):
 def test_says_if_int8_is_not_faster(vision, monkeypatch, recwarn, int8, in_float, says):
     "What it takes in float in the same engine decides; where a call takes longer than the net, nothing is said, nor if nobody asks"
     ms = pd.DataFrame(dict(median=[int8,in_float], spread=[.001,.001]), index=['int8','float'])
-    monkeypatch.setattr('fastquant.learner.against_float', lambda *args, **kwargs: ms)
+    monkeypatch.setattr('fastquant.learner.quant.against_float', lambda *args, **kwargs: ms)
     with vision.no_bar():
         for timed in True,False: vision.quantize(n_batches=1, timed=timed)
     assert ['not faster than float in the same engine: 1.25 ms' in str(w.message) for w in recwarn]==[True]*says

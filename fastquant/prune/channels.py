@@ -485,7 +485,7 @@ def remove_masked(
     take_out(model, groups, [x[:2].detach().as_subclass(Tensor) for x in xb])
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun0593bf
-from fastquant import report
+from fastquant.export import report
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun82d7c5
 targets = Registry('target')
