@@ -6,8 +6,8 @@ from fastquant.learner.lowrank import *
 from fastquant.export.engine import Engine
 from fastquant.learner.quant import *
 from fastquant.lowrank.factors import *
-from fastquant.export.report import latency as in_turns, n_params
-from fastquant.core.trace import evaluating
+from fastquant.core.measure import latency as in_turns, n_params
+from fastquant.core.model import evaluating
 from .common import *
 from .qat import long, longer_float, teacher
 

@@ -4,7 +4,7 @@ from torchvision.models import resnet18
 from fastquant.callback.distill import *
 from fastquant.distill.losses import *
 from fastquant.learner.quant import *
-from fastquant.export.report import latency as in_turns
+from fastquant.core.measure import latency as in_turns
 from .common import *
 from .qat import teacher, two_bits
 

@@ -7,7 +7,7 @@ from fastquant.quant.convert import convert
 from fastquant.callback.data import inputs
 from fastquant.export.engine import Engine, int8_weights, unsigned
 from fastquant.export.onnx import to_onnx
-from fastquant.learner.quant import copy_model
+from fastquant.core.model import copy_model
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.export.verify import ExportMismatch, file_integers, first_output, gate as go_through, replay, run_as_written, run_file, sqnr, ties
 from .common import *

@@ -12,7 +12,7 @@ from fastquant.prune.structures import *
 from fastquant.learner.prune import *
 from fastquant.prune.mask import *
 from fastquant.export.sparse import *
-from fastquant.export.report import latency as in_turns
+from fastquant.core.measure import latency as in_turns
 from fastquant.quant.spec import *
 from .common import *
 from .qat import long, longer_float, teacher

@@ -10,7 +10,7 @@ from fastquant.export.engine import *
 from fastquant.export.onnx import *
 from fastquant.learner.quant import *
 from fastquant.quant.prepare import *
-from fastquant.export.report import latency as in_turns, n_bytes
+from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.core.trace import *
 from .common import *
 

@@ -8,7 +8,7 @@ from fastquant.callback.quant import *
 from fastquant.export.onnx import quiet
 from fastquant.learner.quant import *
 from fastquant.quant.prepare import *
-from fastquant.export.report import latency as in_turns, n_bytes
+from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.quant.train import *
 from .common import *
 

@@ -15,8 +15,8 @@ from fastquant.prune.mask import *
 from fastquant.prune.shrink import *
 from fastquant.prune.select import *
 from fastquant.prune.channels import *
-from fastquant.export.report import latency as in_turns, n_macs, n_params
-from fastquant.core.trace import evaluating, tensors
+from fastquant.core.measure import latency as in_turns, n_macs, n_params
+from fastquant.core.model import evaluating, tensors
 from .common import *
 from .qat import long, longer_float, teacher
 

@@ -10,14 +10,14 @@ import math
 from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
-from ..core.basics import *
-from ..core.trace import evaluating, floats
-from ..distill.losses import *
+from ..core.model import evaluating, floats
 from ..distill.losses import _shape
-from .data import *
 from .data import _add_column
+from ..core.model import copy_model
+from ..core.model import *
+from ..distill.losses import *
+from .data import *
 from .optimizer import *
-from ..learner.quant import copy_model
 
 # %% auto #0
 __all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'check_term', 'DistillCallback', 'PastSelfCallback',

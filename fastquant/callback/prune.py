@@ -10,11 +10,10 @@ from fastai.basics import *
 from ..quant.prepare import rounding
 from .data import _add_column
 from ..prune.criteria import *
-from ..prune.structures import *
+from ..prune.select import *
+from ..prune.schedule import *
 from ..prune.mask import *
 from ..prune.regrow import *
-from ..prune.schedule import *
-from ..prune.select import *
 from ..prune.channels import *
 
 # %% auto #0

@@ -1,4 +1,4 @@
-"""Which tensor operations a model runs, and from that: where activations are rounded, and which batchnorms fold into which layers
+"""Which tensor operations a model runs, and what connects them
 
 Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 
@@ -6,9 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 
 # %% ../../nbs/core/02_trace.ipynb #04tracbda96d
 from __future__ import annotations
-import torch
 from collections import Counter, defaultdict
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -16,28 +14,12 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
 from fastcore.all import patch
-from .basics import *
-from ..quant.spec import *
+from .model import *
 
 # %% auto #0
-__all__ = ['kinds', 'weighted', 'tensors', 'floats', 'op_name', 'Where', 'kind_of', 'Op', 'Tracer', 'Trace', 'evaluating',
-           'trace', 'Plan', 'float_layers']
+__all__ = ['kinds', 'op_name', 'Where', 'kind_of', 'Op', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04trac6cdc48
-def tensors(
-    o # Anything
-)->list:
-    "All the tensors in nested lists, tuples and dictionaries"
-    if isinstance(o, Tensor): return [o]
-    if isinstance(o, dict): o = list(o.values())
-    return [t for x in o for t in tensors(x)] if isinstance(o, (list,tuple)) else []
-
-def floats(
-    o # Anything
-)->list:
-    "All the floating-point tensors in nested lists, tuples and dictionaries"
-    return [t for t in tensors(o) if t.is_floating_point()]
-
 _names = {}
 def op_name(
     func # As a `TorchFunctionMode` gets it
@@ -153,19 +135,6 @@ class Trace:
         for o in self.ops:
             for v in o.ins: self.consumers[v].append(o)
 
-# %% ../../nbs/core/02_trace.ipynb #04trac4f1743
-@contextmanager
-def evaluating(
-    model:nn.Module # Any model
-):
-    "`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in"
-    modes = {m:m.training for m in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad(): yield model
-    finally:
-        for m,training in modes.items(): m.training = training
-
 # %% ../../nbs/core/02_trace.ipynb #04tracbf8e1c
 def trace(
     model:nn.Module, # Any model
@@ -176,121 +145,3 @@ def trace(
     inputs = [t.value(x) for x in floats(xb)]
     with parametrize.cached(), evaluating(model), t: out = model(*xb)
     return Trace(t.ops, inputs, {t.vals[id(o)] for o in floats(out) if id(o) in t.vals}, t.ran, t.users)
-
-# %% ../../nbs/core/02_trace.ipynb #04trac078733
-class Plan:
-    "What of a `Trace` runs in int8 under `spec`, and where values are rounded"
-    def __init__(self,
-        tr:Trace, # What the model does
-        spec:Spec # What is wanted
-    ):
-        self.tr,self.spec,self.norms,self.inner,self.int8,self.source,self.grid = tr,spec,{},set(),set(),{},{}
-        self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
-        self.ends = {o.key: self.chain(o) for o in tr.ops if o.kind in ('layer','arith')}
-        made = {self.ends[o.key] for o in tr.ops if o.kind=='layer' and spec.at(o.path)}
-        for o in reversed(tr.ops):
-            if spec.at(o.path) and (o.kind=='layer' or o.kind=='arith' and (self.wanted(self.ends[o.key]) or self.pools(o, made))): self.int8.add(o.key)
-        for i,v in enumerate(tr.inputs): self.place(v, f'input {i}', self.wanted(v))
-        for o in tr.ops: self.place_results(o)
-        self.share()
-        self.doors = [k for k,vs in self.layers.items() if any(self.tensor_spec(self.grid[v]).grid!=self.at(k).act.grid for v in vs)]
-    def first(self, ops, ins, outs):
-        "Paths of the layers that no other layer comes before, in the order of `ops`"
-        after,found = set(),set()
-        for o in ops:
-            behind = not after.isdisjoint(getattr(o, ins))
-            if o.kind=='layer' and not behind: found.add(o.path)
-            if o.kind=='layer' or behind: after.update(getattr(o, outs))
-        return found
-    def pools(self, o, made): return 'pool' in o.name and o.ins[0] in made
-    def chain(self, o):
-        "The value at the end of the chain that starts with `o`"
-        v = o.outs[0]
-        while len(users:=self.tr.consumers[v])==1 and v not in self.tr.outputs:
-            c = users[0]
-            if c.kind=='norm' and o.kind=='layer' and v==o.outs[0] and self.folds(o, c): self.norms[o.key] = c.key
-            elif c.kind!='act': break
-            self.inner.add(v)
-            v = c.outs[0]
-            if c.kind=='act': break
-        return v
-    def wanted(self, v):
-        "Whether anything that runs in int8 uses `v`, as it is or moved about"
-        return any(any(map(self.wanted, c.outs)) if c.kind=='move' else c.key in self.int8 for c in self.tr.consumers[v])
-    def place(self, v, source, here):
-        if here and v not in self.inner: self.grid[v],self.source[v] = v,source
-    def place_results(self, o):
-        if o.kind=='move':
-            for v in filter(self.wanted, o.outs): self.grid[v] = self.grid[o.ins[0]]
-        elif o.key in self.int8:
-            end = self.ends[o.key]
-            self.place(end, o.path, o.name!='linear' or end!=o.outs[0] or self.wanted(end))
-        for v in o.outs:
-            if v not in self.grid: self.place(v, o.path, self.wanted(v))
-
-# %% ../../nbs/core/02_trace.ipynb #04trac4b7361
-@patch(as_prop=True)
-def layers(self:Plan)->dict:
-    "Paths of the layers that run in int8, with the values that go into each"
-    found = defaultdict(list)
-    for o in self.tr.ops:
-        if o.kind=='layer' and o.key in self.int8: found[o.path].append(o.ins[0])
-    return dict(found)
-
-@patch
-def share(self:Plan):
-    "Give all inputs of a layer the grid of the first"
-    for first,*others in self.layers.values():
-        same = {self.grid[v] for v in others}-{self.grid[first]}
-        self.grid = {v:self.grid[first] if g in same else g for v,g in self.grid.items()}
-
-# %% ../../nbs/core/02_trace.ipynb #04trac2bfc71
-@patch
-def at(self:Plan, path)->Spec|None:
-    "The spec for the layer at `path`, None to leave it in float"
-    s = self.spec.at(path)
-    return s.ends if s and s.ends and path in self.outer else s
-
-@patch
-def tensor_spec(self:Plan, grid)->TensorSpec:
-    "How the values of `grid` are rounded"
-    own = self.spec.at(self.source[grid]) or self.spec
-    vals = [v for v,g in self.grid.items() if g==grid]
-    users = [c for v in vals for c in self.tr.consumers[v] if c.kind!='move']
-    acts = [self.at(c.path).act for c in users if c.kind=='layer' and c.key in self.int8]
-    stream = own.stream or own.act
-    shared = len(acts)<len(users) or not self.tr.outputs.isdisjoint(vals)
-    return acts[0] if acts and len({a.grid for a in acts}|({stream.grid} if shared else set()))==1 else stream
-
-# %% ../../nbs/core/02_trace.ipynb #04trac12fd01
-@patch
-def folds(self:Plan, o, norm)->bool:
-    "Whether the batchnorm `norm` can be folded into the layer `o`"
-    return all(sum(p.path==q.path for p in self.tr.ops)==1 for q in (o,norm)) and (o.name!='linear' or o.ndim==2)
-
-# %% ../../nbs/core/02_trace.ipynb #04trac4450fe
-@patch
-def touching(self:Plan, grid)->list:
-    "Paths of the modules that make or use a value of `grid` in int8"
-    vals = {v for v,g in self.grid.items() if g==grid}
-    ops = [o for o in self.tr.ops if o.key in self.int8 and (self.ends[o.key] in vals or vals.intersection(o.ins))]
-    return list(dict.fromkeys(o.path for o in ops))
-
-# %% ../../nbs/core/02_trace.ipynb #04traca27c2f
-weighted = nn.Linear,nn.modules.conv._ConvNd,nn.Bilinear,nn.RNNBase,nn.MultiheadAttention
-
-def float_layers(
-    model:nn.Module, # The model that was traced
-    plan:Plan        # What is to run in int8
-)->dict: # Why, by module path
-    "The modules with weights that `plan` leaves in float; raises `ValueError` if one of them never ran"
-    def why(path, m):
-        if plan.spec.at(path) is None: return 'excluded'
-        weight = getattr(m, 'weight', None)
-        user = None if weight is None else plan.tr.users.get(weight)
-        if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
-        if path not in plan.tr.ran: raise ValueError(f"{path!r} never ran on the calibration batch, so nothing is known of its activations. Pass exclude={path!r} to leave it in float, or calibrate on data that uses it.")
-        if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it comes from a floating-point input'
-        if user and user[1] in kinds: return 'its weight is computed while it runs'
-        return f'{type(m).__name__} has no integer kernel'
-    return {k:why(k, m) for k,m in model.named_modules() if isinstance(m, weighted) and k not in plan.layers}

@@ -8,17 +8,14 @@ Docs: https://fastquant-dev.github.io/fastquant/distill/losses.html.md"""
 from __future__ import annotations
 import inspect, math
 import torch.nn.functional as F
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from torch import nn, Tensor
-from torch.nn.modules.module import register_module_forward_hook
 from ..core.basics import *
-from ..core.trace import *
 
 # %% auto #0
 __all__ = ['distill_losses', 'agree', 'wants', 'find_loss', 'distill_loss', 'aligned', 'projection', 'modules_at', 'Match',
-           'find_matches', 'catching', 'small_head']
+           'find_matches', 'small_head']
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist82d13a
 distill_losses = Registry('distillation loss')
@@ -161,21 +158,6 @@ def find_matches(
     if isinstance(o, dict): return [Match(*kv) for kv in o.items()]
     if not isinstance(o, (list,tuple)): raise ValueError(f"features={o!r}: pass a module's name or pattern, a `Match`, a dictionary from the student's to the teacher's, or a list of these.")
     return [m for x in o for m in find_matches(x)]
-
-# %% ../../nbs/distill/00_losses.ipynb #09dist987561
-@contextmanager
-def catching(
-    model:nn.Module, # Any model
-    paths            # Of modules
-):
-    "A dictionary that gets what the modules at `paths` return, by path; of several outputs the first, of several runs the last"
-    of,found = {id(model.get_submodule(k)):k for k in paths},{}
-    def keep(m, args, out):
-        if id(m) in of and floats(out): found[of[id(m)]] = floats(out)[0].as_subclass(Tensor)
-    hook = register_module_forward_hook(keep) if of else None
-    try: yield found
-    finally:
-        if hook: hook.remove()
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist404c09
 def small_head(

@@ -16,10 +16,10 @@ from google.protobuf.message import DecodeError
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from torch import nn, Tensor
 from .. import __version__
-from ..core.basics import *
+from .onnx import put_before
+from ..core.model import *
 from ..quant.pairs import *
 from .onnx import *
-from .onnx import put_before
 
 # %% auto #0
 __all__ = ['integer_kernels', 'session', 'saturates', 'constants', 'misfits', 'unsigned', 'as_run', 'Report', 'Engine',
@@ -183,22 +183,19 @@ _arrays = {'tensor(float)':torch.float32, 'tensor(float16)':torch.float16, 'tens
 
 def _as_bytes(o): return o if isinstance(o, bytes) else o.cpu().numpy().tobytes()
 
-class Engine(nn.Module):
+class Engine(FileModel):
     "Runs an ONNX file, for inference only"
     def __init__(self,
         data:bytes # The file's content
     ):
-        super().__init__()
-        self.data,self.nothing,self.training = data,nn.Parameter(torch.empty(0)),False
+        super().__init__(data)
+        self.nothing = nn.Parameter(torch.empty(0))
     def __getstate__(self): return {**{k:v for k,v in self.__dict__.items() if k not in ('_session','_threads')}, 'data':self.get_extra_state()}
     def __setstate__(self, state): super().__setstate__({**state, 'data':_as_bytes(state['data'])})
     def get_extra_state(self): return torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
     def set_extra_state(self, state):
         self.__dict__.pop('_session', None)
         self.data = _as_bytes(state)
-    def train(self, mode=True):
-        if mode: raise RuntimeError("This model runs a file, for inference only, and cannot be trained. Train the float Learner it came from, then call `quantize` again.")
-        return self
     @property
     def session(self):
         "The ONNX Runtime session, with as many threads as torch uses; exact on every processor"

@@ -1,4 +1,4 @@
-"""What it cost and what it bought: bytes, latency, and the error of each layer
+"""Whether it was worth it, and which layer hurts
 
 Docs: https://fastquant-dev.github.io/fastquant/export/report.html.md"""
 
@@ -6,68 +6,17 @@ Docs: https://fastquant-dev.github.io/fastquant/export/report.html.md"""
 
 # %% ../../nbs/export/03_report.ipynb #08repo386e3e
 from __future__ import annotations
-import matplotlib.pyplot as plt, numpy as np, pandas as pd, random, time, torch
-from safetensors.torch import save
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+import matplotlib.pyplot as plt, pandas as pd
 from torch import nn, Tensor
-from ..quant.grid import fake_quant
-from ..core.trace import evaluating
+from ..core.model import *
+from ..core.measure import *
+from ..quant.grid import *
 from ..quant.prepare import *
-from .onnx import *
 from .engine import *
 from .verify import *
 
 # %% auto #0
-__all__ = ['n_bytes', 'n_params', 'n_macs', 'latency', 'against_float', 'capture', 'site_errors', 'alone', 'plot_errors',
-           'ranges']
-
-# %% ../../nbs/export/03_report.ipynb #08repobad086
-def n_bytes(
-    model:nn.Module # A float model, or an `Engine`
-)->int:
-    "Bytes on disk"
-    if isinstance(model, Engine): return len(model.data)
-    once = {t.data_ptr() or k:(k,t) for k,t in model.state_dict().items() if isinstance(t, Tensor)}
-    return len(save({k:t.detach().contiguous().clone() for k,t in once.values()}))
-
-# %% ../../nbs/export/03_report.ipynb #08repod86c4b
-def n_params(
-    model:nn.Module # A float model, or an `Engine`
-)->int:
-    "Number of weights and biases"
-    return model.n_params if isinstance(model, Engine) else sum(p.numel() for p in model.parameters())
-
-# %% ../../nbs/export/03_report.ipynb #08repoe62213
-def n_macs(
-    model:nn.Module, # A float model, or an `Engine`
-    *xb              # A batch of inputs, of which the first item is taken
-)->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products, for one item"
-    if isinstance(model, Engine): return model.n_macs
-    fast = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*[x[:1] for x in xb])
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
-    return count.get_total_flops()//2
-
-# %% ../../nbs/export/03_report.ipynb #08repode5f90
-def latency(
-    fns:dict,     # Functions without arguments, by name
-    n:int=20,     # Rounds
-    warmup:int=3, # Rounds before, not counted
-    seconds:float=10. # Stop early after so many in all
-)->pd.DataFrame: # Median and spread in ms, a row for each name
-    "Time `fns` in turns"
-    times,order,start = {k:[] for k in fns},random.Random(42),time.perf_counter()
-    for i in range(n+warmup):
-        for k in order.sample(list(fns), len(fns)):
-            t = time.perf_counter()
-            fns[k]()
-            if i>=warmup: times[k].append((time.perf_counter()-t)*1e3)
-        if i>warmup+2 and time.perf_counter()-start>seconds: break
-    return pd.DataFrame({k:dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25]))) for k,t in times.items()}).T
+__all__ = ['against_float', 'capture', 'site_errors', 'alone', 'plot_errors', 'ranges']
 
 # %% ../../nbs/export/03_report.ipynb #08repoflt002
 def against_float(

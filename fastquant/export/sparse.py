@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn, Tensor
 from .. import __version__
-from ..core.basics import *
 from .engine import Engine
 from ..prune.mask import *
 from ..prune.shrink import *

@@ -12,7 +12,7 @@ from functools import partial
 from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
 from ..quant.grid import *
-from ..core.trace import floats, evaluating
+from ..core.model import floats, evaluating
 from ..quant.prepare import rounding
 from .engine import *
 

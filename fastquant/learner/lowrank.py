@@ -16,7 +16,8 @@ from ..quant.prepare import rounding, check_finite
 from ..export.engine import Engine
 from ..lowrank.factors import *
 from ..callback.data import *
-from .quant import copy_model, describe, restorers, _measure, _trainable
+from ..core.model import copy_model
+from .quant import describe, restorers, _measure, _trainable
 from ..prune.mask import masked
 
 # %% auto #0

@@ -10,18 +10,19 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.schedule import *
-from ..core.basics import *
 from ..export.engine import Engine
-from ..callback.data import *
 from .quant import describe, restorers, _measure, _trainable, _twin
-from ..callback.prune import *
+from ..core.basics import *
+from ..core.model import *
 from ..prune.criteria import *
 from ..prune.structures import *
-from ..prune.mask import *
 from ..prune.select import *
-from ..export.sparse import *
-from ..prune.channels import *
+from ..prune.mask import *
 from ..prune.shrink import *
+from ..prune.channels import *
+from ..export.sparse import *
+from ..callback.data import *
+from ..callback.prune import *
 
 # %% auto #0
 __all__ = ['restore_masks', 'plot_report', 'plot_channels', 'Sensitivity']

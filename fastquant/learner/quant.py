@@ -11,34 +11,26 @@ from warnings import warn
 from dataclasses import asdict
 from fastai.basics import *
 from fastai.layers import ToTensorBase
+from ..core.model import clean_copy
 from ..core.basics import *
-from ..quant.spec import *
+from ..core.model import *
 from ..core.trace import *
+from ..core.measure import *
+from ..quant.spec import *
 from ..quant.prepare import *
+from ..quant.train import *
 from ..quant.convert import *
+from ..prune.shrink import *
 from ..export.onnx import *
 from ..export.engine import *
 from ..export.verify import *
 from ..export.report import *
 from ..callback.data import *
 from ..callback.optimizer import *
-from ..quant.train import *
 from ..callback.quant import *
-from ..prune.shrink import *
-from ..prune.channels import clean_copy
 
 # %% auto #0
-__all__ = ['restorers', 'copy_model', 'describe', 'restore_channels', 'restore_rounding']
-
-# %% ../../nbs/learner/00_quant.ipynb #22lear2e7f2e
-def copy_model(
-    model:nn.Module # Left as it is
-)->nn.Module:
-    "A copy of `model` for inference: without what hooks have stored, and without layers that only change a tensor's class"
-    model = clean_copy(model)
-    for path,m in list(model.named_modules()):
-        if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
-    return model
+__all__ = ['restorers', 'describe', 'restore_channels', 'restore_rounding']
 
 # %% ../../nbs/learner/00_quant.ipynb #22learef0db9
 def _twin(learn, model):

@@ -11,9 +11,10 @@ from collections import Counter
 from copy import deepcopy
 from torch import nn, Tensor
 from fastcore.basics import *
+from ..core.model import catching
 from ..core.basics import *
+from ..core.model import *
 from ..core.trace import *
-from ..distill.losses import catching
 
 # %% auto #0
 __all__ = ['factorisations', 'default_kinds', 'LowRank', 'digits_of', 'TTLinear', 'TTEmbedding', 'skeleton', 'factorise',

@@ -11,20 +11,22 @@ from fastcore.all import listify
 from copy import copy, deepcopy
 from dataclasses import dataclass, replace
 from torch import nn, Tensor
-from ..core.basics import *
-from ..core.trace import *
 from ..quant.prepare import rounding, unprepare
+from ..core.basics import *
+from ..core.model import *
+from ..core.trace import *
 from .criteria import *
 from .structures import *
+from .select import *
 from .mask import *
 from .shrink import *
-from .select import *
+from ..core.measure import n_macs, n_params, latency as in_turns
 
 # %% auto #0
-__all__ = ['targets', 'ChannelGroup', 'graph_of', 'head_group', 'positions_left', 'is_weight', 'channel_masks', 'clean_copy',
-           'misfit', 'channel_groups', 'rows_of', 'score_group', 'comparable', 'round_count', 'group_pools',
-           'select_channels', 'channels_now', 'take_out', 'remove_masked', 'to_target', 'pull_groups', 'MaskPlan',
-           'ChannelPlan', 'plan_for']
+__all__ = ['targets', 'ChannelGroup', 'graph_of', 'head_group', 'positions_left', 'is_weight', 'channel_masks', 'misfit',
+           'channel_groups', 'rows_of', 'score_group', 'comparable', 'round_count', 'group_pools', 'select_channels',
+           'channels_now', 'take_out', 'remove_masked', 'to_target', 'pull_groups', 'MaskPlan', 'ChannelPlan',
+           'plan_for']
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun3b94ff
 @dataclass(frozen=True, eq=False)
@@ -226,13 +228,6 @@ def _zeroed(model, groups, keep):
     return model
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun83a0ce
-def clean_copy(
-    model:nn.Module # Left as it is
-)->nn.Module:
-    "A copy of `model` without what fastai's hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])) if hasattr(h, 'stored')]
-    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
-
 def _outputs(model, xb):
     with evaluating(model): return [t.as_subclass(Tensor) for t in tensors(model(*xb))]
 
@@ -484,18 +479,15 @@ def remove_masked(
     if all(k.all() for k in channels_now(groups, model).values()): raise ValueError("No channel is masked entirely, so none can be removed: pass the share of channels to remove, as in learn.prune(.5, structure='channel').")
     take_out(model, groups, [x[:2].detach().as_subclass(Tensor) for x in xb])
 
-# %% ../../nbs/prune/07_channels.ipynb #17prun0593bf
-from fastquant.export import report
-
 # %% ../../nbs/prune/07_channels.ipynb #17prun82d7c5
 targets = Registry('target')
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun5d9982
 @targets
-def macs(model, *xb): return report.n_macs(model, *xb)
+def macs(model, *xb): return n_macs(model, *xb)
 
 @targets
-def params(model, *xb): return report.n_params(model)
+def params(model, *xb): return n_params(model)
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun71f5cf
 @targets
@@ -504,7 +496,7 @@ def latency(model, *xb):
     def run():
         with evaluating(model): model(*xb)
         if xb[0].is_cuda: torch.cuda.synchronize()
-    return report.latency({'':run}, n=15)['median'].item()
+    return in_turns({'':run}, n=15)['median'].item()
 
 # %% ../../nbs/prune/07_channels.ipynb #17prun4bab27
 def to_target(

@@ -10,7 +10,7 @@ import inspect, torch
 from torch import nn, Tensor
 from torch.func import functional_call
 from ..core.basics import *
-from ..core.trace import evaluating
+from ..core.model import evaluating
 
 # %% auto #0
 __all__ = ['criteria', 'statistics', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']

@@ -8,7 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/mask.html.md"""
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
-from ..core.basics import *
 
 # %% auto #0
 __all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'mask_now', 'set_mask', 'forget_pruned', 'masked', 'sparsity',

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import singledispatch, partial
 from fastcore.all import patch
 from torch import nn, Tensor
-from ..core.basics import *
 from ..quant.prepare import rounding
 from .structures import prunable
 from .mask import *

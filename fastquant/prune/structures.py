@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.all import listify
 from ..core.basics import *
+from ..core.model import *
 from ..core.trace import *
 
 # %% auto #0

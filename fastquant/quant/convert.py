@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
-from ..core.basics import *
 from .grid import *
 from .pairs import *
-from .spec import *
-from ..core.trace import *
 from .prepare import *
 
 # %% auto #0

@@ -12,12 +12,13 @@ from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
 from ..core.basics import *
+from ..core.model import *
+from ..core.trace import *
 from .grid import *
 from .lsq import *
 from .pairs import *
-from .observe import *
 from .spec import *
-from ..core.trace import *
+from .plan import *
 
 # %% auto #0
 __all__ = ['Site', 'distributed', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of',

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from .grid import *
 from .lsq import *
 from .pairs import *
-from ..core.trace import evaluating
+from ..core.model import evaluating
 from .prepare import *
 
 # %% auto #0
