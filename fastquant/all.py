@@ -21,7 +21,10 @@ from .prune.schedule import *
 from .prune.mask import *
 from .prune.regrow import *
 from .prune.shrink import *
-from .prune.channels import *
+from .prune.channels.graph import *
+from .prune.channels.check import *
+from .prune.channels.select import *
+from .prune.channels.target import *
 from .export.onnx import *
 from .export.engine import *
 from .export.verify import *

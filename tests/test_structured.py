@@ -162,7 +162,7 @@ def test_latency_target(monkeypatch):
     items = [(torch.randn(1,24,24), torch.tensor(i%10)) for i in range(16)]
     learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0), model, loss_func=CrossEntropyLossFlat())
     latency = targets['latency'](model, items[0][0][None])
-    monkeypatch.setattr('fastquant.prune.channels.in_turns', counted)
+    monkeypatch.setattr('fastquant.prune.channels.target.in_turns', counted)
     s = learn.prune(target={'latency':.6})
     assert latency>0 and abs(n_macs(s.model, items[0][0][None])/n_macs(model, items[0][0][None])-.6)<=.02
 

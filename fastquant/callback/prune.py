@@ -14,7 +14,8 @@ from ..prune.select import *
 from ..prune.schedule import *
 from ..prune.mask import *
 from ..prune.regrow import *
-from ..prune.channels import *
+from ..prune.channels.check import *
+from ..prune.channels.target import *
 
 # %% auto #0
 __all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback',

@@ -8,12 +8,11 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from torch import nn, Tensor
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakTensorKeyDictionary
-from fastcore.all import patch
 from .model import *
 
 # %% auto #0

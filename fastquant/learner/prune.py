@@ -19,7 +19,8 @@ from ..prune.structures import *
 from ..prune.select import *
 from ..prune.mask import *
 from ..prune.shrink import *
-from ..prune.channels import *
+from ..prune.channels.select import *
+from ..prune.channels.target import *
 from ..export.sparse import *
 from ..callback.data import *
 from ..callback.prune import *

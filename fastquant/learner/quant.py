@@ -10,8 +10,6 @@ import pandas as pd
 from warnings import warn
 from dataclasses import asdict
 from fastai.basics import *
-from fastai.layers import ToTensorBase
-from ..core.model import clean_copy
 from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
