@@ -5,8 +5,8 @@ from torchvision.models import resnet18
 from fastquant.learner.lowrank import *
 from fastquant.export.engine import Engine
 from fastquant.learner.quant import *
-from fastquant.lowrank.factors import *
-from fastquant.core.measure import latency as in_turns, n_params
+from fastquant.lowrank.layers import *
+from fastquant.core.measure import latency as in_turns, layer_macs, n_params
 from fastquant.core.model import evaluating
 from .common import *
 from .qat import long, longer_float, teacher
@@ -36,7 +36,7 @@ def latency(o):
     with tempfile.TemporaryDirectory() as d: engines = {k:Engine(l.export_onnx(Path(d)/f'{k}.onnx').read_bytes()) for k,l in dict(dense=learn, half=half).items()}
     ms = in_turns({k:lambda e=e: e(x) for k,e in engines.items()}, n=o.some(50, 3), seconds=60)
     nets = dict(dense=learn.model, half=half.model)
-    rows = [dict(net=k, macs=sum(macs(nets[k], x).values()), params=n_params(nets[k]), median_ms=r['median'].round(2), spread_ms=r['spread'].round(2)) for k,r in ms.iterrows()]
+    rows = [dict(net=k, macs=sum(layer_macs(nets[k], x).values()), params=n_params(nets[k]), median_ms=r['median'].round(2), spread_ms=r['spread'].round(2)) for k,r in ms.iterrows()]
     return rows,[target('ResNet-18 with half the MACs: times faster in ONNX Runtime', ms['median']['dense']/ms['median']['half'], 1.3, 1.6)]
 
 @sections

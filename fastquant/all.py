@@ -13,6 +13,9 @@ from .quant.prepare import *
 from .quant.train import *
 from .quant.convert import *
 from .lowrank.factors import *
+from .lowrank.tensortrain import *
+from .lowrank.layers import *
+from .lowrank.ranks import *
 from .distill.losses import *
 from .prune.criteria import *
 from .prune.structures import *
@@ -35,6 +38,7 @@ from .callback.optimizer import *
 from .callback.quant import *
 from .callback.prune import *
 from .callback.distill import *
+from .callback.selfdistill import *
 from .learner.quant import *
 from .learner.prune import *
 from .learner.lowrank import *

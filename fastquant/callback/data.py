@@ -12,7 +12,7 @@ from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
 # %% auto #0
-__all__ = ['calibration_dl', 'inputs', 'with_bar']
+__all__ = ['calibration_dl', 'inputs', 'with_bar', 'add_column']
 
 # %% ../../nbs/callback/00_data.ipynb #18datac58c9c
 class _Idxs:
@@ -56,7 +56,7 @@ def with_bar(
     "`items` with a progress bar that is gone afterwards"
     return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
 
-def _add_column(recorder, name):
+def add_column(recorder, name):
     "A column in the table that `recorder` makes of a fit, before the time"
     at = len(recorder.metric_names)-recorder.add_time
     recorder.metric_names = L([*recorder.metric_names[:at],name,*recorder.metric_names[at:]])

@@ -1,4 +1,4 @@
-"""Learning from a teacher, from peers and from oneself while a Learner trains
+"""Learning from a teacher while a Learner trains
 
 Docs: https://fastquant-dev.github.io/fastquant/callback/distill.html.md"""
 
@@ -11,17 +11,15 @@ from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
 from ..core.model import evaluating, floats
-from ..distill.losses import _shape
-from .data import _add_column
-from ..core.model import copy_model
+from ..distill.losses import shape_of
+from .data import add_column
 from ..core.model import *
 from ..distill.losses import *
 from .data import *
 from .optimizer import *
 
 # %% auto #0
-__all__ = ['LossColumn', 'check_curve', 'TeachingCallback', 'check_term', 'DistillCallback', 'PastSelfCallback',
-           'AverageSelfCallback', 'SelfDistillCallback', 'MutualCallback']
+__all__ = ['LossColumn', 'at_pos', 'check_curve', 'TeachingCallback', 'check_term', 'model_of', 'DistillCallback']
 
 # %% ../../nbs/callback/04_distill.ipynb #24calld21c9c
 class LossColumn(Callback):
@@ -33,14 +31,14 @@ class LossColumn(Callback):
     ): self.of = of
     def before_fit(self):
         if not hasattr(self.learn, 'recorder') or not self.create_mbar: return
-        _add_column(self.recorder, f'{self.of.name}_loss')
+        add_column(self.recorder, f'{self.of.name}_loss')
     def before_train(self): self.start = len(self.of.losses)
     def after_validate(self):
         new = self.of.losses[getattr(self, 'start', 0):]
         if hasattr(self.learn, 'recorder') and self.create_mbar: self.recorder.log.append(torch.stack(new).mean().item() if new else math.nan)
 
 # %% ../../nbs/callback/04_distill.ipynb #24call0b9e78
-def _at(o, pos): return o(pos) if callable(o) else o
+def at_pos(o, pos): return o(pos) if callable(o) else o
 
 def check_curve(
     name:str, # Of the argument
@@ -50,7 +48,7 @@ def check_curve(
 ):
     "Raise a `ValueError` if `o` is not `ok` somewhere in a fit"
     for i in range(65 if callable(o) else 1):
-        v = _at(o, i/64)
+        v = at_pos(o, i/64)
         if not isinstance(v, (int,float)) or not ok(v): raise ValueError(f"{name}={v!r}{f' at {i/64:.2f} of the fit' if callable(o) else ''}: {say}")
 
 # %% ../../nbs/callback/04_distill.ipynb #24callfafab2
@@ -94,7 +92,7 @@ class TeachingCallback(Callback):
     def after_pred(self): self._open.close()
     def after_loss(self):
         if not len(self.yb): return
-        loss,term = self.combined(self.learn.loss_grad, _at(self.weight, min(1., self.pct_train)))
+        loss,term = self.combined(self.learn.loss_grad, at_pos(self.weight, min(1., self.pct_train)))
         if term is None: return
         self.learn.loss_grad = loss
         self.losses.append(term.detach())
@@ -178,14 +176,14 @@ def outputs(self:TeachingCallback, out):
 @patch
 def compared(self:TeachingCallback, student, teacher):
     "The loss between two outputs, at the temperature of the moment"
-    return distill_loss(self.how, student, teacher, _at(self.temperature, min(1., self.pct_train)))
+    return distill_loss(self.how, student, teacher, at_pos(self.temperature, min(1., self.pct_train)))
 
 # %% ../../nbs/callback/04_distill.ipynb #24call089c40
 def _run(model, xb, whose):
     "What somebody who is no student says of `xb`; raises `ValueError` if it cannot be run"
     try: return model(*xb)
     except torch.OutOfMemoryError: raise
-    except (RuntimeError,TypeError) as e: raise ValueError(f"{whose} cannot be run on what the student gets, {' and '.join(map(_shape, xb))} an item: {e}. It has to take the same inputs.") from e
+    except (RuntimeError,TypeError) as e: raise ValueError(f"{whose} cannot be run on what the student gets, {' and '.join(map(shape_of, xb))} an item: {e}. It has to take the same inputs.") from e
 
 @patch
 def look(self:TeachingCallback, model, paths, xb, whose='The student'):
@@ -214,13 +212,13 @@ def _say(loss): return f"loss={loss!r}" if isinstance(loss, str) else f"loss={ge
 def check_outputs(self:TeachingCallback, student, teacher, whose):
     "Raise a `ValueError` if two outputs cannot be compared"
     if self.how is None: return
-    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {_shape(student)} an item and that of {whose[0].lower()+whose[1:]} {_shape(teacher)}: they must say the same things. {'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'} another.")
+    if student.shape!=teacher.shape: raise ValueError(f"The student's output is {shape_of(student)} an item and that of {whose[0].lower()+whose[1:]} {shape_of(teacher)}: they must say the same things. {'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'} another.")
     one = student.ndim<2 or student.shape[1]==1
     if self.how in ('soft_targets',distill_losses['soft_targets']) and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
     check_term(self.compared(student, teacher), _say(self.how))
 
 # %% ../../nbs/callback/04_distill.ipynb #24call16758d
-def _model_of(o, arg):
+def model_of(o, arg):
     "The model in `o`; raises `ValueError` if there is none"
     if not isinstance(o, (Learner,nn.Module)): raise ValueError(f"{arg}={o!r}: pass a trained Learner or model.")
     return get_model(o.model) if isinstance(o, Learner) else get_model(o)
@@ -238,13 +236,13 @@ class DistillCallback(TeachingCallback):
         features=None        # Features to compare too: each a `Match`, a module name or pattern, or a dictionary from the student's to the teacher's
     ):
         super().__init__(loss, weight, temperature)
-        _model_of(teacher, 'teacher')
+        model_of(teacher, 'teacher')
         self.teacher,self.features = teacher,find_matches(features)
         if loss is None and not self.features: raise ValueError("loss=None and no features: there is nothing to learn. Pass one of them.")
     def find_teacher(self):
         "The model that teaches"
         if self.teacher is None: raise ValueError("The teacher is not in an exported file. Take this callback off with `learn.remove_cb(DistillCallback)`, and pass a new one with a teacher.")
-        model,vocab = _model_of(self.teacher, 'teacher'),lambda o: getattr(getattr(o, 'dls', None), 'vocab', None)
+        model,vocab = model_of(self.teacher, 'teacher'),lambda o: getattr(getattr(o, 'dls', None), 'vocab', None)
         if model is self.net: raise ValueError("The teacher is the student itself: it would agree with itself all the time. Pass a copy, `DistillCallback(copy_model(learn.model))`, to learn from how it is now, or see `PastSelfCallback` and `AverageSelfCallback`.")
         a,b = vocab(self.learn),vocab(self.teacher)
         if a is not None and b is not None and list(a)!=list(b): raise ValueError(f"The teacher predicts other classes than the student: {list(b)}, not {list(a)}. Train one on the same classes; or, if only their names differ, pass the teacher's model, as in `DistillCallback(teacher.model)`.")
@@ -277,136 +275,3 @@ class DistillCallback(TeachingCallback):
         terms += [self.compare_features(m, p, self.found[a], theirs[b]) for (m,a,b),p in zip(self.pairs, self.extra)]
         term = sum(terms)
         return (1-w)*loss+w*term,term
-
-# %% ../../nbs/callback/04_distill.ipynb #24call3b3161
-class PastSelfCallback(DistillCallback):
-    "Learn from the model as it was at the end of the epoch before; the first epoch has no teacher"
-    def __init__(self,
-        loss='soft_targets', # As in `DistillCallback`
-        weight=.3,           # Likewise
-        temperature=4.,      # Likewise
-        features=None        # Likewise
-    ): super().__init__(nn.Identity(), loss, weight, temperature, features)
-    def find_teacher(self): return copy_model(self.net)
-    def before_train(self):
-        super().before_train()
-        self.guide = copy_model(self.net) if self.epoch else None
-    def keep_up(self):
-        nobody = self.guide is None
-        super().keep_up()
-        if nobody: self.guide = None
-
-class AverageSelfCallback(PastSelfCallback):
-    "Learn from an exponential moving average of the model's own weights"
-    def __init__(self,
-        mom=.99,             # Share of the average that stays, in each step
-        loss='soft_targets', # As in `DistillCallback`
-        weight=.3,           # Likewise
-        temperature=4.,      # Likewise
-        features=None        # Likewise
-    ):
-        super().__init__(loss, weight, temperature, features)
-        if not isinstance(mom, float) or not 0<mom<1: raise ValueError(f"mom={mom!r}: pass the share of the average that stays in each step, above 0 and below 1.")
-        self.mom = mom
-    @property
-    def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
-    @property
-    def inside(self): return True
-    def before_train(self): TeachingCallback.before_train(self)
-    def after_step(self):
-        now = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
-        with torch.no_grad():
-            for k,p in self.guide.named_parameters(): p.lerp_(now[k], 1-self.mom)
-            for k,b in self.guide.named_buffers():
-                if k in now: b.copy_(now[k])
-
-# %% ../../nbs/callback/04_distill.ipynb #24callf218d9
-class SelfDistillCallback(TeachingCallback):
-    "Let shallow layers predict too, through heads that are gone after the fit, and learn from the deepest (Zhang et al. 2019)"
-    def __init__(self,
-        at,                  # Modules that get a head: a name or pattern, or a list of them
-        loss='soft_targets', # As in `DistillCallback`
-        weight=.5,           # Share of a head's loss that is the deepest layer's, the rest is the labels'; or a function of the position in the fit
-        temperature=3.,      # As in `DistillCallback`
-        width:int=64,        # Channels in the bottleneck of a head
-        hint:str=None,       # The deepest module, if bottlenecks are to learn from its features too
-        hint_weight=.1       # Of the mean squared difference to these, or a function of the position in the fit
-    ):
-        super().__init__(loss, weight, temperature)
-        if loss is None: raise ValueError("loss=None: heads learn from the net's outputs, so say how to compare them.")
-        if not isinstance(width, int) or width<1: raise ValueError(f"width={width!r}: a head needs at least one channel.")
-        check_curve('hint_weight', hint_weight, lambda v: 0<=v<math.inf, 'pass what the difference to the deepest features is multiplied with, 0 or more.')
-        self.at,self.width,self.hint,self.hint_weight = listify(at),width,hint,hint_weight
-        for k,o in (('at',at),('hint',hint or '')):
-            if any(not isinstance(p, str) for p in listify(o)): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
-    def begin(self, *xb):
-        self.heads = list(dict.fromkeys(k for p in self.at for k in modules_at(self.net, p)))
-        self.deepest = modules_at(self.net, self.hint) if self.hint else []
-        if not self.heads: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
-        if len(self.deepest)>1: raise ValueError(f"hint={self.hint!r} matches {len(self.deepest)} modules ({', '.join(self.deepest)}): name one, whose features all are to learn from.")
-        self.paths = [*self.heads,*self.deepest]
-        y,found = self.look(self.net, self.paths, xb, 'The model')
-        self.check_outputs(y, y, 'The model')
-        if y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {_shape(y)}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
-        for k in self.paths:
-            if k not in found or found[k].ndim<2: raise ValueError(f"{k!r} gave no features when it ran on a batch. Choose a module that runs and returns some for each item.")
-        heads = [small_head(self.turned(found[k]), y.shape[1], self.width).to(y.device) for k in self.heads]
-        return [*heads,*self.bridges(heads, found)]
-    def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()
-    def combined(self, loss, w):
-        deep = self.outputs(self.learn.pred).detach()
-        narrow = [h[0](self.turned(self.found[k])) for k,h in zip(self.heads, self.extra)]
-        preds = [h[1](b) for b,h in zip(narrow, self.extra)]
-        term,hint = sum(self.compared(p, deep) for p in preds),self.hints(narrow)
-        return loss+(1-w)*sum(self.learn.loss_func(p, *self.yb) for p in preds)+w*term+hint,term+hint
-
-# %% ../../nbs/callback/04_distill.ipynb #24call7e3a56
-@patch
-def bridges(self:SelfDistillCallback, heads, found):
-    "What maps the bottlenecks of `heads` to the width of the deepest features; raises `ValueError` if sizes cannot be matched"
-    if not self.deepest: return []
-    t = self.turned(found[self.deepest[0]])
-    def one(k, head):
-        with evaluating(head): s,d = aligned(*_pooled(head[0](self.turned(found[k])), t))
-        return (projection(s, d, F.mse_loss) or nn.Identity()).to(t.device)
-    return [one(k, h) for k,h in zip(self.heads, heads)]
-
-@patch
-def hints(self:SelfDistillCallback, narrow):
-    "How far bottlenecks are from the deepest features, times its weight"
-    if not self.deepest: return 0.
-    t = self.turned(self.found[self.deepest[0]]).detach()
-    pairs = [aligned(*_pooled(b, t)) for b in narrow]
-    return _at(self.hint_weight, min(1., self.pct_train))*sum(F.mse_loss(p(s), d) for p,(s,d) in zip(self.extra[len(narrow):], pairs))
-
-def _pooled(narrow, deep): return (narrow.flatten(2).mean(2) if deep.ndim==2<narrow.ndim else narrow),deep
-
-# %% ../../nbs/callback/04_distill.ipynb #24call42f2e3
-class MutualCallback(TeachingCallback):
-    "Train `peers` along in the same fit, each learning from the labels and from all others (Zhang et al. 2018)"
-    _stateattrs,aside = (*TeachingCallback._stateattrs,'peers'),False
-    peers = ()
-    def __init__(self,
-        *peers,              # Learners or models, which are trained
-        loss='soft_targets', # As in `DistillCallback`
-        weight=.5,           # Share of the loss that is the others', from 0 to 1, or a function of the position in the fit
-        temperature=1.       # As in `DistillCallback`
-    ):
-        super().__init__(loss, weight, temperature)
-        if not peers: raise ValueError("There is nobody to learn with: pass one or more Learners, as in MutualCallback(other).")
-        if loss is None: raise ValueError("loss=None: peers learn from each other's outputs, so say how to compare them.")
-        for p in peers: _model_of(p, 'peer')
-        self.peers = peers
-    def begin(self, *xb):
-        if not self.peers: raise ValueError("The peers are not in an exported file. Take this callback off with `learn.remove_cb(MutualCallback)`, and pass a new one.")
-        models = [_model_of(p, 'peer') for p in self.peers]
-        if len({id(m) for m in (self.net,*models)})<len(models)+1: raise ValueError("A model is its own peer: it would agree with itself all the time. Every Learner needs a model of its own.")
-        s,_ = self.look(self.net, [], xb)
-        for m in models: self.check_outputs(s, self.look(m.to(s.device), [], xb, 'A peer')[0], 'A peer')
-        return models
-    def combined(self, loss, w):
-        raw = [m(*self.xb) for m in self.extra]
-        preds = [floats(o)[0].float() for o in raw]
-        said = [self.outputs(o) for o in (self.learn.pred,*raw)]
-        terms = [sum(self.compared(a, b.detach()) for b in said if b is not a)/len(raw) for a in said]
-        return (1-w)*(loss+sum(self.learn.loss_func(p, *self.yb) for p in preds))+w*sum(terms),terms[0]

@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/prune.html.md"""
 from __future__ import annotations
 from fastai.basics import *
 from ..quant.prepare import rounding
-from .data import _add_column
+from .data import add_column
 from ..prune.criteria import *
 from ..prune.select import *
 from ..prune.schedule import *
@@ -42,7 +42,7 @@ class MaskingCallback(Callback):
         self.to_prune,self.watched,self.reached,self.run = None,{},sparsity(self.net),_is_fit(self.learn)
         if not self.run or not hasattr(self.learn, 'recorder'): return
         self.recorder.sparsities = []
-        _add_column(self.recorder, 'sparsity')
+        add_column(self.recorder, 'sparsity')
     def after_validate(self):
         if hasattr(self.learn, 'recorder'): self.recorder.log.append(self.reached)
     @property

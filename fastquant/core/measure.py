@@ -14,7 +14,7 @@ from torch import nn, Tensor
 from .model import *
 
 # %% auto #0
-__all__ = ['n_bytes', 'n_params', 'n_macs', 'latency']
+__all__ = ['n_bytes', 'n_params', 'n_macs', 'layer_macs', 'latency']
 
 # %% ../../nbs/core/03_measure.ipynb #08repobad086
 def n_bytes(
@@ -45,6 +45,20 @@ def n_macs(
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*[x[:1] for x in xb])
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return count.get_total_flops()//2
+
+# %% ../../nbs/core/03_measure.ipynb #03meas00004
+def layer_macs(
+    model:nn.Module, # A layer or a model
+    *xb              # A batch of inputs
+)->dict: # By path, for one item
+    "Multiply-accumulates of each linear layer and convolution in `model`, and of what has a method `macs`"
+    def counts(m): return isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) or hasattr(m, 'macs')
+    mods = {k:m for k,m in model.named_modules() if counts(m)}
+    with evaluating(model), catching(model, mods) as out: model(*xb)
+    def one(m, y):
+        wide,each = (m.out_features,m.macs()) if hasattr(m, 'macs') else (len(m.weight),m.weight.numel())
+        return round(y.numel()/len(y)/wide*each)
+    return {k:one(m, out[k]) for k,m in mods.items() if k in out}
 
 # %% ../../nbs/core/03_measure.ipynb #08repode5f90
 def latency(

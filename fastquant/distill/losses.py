@@ -14,13 +14,13 @@ from torch import nn, Tensor
 from ..core.basics import *
 
 # %% auto #0
-__all__ = ['distill_losses', 'agree', 'wants', 'find_loss', 'distill_loss', 'aligned', 'projection', 'modules_at', 'Match',
-           'find_matches', 'small_head']
+__all__ = ['distill_losses', 'shape_of', 'agree', 'wants', 'find_loss', 'distill_loss', 'aligned', 'projection', 'modules_at',
+           'Match', 'find_matches', 'small_head']
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist82d13a
 distill_losses = Registry('distillation loss')
 
-def _shape(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
+def shape_of(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../../nbs/distill/00_losses.ipynb #09distdfa43c
 @distill_losses
@@ -61,7 +61,7 @@ def wants(
 @distill_losses
 @agree('size')
 def attention(student, teacher):
-    if student.ndim<3: raise ValueError(f"'attention' compares the places of a picture or sequence, and what is to be compared is {_shape(student)} an item. Choose a module before places are pooled away, or loss='mse'.")
+    if student.ndim<3: raise ValueError(f"'attention' compares the places of a picture or sequence, and what is to be compared is {shape_of(student)} an item. Choose a module before places are pooled away, or loss='mse'.")
     s,t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student,teacher))
     return (s-t).square().sum(1).mean()
 
@@ -105,7 +105,7 @@ def aligned(
     pool = (F.adaptive_avg_pool1d,F.adaptive_avg_pool2d,F.adaptive_avg_pool3d)[len(a)-1] if len(a)==len(b)<=3 else None
     if pool and all(i<=j for i,j in zip(a, b)): return s,pool(t, a)
     if pool and all(i>=j for i,j in zip(a, b)): return pool(s, b),t
-    raise ValueError(f"The student's features are {_shape(student)} an item and the teacher's {_shape(teacher)}, and there is no way to match these sizes. Choose modules whose outputs have the same size, or one that is a smaller picture of the other; or loss='similarity', which compares items and not places.")
+    raise ValueError(f"The student's features are {shape_of(student)} an item and the teacher's {shape_of(teacher)}, and there is no way to match these sizes. Choose modules whose outputs have the same size, or one that is a smaller picture of the other; or loss='similarity', which compares items and not places.")
 
 # %% ../../nbs/distill/00_losses.ipynb #09distdabd09
 def projection(

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from fastai.basics import *
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
-from ..core.basics import *
 from ..quant.prepare import rounding, check_finite
 from ..export.engine import Engine
-from ..lowrank.factors import *
-from ..callback.data import *
 from ..core.model import copy_model
 from .quant import describe, restorers, _measure, _trainable
 from ..prune.mask import masked
+from ..core.basics import *
+from ..core.measure import *
+from ..lowrank.factors import *
+from ..lowrank.layers import *
+from ..lowrank.ranks import *
+from ..callback.data import *
 
 # %% auto #0
 __all__ = ['restore_lowrank', 'RankSensitivity']
@@ -70,17 +73,17 @@ def _float_copy(learn):
     return model
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25decoedf3bb
-def _grows(layer, kind, rank): return n_weights(skeleton(layer, kind, rank))>=n_weights(layer)
+def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_params(layer)
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25deco813934
 def _choose(model, layers, m, xb, energy, params, share):
     x = entering(model, layers, *[t[:1] for t in xb])
-    rows = {k:options(*layers[k], x[k] if share else None, m.get(k)) for k in layers}
-    here = {k:n_weights(l) for k,(l,_) in layers.items()}
+    rows = {k:rank_options(*layers[k], x[k] if share else None, m.get(k)) for k in layers}
+    here = {k:n_params(l) for k,(l,_) in layers.items()}
     if energy is not None: return by_energy(rows, here, energy)
-    if params is not None: return by_share(rows, here, 2, n_weights(model)-sum(here.values()), params, 'params')
-    all_ = macs(model, *[t[:1] for t in xb])
-    return by_share(rows, {k:all_.get(k, 0) for k in layers}, 3, sum(v for k,v in all_.items() if k not in layers), share, 'macs')
+    if params is not None: return by_share(rows, here, n_params(model)-sum(here.values()), params, 'params')
+    all_ = layer_macs(model, *[t[:1] for t in xb])
+    return by_share(rows, {k:all_.get(k, 0) for k in layers}, sum(v for k,v in all_.items() if k not in layers), share, 'macs')
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25decof963a7
 @restorers
@@ -171,8 +174,10 @@ def rank_sensitivity(self:Learner,
     m = moments(twin.model, layers, batches) if aware else {}
     with calibration_dl(self, ifnone(dl, self.dls.valid), n_batches) as dl, twin.no_bar():
         base = _measure(twin, dl)
-        rows = [dict(layer=k, rank=o[0], parameters=o[2]/n_weights(l), lost=o[1], **{metric:_alone(twin, k, factorise(l, f, o[0], m.get(k)), dl)})
-            for k,(l,f) in layers.items() for o in _near(options(l, f, None, m.get(k)), n_weights(l), shares)]
+        def row(k, l, f, o):
+            got = _alone(twin, k, factorise(l, f, o.rank, m.get(k)), dl)
+            return dict(layer=k, rank=o.rank, parameters=o.params/n_params(l), lost=o.lost, **{metric:got})
+        rows = [row(k, l, f, o) for k,(l,f) in layers.items() for o in _near(rank_options(l, f, None, m.get(k)), n_params(l), shares)]
     spectra = {k:factorisations.find(f).spectra(l.weight.detach().double().cpu()) or [] for k,(l,f) in layers.items()}
     found = RankSensitivity(pd.DataFrame(rows), spectra, base, metric)
     if show_plot: found.plot()
@@ -181,8 +186,10 @@ def rank_sensitivity(self:Learner,
 # %% ../../nbs/learner/02_lowrank.ipynb #25decofa5761
 def _near(rows, n, shares):
     "Of each share the row that comes nearest, without those that would grow"
-    small = [o for o in rows if o[2]<n]
-    return list({o[0]:o for s in shares for o in [min(small, key=lambda o: abs(o[2]/n-s))]}.values()) if small else []
+    small = [o for o in rows if o.params<n]
+    if not small: return []
+    nearest = [min(small, key=lambda o: abs(o.params/n-s)) for s in shares]
+    return list({o.rank:o for o in nearest}.values())
 
 def _alone(learn, path, new, dl):
     "The metric with `new` in place of the layer at `path`"

@@ -1,4 +1,4 @@
-"""Layers as products of smaller ones: factors, their ranks, and a model with them in it
+"""Layers as products of smaller ones: matrices and convolutions
 
 Docs: https://fastquant-dev.github.io/fastquant/lowrank/factors.html.md"""
 
@@ -6,20 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/lowrank/factors.html.md"""
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow175513
 from __future__ import annotations
-import json, math, torch, warnings
-from collections import Counter
-from copy import deepcopy
-from torch import nn, Tensor
+import json, torch, warnings
+from torch import nn
 from fastcore.basics import *
-from ..core.model import catching
 from ..core.basics import *
-from ..core.model import *
-from ..core.trace import *
 
 # %% auto #0
-__all__ = ['factorisations', 'default_kinds', 'LowRank', 'digits_of', 'TTLinear', 'TTEmbedding', 'skeleton', 'factorise',
-           'weighed', 'roots', 'check_kinds', 'find_layers', 'macs', 'n_weights', 'options', 'by_energy', 'by_share',
-           'by_pattern', 'replace_layers', 'factor_recipe', 'follow_recipe', 'recipe_in', 'entering', 'moments']
+__all__ = ['factorisations', 'with_torch', 'LowRank', 'recipe_of_state', 'is_pointwise', 'tails_of']
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow714335
 def _tensorly():
@@ -27,7 +20,7 @@ def _tensorly():
     except ModuleNotFoundError as e: raise ModuleNotFoundError("Factorising needs tensorly: pip install tensorly") from e
     return tensorly
 
-def _with_torch(f):
+def with_torch(f):
     "What `f` makes of tensorly, with PyTorch behind it"
     tl = _tensorly()
     with torch.no_grad(), tl.backend_context('pytorch'), warnings.catch_warnings():
@@ -49,23 +42,23 @@ class LowRank(nn.Sequential):
     def recipe(self)->dict: return dict(kind=self.kind, rank=list(self.rank))
     def get_extra_state(self): return torch.tensor(list(json.dumps(self.recipe).encode()), dtype=torch.uint8)
     def set_extra_state(self, state):
-        if (r:=_recipe(state))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
+        if (r:=recipe_of_state(state))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
     def extra_repr(self): return f'{self.kind}, rank {self.rank}'
 
-def _recipe(state): return json.loads(bytes(state.tolist()).decode())
+def recipe_of_state(state): return json.loads(bytes(state.tolist()).decode())
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf8088b
 factorisations = Registry('factorisation')
 
-def _pointwise(m): return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1
+def is_pointwise(m): return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1
 def _conv(m, ni, no, k=1, bias=False, **kwargs): return nn.Conv2d(ni, no, k, bias=bias, device=m.weight.device, dtype=m.weight.dtype, **kwargs)
-def _tails(s): return torch.cat([s.square().flip(0).cumsum(0).flip(0)[1:], s.new_zeros(1)])/s.square().sum().clamp(min=1e-300)
+def tails_of(s): return torch.cat([s.square().flip(0).cumsum(0).flip(0)[1:], s.new_zeros(1)])/s.square().sum().clamp(min=1e-300)
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowcbd2f3
 @factorisations
 class Svd:
     "Two layers for a linear layer, or for a convolution of 1 pixel"
-    fits,of = staticmethod(lambda m: type(m) is nn.Linear or _pointwise(m)),'Linear, and Conv2d of 1 pixel'
+    fits,of = staticmethod(lambda m: type(m) is nn.Linear or is_pointwise(m)),'Linear, and Conv2d of 1 pixel'
     def full(m): return (min(m.weight.shape[:2]),)
     def spectra(w): return [torch.linalg.svdvals(w.flatten(1))]
 
@@ -78,14 +71,17 @@ def make(cls:Svd, m, rank):
 
 @patch(cls_method=True)
 def factors(cls:Svd, w, rank):
-    u,s,v = _with_torch(lambda tl: tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0]))
+    u,s,v = with_torch(lambda tl: tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0]))
     return [s.sqrt()[:,None]*v,u*s.sqrt()]
+
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowmath01
+import math
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowb3c9a3
 @factorisations
 class Tucker2:
     "Three convolutions for one: fewer channels in, the convolution, more channels out"
-    fits,of = staticmethod(lambda m: type(m) is nn.Conv2d and m.groups==1 and not _pointwise(m)),'Conv2d of more than 1 pixel without groups'
+    fits,of = staticmethod(lambda m: type(m) is nn.Conv2d and m.groups==1 and not is_pointwise(m)),'Conv2d of more than 1 pixel without groups'
     def full(m):
         no,ni,*k = m.weight.shape
         return min(no, ni*math.prod(k)),min(ni, no*math.prod(k))
@@ -100,7 +96,7 @@ def make(cls:Tucker2, m, rank):
 
 @patch(cls_method=True)
 def factors(cls:Tucker2, w, rank):
-    (core,(uo,ui)),_ = _with_torch(lambda tl: tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd'))
+    (core,(uo,ui)),_ = with_torch(lambda tl: tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd'))
     return [ui.T,core,uo]
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf5b1d5
@@ -123,397 +119,10 @@ def make(cls:CP, m, rank):
 
 @patch(cls_method=True)
 def factors(cls:CP, w, rank):
-    scale,(o,i,h,v) = _with_torch(lambda tl: tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0))
+    scale,(o,i,h,v) = with_torch(lambda tl: tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0))
     return [i.T,h.T[:,None,:,None],v.T[:,None,None,:],o*scale]
 
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow3a8228
-def digits_of(
-    n:int,  # A number of rows or columns
-    d:int=3 # Digits
-)->list: # Their bases, whose product is `n`
-    "`n` as a product of `d` numbers, as equal as may be"
-    found = []
-    for left in range(d, 0, -1):
-        k = min((i for i in range(1, n+1) if n%i==0), key=lambda i: (abs(math.log(i)-math.log(n)/left), i))
-        found.append(k)
-        n //= k
-    return sorted(found)
-
-def _cores(rows, cols, rank, **kwargs):
-    rank = (1,*rank,1)
-    return nn.ParameterList([nn.Parameter(torch.zeros(rank[k], m, n, rank[k+1], **kwargs)) for k,(m,n) in enumerate(zip(rows, cols))])
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow680a10
-class TTLinear(nn.Module):
-    "A linear layer whose weight is a tensor train"
-    def __init__(self,
-        ni:int,         # Inputs
-        no:int,         # Outputs
-        rank,           # Ranks between the cores, two numbers
-        bias:bool=True, # Add a bias?
-        device=None,    # As in `nn.Linear`
-        dtype=None      # Likewise
-    ):
-        super().__init__()
-        self.rows,self.cols,self.ni,self.no = digits_of(no),digits_of(ni),ni,no
-        self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(no, device=device, dtype=dtype)) if bias else None
-    def forward(self, x):
-        h = x.reshape(-1, 1, 1, self.ni)
-        for c,n in zip(self.cores, self.cols):
-            r,m,_,s = c.shape
-            h = torch.einsum('bmrnx,rkns->bmksx', h.reshape(h.shape[0], -1, r, n, h.shape[-1]//n), c)
-            h = h.reshape(h.shape[0], -1, s, h.shape[-1])
-        h = h.reshape(*x.shape[:-1], self.no)
-        return h if self.bias is None else h+self.bias
-    def macs(self)->int: # For one item
-        "Multiplications"
-        done,left = 1,self.ni
-        total = 0
-        for c in self.cores:
-            r,m,n,s = c.shape
-            left //= n
-            total += done*left*r*m*n*s
-            done *= m
-        return total
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow4ac8a4
-class TTEmbedding(nn.Module):
-    "An embedding whose weight is a tensor train"
-    def __init__(self,
-        n:int,       # Rows
-        size:int,    # Numbers in each
-        rank,        # Ranks between the cores, two numbers
-        device=None, # As in `nn.Embedding`
-        dtype=None   # Likewise
-    ):
-        super().__init__()
-        self.rows,self.cols = digits_of(n),digits_of(size)
-        self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
-    def forward(self, idx):
-        i,h = idx.reshape(-1),None
-        for k,c in enumerate(self.cores):
-            at = i//math.prod(self.rows[k+1:])%self.rows[k]
-            g = c[:,at].movedim(0, 1)
-            h = g if h is None else torch.einsum('bmnr,brks->bmnks', h, g).reshape(len(i), 1, -1, g.shape[-1])
-        return h.reshape(*idx.shape, -1)
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow232f57
-@factorisations
-class TensorTrain:
-    "A tensor for each digit of rows and columns"
-    fits = staticmethod(lambda m: type(m) is nn.Linear or type(m) is nn.Embedding and m.padding_idx is None and m.max_norm is None and not m.sparse)
-    of = 'Linear, and Embedding without a padding index'
-    def shape(w): return [m*n for m,n in zip(digits_of(w.shape[0]), digits_of(w.shape[1]))]
-    def full(m):
-        s = TensorTrain.shape(m.weight)
-        return tuple(min(math.prod(s[:k]), math.prod(s[k:])) for k in (1,2))
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow9c2d96
 @patch(cls_method=True)
-def make(cls:TensorTrain, m, rank):
-    (no,ni),like = m.weight.shape,dict(device=m.weight.device, dtype=m.weight.dtype)
-    return (TTEmbedding(no, ni, rank, **like),) if isinstance(m, nn.Embedding) else (TTLinear(ni, no, rank, m.bias is not None, **like),)
-
-@patch(cls_method=True)
-def tensor(cls:TensorTrain, w):
-    a,b = digits_of(w.shape[0]),digits_of(w.shape[1])
-    return w.reshape(*a, *b).permute(0,3,1,4,2,5).reshape(TensorTrain.shape(w))
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow055410
-@patch(cls_method=True)
-def spectra(cls:TensorTrain, w):
-    t = TensorTrain.tensor(w)
-    return [torch.linalg.svdvals(t.reshape(math.prod(t.shape[:k]), -1)) for k in (1,2)]
-
-@patch(cls_method=True)
-def factors(cls:TensorTrain, w, rank):
-    cores = _with_torch(lambda tl: tl.decomposition.tensor_train(TensorTrain.tensor(w), rank=[1,*rank,1]))
-    return [c.reshape(c.shape[0], m, n, c.shape[-1]) for c,m,n in zip(cores, digits_of(w.shape[0]), digits_of(w.shape[1]))]
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowa723b6
-def skeleton(
-    m:nn.Module, # A layer
-    kind,        # A factorisation, or the name of one
-    rank         # A number, or one for each rank that there is
-)->LowRank: # Not filled yet
-    "What stands for `m`, with layers of the right sizes; raises `ValueError` if there is no such thing"
-    f = factorisations.find(kind)
-    if not f.fits(m): raise ValueError(f"{_name(f)!r} cannot factorise {type(m).__name__}: it is for {f.of}.")
-    full = f.full(m)
-    rank = tuple(rank) if isinstance(rank, (tuple,list)) else (rank,)*len(full)
-    if len(rank)!=len(full): raise ValueError(f"rank={rank}: {_name(f)!r} has {len(full)} ranks here.")
-    for r,top in zip(rank, full):
-        if type(r) is not int or not 1<=r<=top: raise ValueError(f"rank={rank if len(rank)>1 else rank[0]!r}: the ranks of this layer go from 1 to {full if len(full)>1 else full[0]}.")
-    return LowRank(*f.make(m, rank), kind=_name(f), rank=rank, dense=sum(p.numel() for p in m.parameters()))
-
-def _name(f): return next((k for k,v in factorisations.items() if v is f), getattr(f, '__name__', str(f)))
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowa7a983
-def factorise(
-    m:nn.Module,     # A layer; left as it is
-    kind,            # A factorisation, or the name of one
-    rank,            # As in `skeleton`
-    moment:Tensor=None # Second moment of its inputs, to weigh errors with
-)->LowRank:
-    "Layers of `rank` that do nearly what `m` does; raises `ValueError` if that cannot be"
-    new,f = skeleton(m, kind, rank),factorisations.find(kind)
-    if not m.weight.isfinite().all(): raise ValueError("The weight has NaN or infinity in it: training went wrong, or the weights were not loaded whole.")
-    w,(root,back) = m.weight.detach().double().cpu(),roots(moment)
-    if root is not None and f is TensorTrain: raise ValueError("A tensor train cannot weigh errors by inputs. Leave `aware` out, or take another factorisation.")
-    parts = f.factors(w if root is None else weighed(w, root), new.rank)
-    if back is not None: parts[0] = (parts[0].flatten(1)@back).reshape(parts[0].shape)
-    with torch.no_grad():
-        for p,t in zip([p for k,p in new.named_parameters() if not k.endswith('bias')], parts, strict=True): p.copy_(t.reshape(p.shape))
-        if getattr(m, 'bias', None) is not None: next(p for k,p in new.named_parameters() if k.endswith('bias')).copy_(m.bias)
-    for p in new.parameters(): p.requires_grad_(m.weight.requires_grad)
-    return new.train(m.training)
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowc0028b
-def weighed(w, root):
-    "`w` with its inputs, the second dimension, multiplied by `root`"
-    return torch.tensordot(w, root, ([1],[0])).movedim(-1, 1)
-
-def roots(
-    moment:Tensor|None # Second moment of inputs
-)->tuple: # The matrix whose square it is, and the inverse of that
-    "Square root of a second moment; a thousandth of its mean is added, for inputs that were never seen"
-    if moment is None: return None,None
-    c = moment.double().cpu()
-    c = c+1e-3*c.diagonal().mean()*torch.eye(len(c), dtype=c.dtype)
-    v,q = torch.linalg.eigh(c)
-    return (q*v.sqrt())@q.T,(q*v.rsqrt())@q.T
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowcf3fb8
-default_kinds = ('svd','tucker2') # In this order
-
-def check_kinds(
-    model:nn.Module, # Any model
-    kinds,           # As in `find_layers`
-    names            # Module names or patterns that have to be factorised
-):
-    "Raise a `ValueError` if `names`, or a pattern in the dictionary `kinds`, ask for what cannot be"
-    if not isinstance(kinds, (str,dict,type(None))): raise ValueError(f"kinds={kinds!r}: pass the name of a factorisation, {', '.join(factorisations)}, or a dictionary of these by module pattern.")
-    mods = {k:m for k,m in model.named_modules() if k}
-    asked = [*[(p,None) for p in names],*(kinds.items() if isinstance(kinds, dict) else ())]
-    check_patterns([p for p,_ in asked], mods)
-    for p,kind in asked:
-        fs = [factorisations.find(kind)] if kind else list(factorisations.values())
-        leaves = {k:m for k,m in mods.items() if matches(k, p) and not len(list(m.children()))}
-        if not any(f.fits(m) for m in leaves.values() for f in fs):
-            what = ', '.join(sorted({type(m).__name__ for m in leaves.values()})) or type(mods[p]).__name__
-            raise ValueError(f"{p!r} is {what}, which {'cannot be factorised' if kind is None else f'{kind!r} cannot factorise'}: there is {'; '.join(f'{_name(f)} for {f.of}' for f in fs)}.")
-
-def find_layers(
-    model:nn.Module, # Any model
-    *xb,             # A batch of inputs
-    kinds=None,      # The name of a factorisation for all layers that it fits, or a dictionary of names by pattern
-    exclude=None     # Module names or patterns to leave alone
-)->tuple: # Layers with the factorisation for each, and why others are left alone, both by path
-    "What can be factorised in `model`, and how"
-    check_kinds(model, kinds, [])
-    if isinstance(kinds, str): factorisations.find(kinds)
-    check_patterns(listify(exclude), [k for k,_ in model.named_modules()])
-    tr,found,left = trace(model, *[x[:2] for x in xb]),{},{}
-    owners = Counter(id(p) for _,m in model.named_modules() for p in m._parameters.values() if p is not None)
-    for k,m in model.named_modules():
-        asked = kinds if isinstance(kinds, str) else next((v for p,v in (kinds or {}).items() if matches(k, p)), None)
-        f = next((f for f in (*listify(asked),*default_kinds) if factorisations.find(f).fits(m)), None)
-        if not k or (f is None and not isinstance(m, weighted)): continue
-        why = _why_not(k, m, f, exclude, owners, tr)
-        if why: left[k] = why
-        else: found[k] = (m,f)
-    return found,left
-
-def _why_not(k, m, f, exclude, owners, tr):
-    if any(matches(k, p) for p in listify(exclude)): return 'excluded'
-    if f is None: return f'there is no factorisation for {type(m).__name__} of this kind'
-    if m._parameters.get('weight') is None: return 'its weight is computed while it runs'
-    if owners[id(m.weight)]>1: return 'it shares its weight with another layer'
-    user = tr.users.get(m.weight)
-    if user is None: return 'it never ran'
-    if user[0]!=k: return f'its weight is read by {user[1]}'
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow8409d7
-def macs(
-    model:nn.Module, # A layer or a model
-    *xb              # A batch of inputs
-)->dict: # By path, for one item
-    "Multiplications of each layer with a weight in `model`"
-    mods = {k:m for k,m in model.named_modules() if isinstance(m, (nn.Linear,nn.modules.conv._ConvNd,TTLinear))}
-    with evaluating(model), catching(model, mods) as out: model(*xb)
-    def one(m, y):
-        n = y.numel()/len(y)/(m.no if isinstance(m, TTLinear) else m.weight.shape[0])
-        return round(n*(m.macs() if isinstance(m, TTLinear) else m.weight.numel()))
-    return {k:one(m, out[k]) for k,m in mods.items() if k in out}
-
-def n_weights(
-    m:nn.Module # A layer or a model
-)->int:
-    "Parameters of `m`, each counted once"
-    return sum(p.numel() for p in m.parameters())
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowfdd3c6
-def options(
-    m:nn.Module,   # A layer
-    kind,          # Its factorisation
-    x:Tensor=None, # What goes into it, for MACs
-    moment=None,   # As in `factorise`
-    n:int=24       # So many at most
-)->list: # Of each rank the share of energy that is lost, parameters and MACs; those that lose least come first
-    "Ranks to choose from for a layer"
-    f = factorisations.find(kind)
-    w = m.weight.detach().double().cpu()
-    if not w.isfinite().all(): raise ValueError("The weight has NaN or infinity in it: training went wrong, or the weights were not loaded whole.")
-    if moment is not None: w = weighed(w, roots(moment)[0])
-    tails,shadow = f.spectra(w),deepcopy(m).to('meta')
-    if x is not None: x = x.to('meta')
-    if tails is None: tried = [((r,),None) for r in _ladder(f.full(m)[0], m, f)]
-    else:
-        tails = [_tails(s) for s in tails]
-        at = lambda t, loss: min(len(t), int((t>loss+1e-12).sum())+1)
-        ranks = dict.fromkeys(tuple(at(t, loss) for t in tails) for loss in [0,*torch.logspace(-4, 0, n-1).tolist()])
-        tried = [(r,sum(t[i-1].item() for t,i in zip(tails, r))) for r in ranks]
-    return [(r,_lost(f, w, r) if loss is None else min(1., loss),*_cost(shadow, kind, r, x)) for r,loss in tried]
-
-def _ladder(top, m, f):
-    "Ranks of CP that are worth a try: from where it saves something, each two thirds of the one before"
-    r = min(top, max(1, m.weight.numel()//(sum(m.weight.shape))))
-    return list(dict.fromkeys(max(1, int(r*(2/3)**i)) for i in range(7)))
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowda1ba9
-def _lost(f, w, rank):
-    i,h,v,o = f.factors(w, rank)
+def lost(cls:CP, w, rank):
+    i,h,v,o = cls.factors(w, rank)
     return ((w-torch.einsum('or,ri,rh,rw->oihw', o, i, h[:,0,:,0], v[:,0,0,:])).square().sum()/w.square().sum()).item()
-
-def _cost(m, kind, rank, x):
-    new = skeleton(m, kind, rank)
-    return n_weights(new),0 if x is None else sum(macs(new, x).values())
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow93c2a7
-def by_energy(
-    rows:dict,   # From `options`, by path
-    dense:dict,  # Parameters of each layer now
-    energy:float # Share of the squares of the weight, or of what comes out, to keep
-)->dict: # Ranks by path
-    "For each layer the cheapest rank that keeps `energy`; layers that would grow are not in it"
-    if not 0<energy<=1: raise ValueError(f"energy={energy}: pass the share of energy that each layer keeps, above 0 and up to 1.")
-    ok = {k:min((o for o in os if o[1]<=1-energy+1e-9), key=lambda o: o[2], default=None) for k,os in rows.items()}
-    return {k:o[0] for k,o in ok.items() if o is not None and o[2]<dense[k]}
-
-def by_share(
-    rows:dict,   # From `options`, by path
-    dense:dict,  # Cost of each layer now
-    at:int,      # Where in a row the cost is
-    rest:float,  # Cost of everything else
-    share:float, # Of the model's cost that is to be left
-    what:str     # For the error
-)->dict: # Ranks by path
-    "Ranks that lose least in all, at `share` of the cost; raises `ValueError` if there are none"
-    if not 0<share<1: raise ValueError(f"{what}={share}: pass the share of the model's {what} that is to be left, above 0 and below 1.")
-    rows = {k:[(None,0.,dense[k]),*[(o[0],o[1],o[at]) for o in os if o[at]<dense[k]]] for k,os in rows.items()}
-    total,cost = rest+sum(dense.values()),lambda c: rest+sum(o[2] for o in c.values())
-    pick = lambda price: {k:min(os, key=lambda o: (o[1]+price*o[2]/total, o[2])) for k,os in rows.items()}
-    least = cost({k:min(os, key=lambda o: o[2]) for k,os in rows.items()})
-    if least>share*total: raise ValueError(f"{what}={share} cannot be reached: with all layers at their lowest rank, {least/total:.3g} of the {what} are left. Pass more than that, or let more layers be factorised.")
-    lo,hi = 0.,1e12
-    for _ in range(100):
-        mid = math.sqrt(max(lo, 1e-12)*hi)
-        lo,hi = (lo,mid) if cost(pick(mid))<=share*total else (mid,hi)
-    chosen = pick(hi)
-    while True:
-        room = share*total-cost(chosen)
-        better = [((chosen[k][1]-o[1])/(o[2]-chosen[k][2]),k,o) for k,os in rows.items() for o in os if o[1]<chosen[k][1] and 0<o[2]-chosen[k][2]<=room]
-        if not better: break
-        _,k,o = max(better, key=lambda b: b[0])
-        chosen[k] = o
-    return {k:o[0] for k,o in chosen.items() if o[0] is not None}
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow37971f
-def by_pattern(
-    layers:dict, # From `find_layers`
-    left:dict,   # Likewise
-    ranks:dict   # Ranks by pattern, as in `skeleton`
-)->dict: # Ranks by path
-    "The ranks that are given; raises `ValueError` if one of them cannot be"
-    found = {}
-    for p,r in ranks.items():
-        here = [k for k in layers if matches(k, p)]
-        if not here: raise ValueError(f"{p!r} has no layer that can be factorised: {'; '.join(f'{k!r}: {w}' for k,w in left.items() if matches(k, p)) or 'none has a weight'}.")
-        for k in here:
-            try: found[k] = skeleton(*layers[k], r).rank
-            except ValueError as e: raise ValueError(f"{k!r}: {e}") from None
-    return found
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alowde9ec6
-def replace_layers(
-    model:nn.Module, # Changed in place
-    new:dict         # Modules by path
-)->nn.Module: # `model`
-    "Put the modules of `new` in place of those that are there, wherever they are used"
-    places = list(model.named_modules(remove_duplicate=False))
-    for k,m in new.items():
-        old = model.get_submodule(k)
-        for p in [p for p,o in places if o is old]: model.set_submodule(p, m)
-    return model
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow3ce2c3
-def factor_recipe(
-    model:nn.Module # Any model
-)->dict: # Plain data, by path
-    "What in `model` is factorised, and how"
-    return {k:m.recipe for k,m in model.named_modules() if isinstance(m, LowRank)}
-
-def follow_recipe(
-    model:nn.Module, # A model like the one that the recipe was made for; changed in place
-    recipe:dict      # From `factor_recipe`
-)->nn.Module: # `model`, whose new layers are not filled
-    "Make `model` ready for weights of a factorised one; raises `ValueError` if it has no such layers"
-    mods,new = dict(model.named_modules(remove_duplicate=False)),{}
-    for k,r in recipe.items():
-        if k not in mods: raise ValueError(f"The recipe has {k!r}, and this model has no module of that name.{near_misses(k, mods)} Use the model that was factorised.")
-        if not isinstance(mods[k], LowRank): new.setdefault(id(mods[k]), (k,skeleton(mods[k], r['kind'], tuple(r['rank']))))
-    return replace_layers(model, dict(new.values()))
-
-def recipe_in(
-    state:dict # A state dict
-)->dict: # As from `factor_recipe`
-    "The recipe of the model that `state` was taken from"
-    found = {k.removesuffix('._extra_state'):v for k,v in state.items() if k.endswith('._extra_state') and isinstance(v, Tensor)}
-    texts = {k:bytes(v.tolist()) for k,v in found.items() if v.dtype==torch.uint8 and v.numel()<1000}
-    return {k:json.loads(t) for k,t in texts.items() if t.startswith(b'{"kind":')}
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow80e759
-def _entering(model, layers, xb, see):
-    "Show `see` path, module and input of each of `layers` whenever it runs on `xb`"
-    of = {id(m):k for k,(m,_) in layers.items()}
-    def before(m, args):
-        if id(m) in of and args and isinstance(args[0], Tensor): see(of[id(m)], m, args[0].as_subclass(Tensor))
-    hook = nn.modules.module.register_module_forward_pre_hook(before)
-    try:
-        with evaluating(model): model(*xb)
-    finally: hook.remove()
-
-def entering(
-    model:nn.Module, # Any model
-    layers:dict,     # From `find_layers`
-    *xb              # A batch of inputs
-)->dict: # A tensor for each layer
-    "What goes into each of `layers`"
-    found = {}
-    _entering(model, layers, xb, lambda k, m, x: found.__setitem__(k, x))
-    return found
-
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow16d278
-def moments(
-    model:nn.Module, # Any model
-    layers:dict,     # From `find_layers`
-    batches          # Tuples of inputs
-)->dict: # A matrix for each layer
-    "Second moments of the inputs of `layers`, over all places and items"
-    found,n = {},Counter()
-    def add(k, m, x):
-        x = (x.movedim(1, -1) if isinstance(m, nn.Conv2d) else x).reshape(-1, m.weight.shape[1]).double()
-        found[k],n[k] = found.get(k, 0)+x.T@x,n[k]+len(x)
-    for xb in batches: _entering(model, layers, xb, add)
-    return {k:c/n[k] for k,c in found.items()}
