@@ -3,6 +3,8 @@ from .core.basics import *
 from .core.model import *
 from .core.trace import *
 from .core.measure import *
+from .core.attach import *
+from .core.optim import *
 from .quant.grid import *
 from .quant.lsq import *
 from .quant.pairs import *

@@ -12,7 +12,7 @@ from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
 # %% auto #0
-__all__ = ['calibration_dl', 'inputs', 'with_bar', 'add_column']
+__all__ = ['calibration_dl', 'inputs', 'some_inputs', 'with_bar', 'add_column']
 
 # %% ../../nbs/callback/00_data.ipynb #18datac58c9c
 class _Idxs:
@@ -48,6 +48,12 @@ def inputs(
     n_inp = lambda b: getattr(learn.dls, 'n_inp', max(1, len(b)-1))
     return [tuple(to_device(b, device)[:n_inp(b)]) for b in itertools.islice(dl, n)]
 
+def some_inputs(
+    learn:Learner # Its training data
+)->tuple: # As the model takes them
+    "A batch of inputs of `learn`, neither shuffled nor augmented"
+    with calibration_dl(learn, None, 1) as dl: return inputs(learn, dl, 1)[0]
+
 # %% ../../nbs/callback/00_data.ipynb #18databa7002
 def with_bar(
     learn:Learner, # Shows no progress where this one does not
@@ -56,7 +62,10 @@ def with_bar(
     "`items` with a progress bar that is gone afterwards"
     return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
 
-def add_column(recorder, name):
+def add_column(
+    recorder:Recorder, # Of a fit that is about to start
+    name:str           # Of the column
+):
     "A column in the table that `recorder` makes of a fit, before the time"
     at = len(recorder.metric_names)-recorder.add_time
     recorder.metric_names = L([*recorder.metric_names[:at],name,*recorder.metric_names[at:]])

@@ -38,7 +38,12 @@ class LossColumn(Callback):
         if hasattr(self.learn, 'recorder') and self.create_mbar: self.recorder.log.append(torch.stack(new).mean().item() if new else math.nan)
 
 # %% ../../nbs/callback/04_distill.ipynb #24call0b9e78
-def at_pos(o, pos): return o(pos) if callable(o) else o
+def at_pos(
+    o,  # A number, or a function from the position in a fit to one
+    pos # From 0 to 1
+):
+    "What `o` is at `pos`"
+    return o(pos) if callable(o) else o
 
 def check_curve(
     name:str, # Of the argument
@@ -218,7 +223,10 @@ def check_outputs(self:TeachingCallback, student, teacher, whose):
     check_term(self.compared(student, teacher), _say(self.how))
 
 # %% ../../nbs/callback/04_distill.ipynb #24call16758d
-def model_of(o, arg):
+def model_of(
+    o,      # A Learner or a model
+    arg:str # What it was passed as, for the error
+)->nn.Module:
     "The model in `o`; raises `ValueError` if there is none"
     if not isinstance(o, (Learner,nn.Module)): raise ValueError(f"{arg}={o!r}: pass a trained Learner or model.")
     return get_model(o.model) if isinstance(o, Learner) else get_model(o)

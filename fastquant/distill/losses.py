@@ -20,7 +20,11 @@ __all__ = ['distill_losses', 'shape_of', 'agree', 'wants', 'find_loss', 'distill
 # %% ../../nbs/distill/00_losses.ipynb #09dist82d13a
 distill_losses = Registry('distillation loss')
 
-def shape_of(x): return '×'.join(map(str, x.shape[1:])) or 'one number'
+def shape_of(
+    x:Tensor # Features or outputs
+)->str:
+    "The size of an item, for messages"
+    return '×'.join(map(str, x.shape[1:])) or 'one number'
 
 # %% ../../nbs/distill/00_losses.ipynb #09distdfa43c
 @distill_losses

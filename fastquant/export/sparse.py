@@ -12,8 +12,10 @@ from safetensors.torch import load, save
 from torch import nn, Tensor
 from .. import __version__
 from .engine import Engine
+from functools import partial
+from ..core.model import *
+from ..core.attach import *
 from ..prune.mask import *
-from ..prune.shrink import *
 
 # %% auto #0
 __all__ = ['deltas', 'positions', 'deflate', 'inflate', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
@@ -187,8 +189,6 @@ def _engine_bytes(tensors):
 # %% ../../nbs/export/04_sparse.ipynb #15prun5f8e59
 def _model_tensors(model):
     state = model.state_dict()
-    if 'rounding_spec' in state: raise ValueError("This model is in training for quantization. Save what `quantize` makes of it, or take the rounding off with `learn.remove_quant()`.")
-    state.pop('channels_left', None)
     masks = [k for k,m in masked(model).items() if torch.equal(m.weight!=0, m.weight_mask)]
     for k in masks: del state[_key(k, 'weight_mask')]
     odd = [k for k,t in state.items() if not isinstance(t, Tensor)]
@@ -197,8 +197,7 @@ def _model_tensors(model):
     for k,t in state.items():
         at = t.data_ptr(),t.dtype,t.shape,t.stride()
         if t.numel() and first.setdefault(at, k)!=k: same[k] = first[at]
-    recipe = dict(recipe=r.to_json()) if (r:=recipe_of(model)) else {}
-    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same, **recipe)
+    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same)
 
 # %% ../../nbs/export/04_sparse.ipynb #15prun2f5707
 def pack_model(
@@ -213,37 +212,38 @@ def pack_model(
 def unpack_model(
     data:bytes,            # From `pack_model`
     model:nn.Module,       # One of the same architecture, changed in place; an `Engine` needs none
-    max_bytes:int=2**32    # See `from_sparse`
+    max_bytes:int=2**32,   # See `from_sparse`
+    batch=None             # A function that gives a batch of inputs, for a model that rounds
 )->tuple: # The model, and what was said about it
-    "Weights and masks of the file on `model`; raises `ValueError` if they do not fit, and leaves `model` as it was"
+    "Weights of the file on `model`, and all that sat on the model they are of; raises `ValueError` if they do not fit, and leaves `model` as it was"
     tensors,about = from_sparse(data, max_bytes)
     if about.pop('engine', False): return Engine(_engine_bytes(tensors)),about
+    state = _whole_state(tensors, about)
+    try_first(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state))
+    return load_attached(remove_masks(model), state, batch),about
+
+def _whole_state(tensors, about):
+    "The state dict that a file was made of"
     masks,same,recipe = about.pop('masks', []),about.pop('same', {}),about.pop('recipe', None)
-    todo = steps_to(model, recipe_from_json(recipe) if recipe else Recipe({}, {}))
     tensors.update({k:tensors[o] for k,o in same.items() if o in tensors})
-    packed = {k:tensors.pop(k) for k in list(tensors) if k.split('.')[-1]=='weight_mask'}
-    check_fit(model, tensors, todo, [*masks, *(k.removesuffix('weight_mask').rstrip('.') for k in packed)])
-    keep = {k:tensors[_key(k, 'weight')]!=0 for k in masks}
-    keep.update({(o:=k.removesuffix('weight_mask').rstrip('.')):_named(k, unpack_bits, t, tensors[_key(o, 'weight')].shape) for k,t in packed.items()})
-    shrink(remove_masks(model), todo).load_state_dict(tensors)
-    set_masks(model, keep)
-    return model,about
+    tensors.update({_key(k, 'weight_mask'):pack_bits(tensors[w]!=0) for k in masks if (w:=_key(k, 'weight')) in tensors})
+    if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)])) # a file from before 0.2
+    return tensors
 
 # %% ../../nbs/export/04_sparse.ipynb #15prun8cbfbd
 def _key(path, name): return f'{path}.{name}' if path else name
 
 def check_fit(
-    model:nn.Module, # Any model
-    tensors:dict,    # What a file has for it, by name
-    todo:Recipe,     # How `model` will be cut before
-    masks            # Paths of the layers that the file has masks for
+    state:dict,     # What a file has, by name
+    model:nn.Module # A model that is ready for it
 ):
     "Raise a `ValueError` that names the first tensor that `model` and the file do not have in common"
-    own = {k:cut_shape(t.shape, todo.left.get(k, {})) for k,t in model.state_dict().items() if k.split('.')[-1] not in ('weight_mask','channels_left')}
-    tensors = {k:tuple(t.shape) for k,t in tensors.items()}
+    sizes = lambda d: {k:tuple(t.shape) for k,t in d.items() if k.split('.')[-1] not in ('weight_mask','structure','rounding_spec')}
+    own,theirs = sizes(model.state_dict()),sizes(state)
     say = lambda d,k: f'of shape {d[k]}' if k in d else 'missing'
-    for k in [*own, *tensors, *(_key(o, 'weight') for o in masks)]:
-        if k not in tensors or k not in own or tensors[k]!=own[k]: raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {say(tensors, k)} in the file, and {say(own, k)} in the model.")
+    for k in dict.fromkeys([*own, *theirs]):
+        if own.get(k)!=theirs.get(k): raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {say(theirs, k)} in the file, and {say(own, k)} in the model.")
+    for k in [k for k in state if k.split('.')[-1]=='weight_mask']: _named(k, unpack_bits, state[k], own.get(k.removesuffix('_mask'), ()))
 
 # %% ../../nbs/export/04_sparse.ipynb #15prunb6898d
 def layer_report(

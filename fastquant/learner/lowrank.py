@@ -6,17 +6,14 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/lowrank.html.md"""
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25deco8135be
 from __future__ import annotations
-import json, numpy as np, pandas as pd
+import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
-from safetensors import safe_open, SafetensorError
-from safetensors.torch import save
 from ..quant.prepare import rounding, check_finite
 from ..export.engine import Engine
 from ..core.model import copy_model
-from .quant import describe, restorers, _measure, _trainable
+from .quant import _measure, _trainable
 from ..prune.mask import masked
-from ..core.basics import *
 from ..core.measure import *
 from ..lowrank.factors import *
 from ..lowrank.layers import *
@@ -24,7 +21,7 @@ from ..lowrank.ranks import *
 from ..callback.data import *
 
 # %% auto #0
-__all__ = ['restore_lowrank', 'RankSensitivity']
+__all__ = ['RankSensitivity']
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25deco50ffb3
 @patch
@@ -51,7 +48,7 @@ def decompose(self:Learner,
     left.update({k:'it would grow' if k in chosen else why for k in layers if k not in chosen or (ranks and _grows(*layers[k], chosen[k]))})
     new = {k:factorise(*layers[k], r, m.get(k)) for k,r in chosen.items() if k not in left}
     if not new: raise ValueError(f"There is nothing to gain: {'; '.join(f'{k!r}: {w}' for k,w in left.items()) or 'the model has no layer that can be factorised'}. Keep less, or choose other layers.")
-    learn = _trainable(self, replace_layers(model, new))
+    learn = _trainable(self, put_factors(model, new))
     learn.not_factorised = left
     return learn
 
@@ -85,43 +82,21 @@ def _choose(model, layers, m, xb, energy, params, share):
     all_ = layer_macs(model, *[t[:1] for t in xb])
     return by_share(rows, {k:all_.get(k, 0) for k in layers}, sum(v for k,v in all_.items() if k not in layers), share, 'macs')
 
-# %% ../../nbs/learner/02_lowrank.ipynb #25decof963a7
-@restorers
-def restore_lowrank(
-    learn:Learner, # Its model is changed in place
-    state:dict     # A state dict that is to be loaded into it
-):
-    "Put layers of low rank into the model of `learn` where `state` has them"
-    model,recipe = get_model(learn.model),recipe_in(state)
-    if not any(k in dict(model.named_modules(remove_duplicate=False)) and not isinstance(model.get_submodule(k), LowRank) for k in recipe): return
-    follow_recipe(model, recipe)
-    if learn.opt is not None: learn.create_opt()
-
 # %% ../../nbs/learner/02_lowrank.ipynb #25decobc43c5
 @patch
 def save_decomposed(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
-    "Write weights and recipe of a factorised model to a safetensors file"
-    fname,model = check_writable(self.path/fname),_float_copy(self)
-    if not factor_recipe(model): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
-    state = {k:t.detach().contiguous().clone() for k,t in model.state_dict().items()}
-    return write_whole(fname, save(state, metadata={'fastquant':json.dumps(dict(vocab=describe(self)['vocab']))}))
+    "`save_sparse`, for a factorised model only; raises `ValueError` if it is none"
+    if not factor_recipe(get_model(self.model)): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
+    return self.save_sparse(fname)
 
 @patch
 def load_decomposed(self:Learner,
-    fname # A file from `save_decomposed`, relative to `self.path`
+    fname # A file from `save_sparse` or `save_decomposed`, relative to `self.path`
 )->Learner: # `self` is left as it is
-    "A Learner like `self` with the factorised model of the file; raises `ValueError` if that is damaged, or does not fit"
-    try:
-        with safe_open(self.path/fname, 'pt') as f: about,state = json.loads((f.metadata() or {}).get('fastquant', '{}')),{k:f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError,json.JSONDecodeError) as e: raise ValueError(f"{str(fname)!r} is damaged, or not a file from `save_decomposed`: {e}") from None
-    if not recipe_in(state): raise ValueError(f"{str(fname)!r} is not a file from `save_decomposed`: there is no recipe in it.")
-    if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
-    model = follow_recipe(_float_copy(self), recipe_in(state))
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise ValueError(f"{str(fname)!r} does not fit this model: {e}") from None
-    return _trainable(self, model)
+    "`load_sparse`"
+    return self.load_sparse(fname)
 
 # %% ../../nbs/learner/02_lowrank.ipynb #25deco57c5c3
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.schedule import *
 from ..export.engine import Engine
-from .quant import describe, restorers, _measure, _trainable, _twin
+from .quant import describe, _measure, _trainable, _twin
 from ..core.basics import *
 from ..core.model import *
 from ..prune.criteria import *
@@ -26,7 +26,7 @@ from ..callback.data import *
 from ..callback.prune import *
 
 # %% auto #0
-__all__ = ['restore_masks', 'plot_report', 'plot_channels', 'Sensitivity']
+__all__ = ['plot_report', 'plot_channels', 'Sensitivity']
 
 # %% ../../nbs/learner/01_prune.ipynb #23prun8e0528
 @patch
@@ -89,7 +89,7 @@ def _gradients(learn, layers, dl):
 def save_sparse(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
-    "Write what is left of the model, float or quantized, to a small safetensors file; see `pack_model`"
+    "Write the model, float or quantized, with masks, factors and whatever sits on it, to a small safetensors file; see `pack_model`"
     return write_whole(check_writable(self.path/fname), pack_model(get_model(self.model), **describe(self)))
 
 @patch
@@ -99,23 +99,9 @@ def load_sparse(self:Learner,
 )->Learner: # `self` is left as it is
     "A Learner like `self` with weights and masks of the file, or around the quantized model in it; raises `ValueError` if that is damaged, or does not fit"
     model = None if isinstance(self.model, Engine) else remove_masks(clean_copy(get_model(self.model)))
-    model,about = unpack_model((self.path/fname).read_bytes(), model, max_bytes)
+    model,about = unpack_model((self.path/fname).read_bytes(), model, max_bytes, partial(some_inputs, self))
     if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
     return _twin(self, model) if isinstance(model, Engine) else _trainable(self, model)
-
-# %% ../../nbs/learner/01_prune.ipynb #23pruna40fec
-@restorers
-def restore_masks(
-    learn:Learner, # Its model is changed in place
-    state:dict     # A state dict that is to be loaded into it
-):
-    "Put masks on the layers that `state` has masks for, so that it can be loaded"
-    layers = dict(get_model(learn.model).named_modules())
-    paths = [k.rpartition('.')[0] for k in state if k.rpartition('.')[2]=='weight_mask']
-    weight = lambda path: state.get(f'{path}.weight' if path else 'weight', torch.empty(0))
-    if not all(k in layers and weight(k).shape==getattr(layers[k], 'weight', torch.empty(0)).shape for k in paths): return
-    for k in paths:
-        if not mask_of(layers[k]): set_mask(layers[k], torch.ones_like(layers[k].weight, dtype=torch.bool))
 
 # %% ../../nbs/learner/01_prune.ipynb #23prunc01ca5
 @patch

@@ -14,10 +14,12 @@ from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
 from ..core.measure import *
+from ..core.attach import *
 from ..quant.spec import *
 from ..quant.prepare import *
 from ..quant.train import *
 from ..quant.convert import *
+from ..prune.mask import *
 from ..prune.shrink import *
 from ..export.onnx import *
 from ..export.engine import *
@@ -28,7 +30,7 @@ from ..callback.optimizer import *
 from ..callback.quant import *
 
 # %% auto #0
-__all__ = ['restorers', 'describe', 'restore_channels', 'restore_rounding']
+__all__ = ['describe', 'make_ready']
 
 # %% ../../nbs/learner/00_quant.ipynb #22learef0db9
 def _twin(learn, model):
@@ -130,50 +132,49 @@ def _prepared(has, wanted):
     why = ' Its weights use the whole range of int8, and those of a portable file have to be trained, or calibrated, to fit.' if wanted.portable and not has.portable else ''
     return f"The model is prepared already, with {has}, so it cannot be quantized with {wanted}.{why} Leave `spec` and `exclude` out to ship what it was prepared with, or take that off with `learn.remove_quant()`."
 
-# %% ../../nbs/learner/00_quant.ipynb #22lear8ea2d0
-restorers = Registry('restorer')
-
-@restorers
-def restore_channels(
-    learn:Learner,
-    state:dict # The state dict that is about to be loaded
-):
-    "Remove from `learn.model` the channels that `state` comes without; first of all, since everything else depends on shapes"
-    shrink_like(get_model(learn.model), state)
-
-@restorers
-def restore_rounding(
-    learn:Learner,
-    state:dict # The state dict that is about to be loaded
-):
-    "Put on `learn.model` the rounding that `state` comes from"
-    text,model = state.get('rounding_spec'),get_model(learn.model)
-    if text is not None and not rounding(model):
-        with calibration_dl(learn, None, 1) as dl: prepare(model, spec_from_json(bytes(text.tolist()).decode()), *inputs(learn, dl, 1)[0])
-        own_group(learn.opt, steps(model))
-
 # %% ../../nbs/learner/00_quant.ipynb #22learfirst1
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
 
 @contextmanager
 def _first(o, f):
-    "Show the state that is loaded into `o` to `f` first"
+    "Show the state that is loaded into `o` to `f` first, which may say into what else it shall go"
     def load_state_dict(state, *args, **kwargs):
-        f(state)
-        del o.load_state_dict
-        return o.load_state_dict(state, *args, **kwargs)
+        vars(o).pop('load_state_dict', None) # before anything is copied
+        to = f(state) or o
+        return to.load_state_dict(state, *args, **kwargs)
     o.load_state_dict = load_state_dict
     try: yield
     finally: vars(o).pop('load_state_dict', None)
 
+def make_ready(
+    learn:Learner, # Its model and optimizer are changed in place
+    state:dict,    # That is about to be loaded into the model
+    strict:bool=True # As in `load_state_dict`
+):
+    "Put on the model of `learn` what `state` comes from, and let the optimizer own it; raises, and leaves both as they were, if `state` does not fit"
+    model,batch = get_model(learn.model),partial(some_inputs, learn)
+    try_first(model, state, batch, strict)
+    before = list(model.parameters())
+    restore(model, state, batch)
+    known = {id(p) for p in (*before,*steps(model))}
+    if all(id(p) in known for p in model.parameters()): own_group(learn.opt, steps(model))
+    else: learn.create_opt()
+
+# %% ../../nbs/learner/00_quant.ipynb #22learfirst2
 @patch
 @delegates(_load)
-def load(self:Learner, file, device=None, **kwargs):
-    "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises `ValueError` if it cannot be"
-    model = get_model(self.model)
-    if self.opt is None: self.create_opt()
-    with _first(model, lambda state: [f(self, state) for f in restorers.values()]), _first(self.opt, partial(keep_passing, self.opt)):
-        _load(self, file, device=device, **kwargs)
+def load(self:Learner, file, device=None, strict=True, **kwargs):
+    "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises, and leaves `self` as it was, if it cannot be"
+    model,had = get_model(self.model),self.opt
+    if had is None: self.create_opt()
+    def to_opt(state):
+        keep_passing(self.opt, state)
+        return self.opt # another one by now, if layers were replaced
+    try:
+        with _first(model, lambda state: make_ready(self, state, strict)), _first(self.opt, to_opt): _load(self, file, device=device, strict=strict, **kwargs)
+    except BaseException:
+        self.opt = had
+        raise
     cut_opt(self.opt, model, recipe_of(model)) # what is from before channels were removed
     return self
 
@@ -184,9 +185,10 @@ _create_opt = getattr(Learner.create_opt, '__wrapped__', Learner.create_opt)
 
 @patch
 def create_opt(self:Learner):
-    "Create an optimizer, with a group of their own for learned step sizes"
+    "Create an optimizer, with a group of their own for learned step sizes, for a model whose pruned weights stay pruned"
     _create_opt(self)
     own_group(self.opt, steps(get_model(self.model)))
+    hold_masks(get_model(self.model))
 
 Learner.create_opt.__wrapped__ = _create_opt
 

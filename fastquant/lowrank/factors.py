@@ -7,7 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/lowrank/factors.html.md"""
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow175513
 from __future__ import annotations
 import json, torch, warnings
-from torch import nn
+from torch import nn, Tensor
 from fastcore.basics import *
 from ..core.basics import *
 
@@ -45,14 +45,30 @@ class LowRank(nn.Sequential):
         if (r:=recipe_of_state(state))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
     def extra_repr(self): return f'{self.kind}, rank {self.rank}'
 
-def recipe_of_state(state): return json.loads(bytes(state.tolist()).decode())
+def recipe_of_state(
+    state:Tensor # The extra state of a `LowRank`
+)->dict:
+    "What it says of the kind and rank of its layers"
+    return json.loads(bytes(state.tolist()).decode())
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf8088b
 factorisations = Registry('factorisation')
 
-def is_pointwise(m): return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1
+def is_pointwise(
+    m:nn.Module # A layer
+)->bool:
+    "Whether `m` is a convolution that looks at one pixel at a time, which is a matrix"
+    return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1
+
 def _conv(m, ni, no, k=1, bias=False, **kwargs): return nn.Conv2d(ni, no, k, bias=bias, device=m.weight.device, dtype=m.weight.dtype, **kwargs)
-def tails_of(s): return torch.cat([s.square().flip(0).cumsum(0).flip(0)[1:], s.new_zeros(1)])/s.square().sum().clamp(min=1e-300)
+
+def tails_of(
+    s:Tensor # Singular values, the largest first
+)->Tensor: # For each rank from 1 on
+    "The share of energy, which is the sum of squares, that is lost at a rank"
+    sqr = s.square()
+    beyond = sqr.flip(0).cumsum(0).flip(0)[1:]
+    return torch.cat([beyond, s.new_zeros(1)])/sqr.sum().clamp(min=1e-300)
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowcbd2f3
 @factorisations

@@ -15,10 +15,12 @@ from ..core.model import *
 from ..core.trace import *
 from .factors import *
 from .tensortrain import *
+from dataclasses import dataclass
+from ..core.attach import *
 
 # %% auto #0
 __all__ = ['default_kinds', 'skeleton', 'kind_name', 'factorise', 'weighed', 'roots', 'check_kinds', 'find_layers', 'by_pattern',
-           'replace_layers', 'factor_recipe', 'follow_recipe', 'recipe_in']
+           'replace_layers', 'factor_recipe', 'Factors', 'follow_recipe', 'put_factors']
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowa723b6
 def skeleton(
@@ -36,7 +38,11 @@ def skeleton(
         if type(r) is not int or not 1<=r<=top: raise ValueError(f"rank={rank if len(rank)>1 else rank[0]!r}: the ranks of this layer go from 1 to {full if len(full)>1 else full[0]}.")
     return LowRank(*f.make(m, rank), kind=kind_name(f), rank=rank, dense=sum(p.numel() for p in m.parameters()))
 
-def kind_name(f): return next((k for k,v in factorisations.items() if v is f), getattr(f, '__name__', str(f)))
+def kind_name(
+    f # A factorisation
+)->str:
+    "What `f` is called in the registry"
+    return next((k for k,v in factorisations.items() if v is f), getattr(f, '__name__', str(f)))
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowa7a983
 def factorise(
@@ -158,6 +164,20 @@ def factor_recipe(
     "What in `model` is factorised, and how"
     return {k:m.recipe for k,m in model.named_modules() if isinstance(m, LowRank)}
 
+@structure_steps
+@dataclass(frozen=True)
+class Factors:
+    "Layers that were factorised, as a step of a model's structure"
+    recipe:dict # From `factor_recipe`
+    def to_json(self): return json.dumps(self.recipe)
+    @classmethod
+    def from_json(cls, text): return cls(json.loads(text))
+    def apply(self, model): follow_recipe(model, self.recipe)
+    def then(self, other): "Two of them are two"
+    def beyond(self, before): raise ValueError("These are the weights of a model that was factorised in another way.")
+    def adapt(self, model, state, prefix):
+        if not all(f'{prefix}{k}._extra_state' in state for k in self.recipe): raise ValueError(f"These weights are from before {', '.join(self.recipe)} of {type(model).__name__} was factorised. Load them into a model as it was built.")
+
 def follow_recipe(
     model:nn.Module, # A model like the one that the recipe was made for; changed in place
     recipe:dict      # From `factor_recipe`
@@ -167,12 +187,13 @@ def follow_recipe(
     for k,r in recipe.items():
         if k not in mods: raise ValueError(f"The recipe has {k!r}, and this model has no module of that name.{near_misses(k, mods)} Use the model that was factorised.")
         if not isinstance(mods[k], LowRank): new.setdefault(id(mods[k]), (k,skeleton(mods[k], r['kind'], tuple(r['rank']))))
-    return replace_layers(model, dict(new.values()))
+    return put_factors(model, dict(new.values()))
 
-def recipe_in(
-    state:dict # A state dict
-)->dict: # As from `factor_recipe`
-    "The recipe of the model that `state` was taken from"
-    found = {k.removesuffix('._extra_state'):v for k,v in state.items() if k.endswith('._extra_state') and isinstance(v, Tensor)}
-    texts = {k:bytes(v.tolist()) for k,v in found.items() if v.dtype==torch.uint8 and v.numel()<1000}
-    return {k:json.loads(t) for k,t in texts.items() if t.startswith(b'{"kind":')}
+def put_factors(
+    model:nn.Module, # Changed in place
+    new:dict         # A `LowRank` for each path
+)->nn.Module: # `model`
+    "Put the factors in place of layers, and keep that this was done"
+    replace_layers(model, new)
+    if new: remember(model, Factors({k:m.recipe for k,m in new.items()}))
+    return model

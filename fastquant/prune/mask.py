@@ -7,33 +7,61 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/mask.html.md"""
 # %% ../../nbs/prune/04_mask.ipynb #14prundea697
 from __future__ import annotations
 import torch
+from dataclasses import replace
+from fastcore.all import patch
 from torch import nn, Tensor
+from ..core.attach import *
+from ..core.optim import *
 
 # %% auto #0
 __all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'mask_now', 'set_mask', 'forget_pruned', 'masked', 'sparsity',
-           'set_masks', 'remove_masks']
+           'set_masks', 'hold_masks', 'remove_masks']
 
 # %% ../../nbs/prune/04_mask.ipynb #14prun1a297b
-class Mask:
+@restorable
+class Mask(Attachment):
     "Keeps pruned weights of the layer `m` at zero"
-    def __init__(self, m): self.m,self.version,self.dense,self.watching = m,None,None,False
+    order = 20
+    def __init__(self, m): self.m,self.version,self.dense,self.watching,self.seen = m,None,None,False,False
+    @property
+    def weight(self): return self.m._parameters.get('weight')
     def zero(self):
         "Set to zero what is pruned"
-        w = self.m._parameters.get('weight')
-        if w is not None: w.data.masked_fill_(~self.m.weight_mask, 0)
-    def before(self, m, args):
-        "Forward pre-hook: look after the weight"
-        w = m._parameters.get('weight')
-        if w is None or torch.compiler.is_compiling(): return
-        if m.training: w.data.mul_(m.weight_mask) # faster than `zero`, but makes -0. of what is negative
-        elif self.version!=w._version: self.zero()
-        self.version = None if m.training else w._version
-        if w.requires_grad and not self.hooked(w): w.register_post_accumulate_grad_hook(self.grad)
-    def hooked(self, w): return any(getattr(h, '__self__', None) is self for h in (w._post_accumulate_grad_hooks or {}).values())
+        if (w:=self.weight) is not None: w.data.masked_fill_(~self.m.weight_mask, 0)
+    def hold(self):
+        "Put the hook on the gradient of the weight, if it has one and the hook is not there"
+        w = self.weight
+        if w is None or not w.requires_grad: return
+        if not any(_is_of(self, h) for h in (w._post_accumulate_grad_hooks or {}).values()): w.register_post_accumulate_grad_hook(self.grad)
     def grad(self, w):
         "Hook after a gradient has been added to that of `w`: take away that of what is pruned"
         if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
         w.grad.mul_(self.m.weight_mask)
+
+def _is_of(a, hook): return getattr(hook, '__self__', None) is a
+
+# %% ../../nbs/prune/04_mask.ipynb #14prunlook01
+@patch
+def look(self:Mask):
+    "Put the zeros back if somebody has written over them"
+    w = self.weight
+    if w is None or torch.compiler.is_compiling(): return
+    if self.m.training: w.data.mul_(self.m.weight_mask) # faster than `zero`, but makes -0. of what is negative
+    elif self.version!=w._version: self.zero()
+    self.version = None if self.m.training else w._version
+    self.hold()
+
+@patch
+def before(self:Mask, m, args):
+    "Forward pre-hook of the layer"
+    if not self.seen: self.look()
+    self.seen = False
+
+@patch
+def before_around(self:Mask, m, args):
+    "Forward pre-hook of the module around the layer"
+    self.look()
+    self.seen = True
 
 # %% ../../nbs/prune/04_mask.ipynb #14prun0f9aac
 _bits = torch.tensor([1<<i for i in range(8)], dtype=torch.uint8)
@@ -55,23 +83,37 @@ def unpack_bits(
     return (data[:,None]&_bits.to(data.device)).bool().flatten()[:n].view(shape)
 
 # %% ../../nbs/prune/04_mask.ipynb #14prundf7c4f
-def _save(m, state, prefix, meta): state[prefix+'weight_mask'] = pack_bits(m.weight_mask)
-
-def _load(m, state, prefix, meta, strict, missing, unexpected, errors):
+@patch
+def before_saving(self:Mask, m): self.zero()
+@patch
+def saving(self:Mask, m, state, prefix): state[prefix+'weight_mask'] = pack_bits(m.weight_mask)
+@patch
+def loading(self:Mask, m, state, prefix, errors):
     if (data:=state.pop(prefix+'weight_mask', None)) is None: return
     try: m.weight_mask.copy_(unpack_bits(data, m.weight_mask.shape))
     except ValueError as e: errors.append(f'{prefix}weight_mask: {e}')
+@patch
+def loaded(self:Mask, m): self.zero()
 
 # %% ../../nbs/prune/04_mask.ipynb #14prun9408ac
-def _before_save(m, prefix, keep_vars): mask_of(m).zero()
-def _after_load(m, keys): mask_of(m).zero()
+@patch
+def cut(self:Mask, path, recipe):
+    weight,mask = (f'{path}.{o}'.lstrip('.') for o in ('weight','weight_mask'))
+    if weight not in recipe.left: return recipe
+    return replace(recipe, left={**recipe.left, mask:recipe.left[weight]}, shapes={**recipe.shapes, mask:recipe.shapes[weight]})
+
+@patch(cls_method=True)
+def restore(cls:Mask, model, state, batch):
+    for k in [k for k in state if k.split('.')[-1]=='weight_mask']:
+        m = dict(model.named_modules()).get(k.removesuffix('weight_mask').rstrip('.'))
+        if m is not None and not mask_of(m) and hasattr(m, 'weight'): set_mask(m, torch.ones_like(m.weight, dtype=torch.bool))
 
 # %% ../../nbs/prune/04_mask.ipynb #14prunbd497b
 def mask_of(
     m:nn.Module # Any module
 )->Mask|None: # None if it has none
     "The `Mask` on `m`"
-    return next((h.__self__ for h in m._forward_pre_hooks.values() if isinstance(getattr(h, '__self__', None), Mask)), None)
+    return attached(m, Mask)
 
 def mask_now(
     m:nn.Module # A layer, with a mask or without
@@ -82,19 +124,20 @@ def mask_now(
 @torch.no_grad()
 def set_mask(
     m:nn.Module, # A layer
-    keep:Tensor  # What stays, shaped like its weight
+    keep:Tensor, # What stays, shaped like its weight
+    around=None  # The module that `m` is in, which may read its weight by itself
 ):
     "Prune the weight of `m`, now and from now on, where `keep` is False; in place of the mask it may have"
     if keep.shape!=m.weight.shape: raise ValueError(f"A mask of shape {tuple(keep.shape)} does not fit a weight of shape {tuple(m.weight.shape)}.")
     if not mask_of(m):
         m.register_buffer('weight_mask', torch.ones_like(m.weight, dtype=torch.bool), persistent=False)
-        m.register_forward_pre_hook(Mask(m).before)
-        m.register_state_dict_post_hook(_save)
-        m.register_state_dict_pre_hook(_before_save)
-        m.register_load_state_dict_pre_hook(_load)
-        m.register_load_state_dict_post_hook(_after_load)
+        attach(m, Mask(m))
+        m.register_forward_pre_hook(mask_of(m).before)
+    mask = mask_of(m)
+    if around is not None and not any(_is_of(mask, h) for h in around._forward_pre_hooks.values()): around.register_forward_pre_hook(mask.before_around)
     m.weight_mask.copy_(keep)
-    mask_of(m).zero()
+    mask.zero()
+    mask.hold()
 
 # %% ../../nbs/prune/04_mask.ipynb #14prune3775b
 @torch.no_grad()
@@ -103,15 +146,11 @@ def forget_pruned(
     model:nn.Module # A model with masks
 ):
     "Set to zero what gradients and `opt` remember of pruned weights"
-    masks = {m.weight:m.weight_mask for m in masked(model).values() if 'weight' in m._parameters}
-    slow = zip(opt.slow_weights, opt.param_lists) if getattr(opt, 'slow_weights', None) else () # fastai's Lookahead
-    for s,p in ((s,p) for ss,ps in slow for s,p in zip(ss, ps)):
-        if p in masks: s.mul_(masks[p])
-    for p,mask in masks.items():
-        if p.grad is not None: p.grad.mul_(mask)
-        for o in (opt,getattr(opt, 'opt', None)): # fastai's OptimWrapper and Lookahead hold another
-            for v in getattr(o, 'state', {}).get(p, {}).values():
-                if isinstance(v, Tensor) and v.shape==p.shape: v.mul_(mask)
+    for m in masked(model).values():
+        p,mask = mask_of(m).weight,m.weight_mask
+        if p is None: continue
+        old = [box[k] for box,k in remembered(opt, p)]
+        for t in [t for t in (p.grad,*old) if t is not None and t.shape==p.shape]: t.mul_(mask)
 
 # %% ../../nbs/prune/04_mask.ipynb #14prun22ee03
 def masked(
@@ -123,32 +162,40 @@ def masked(
 def sparsity(
     model:nn.Module # A model with masks
 )->float:
-    "Share of weights that are pruned, of those in layers with masks; 0 if there are none"
-    keep = [m.weight_mask for m in masked(model).values()]
-    return sum((~k).sum().item() for k in keep)/max(1, sum(k.numel() for k in keep))
+    "Share of weights that are pruned and zero, of those in layers with masks; 0 if there are none"
+    n = gone = 0
+    for m in masked(model).values():
+        zero = ~m.weight_mask if mask_of(m).weight is None else (m.weight==0)&~m.weight_mask
+        n,gone = n+zero.numel(),gone+zero.sum().item()
+    return gone/max(1, n)
 
 def set_masks(
     model:nn.Module, # Changed in place
     keep:dict        # What stays, by path
 ):
     "`set_mask` for each layer in `keep`"
-    for k,mask in keep.items(): set_mask(model.get_submodule(k), mask)
+    for k,mask in keep.items(): set_mask(model.get_submodule(k), mask, model.get_submodule(k.rpartition('.')[0]) if k else None)
+
+def hold_masks(
+    model:nn.Module # Any model
+):
+    "See to it that the gradients of all pruned weights are looked after: copies of a model have no hooks on their tensors until they run"
+    for m in masked(model).values(): mask_of(m).hold()
 
 # %% ../../nbs/prune/04_mask.ipynb #14prun1950e9
 def remove_masks(
-    model:nn.Module # Changed in place
+    model:nn.Module, # Changed in place
+    only=None        # Paths of layers; all of them if None
 )->nn.Module: # `model`
     "Take the masks off `model`; its weights stay as they are"
-    for m in masked(model).values():
+    for m in [m for k,m in masked(model).items() if only is None or k in only]:
         mask = mask_of(m)
         mask.zero()
-        _unhook(m._forward_pre_hooks, lambda h: getattr(h, '__self__', None) is mask)
-        for hooks,f in ((m._state_dict_hooks, _save), (m._state_dict_pre_hooks, _before_save), (m._load_state_dict_post_hooks, _after_load)):
-            _unhook(hooks, lambda h: h is f)
-        _unhook(m._load_state_dict_pre_hooks, lambda h: getattr(h, 'hook', None) is _load)
-        if (w:=m._parameters.get('weight')) is not None: _unhook(w._post_accumulate_grad_hooks or {}, lambda h: getattr(h, '__self__', None) is mask)
+        for o in model.modules(): _unhook(o._forward_pre_hooks, mask)
+        if mask.weight is not None: _unhook(mask.weight._post_accumulate_grad_hooks or {}, mask)
+        detach(m, Mask)
         del m.weight_mask
     return model
 
-def _unhook(hooks, ours):
-    for k in [k for k,h in hooks.items() if ours(h)]: del hooks[k]
+def _unhook(hooks, mask):
+    for k in [k for k,h in hooks.items() if _is_of(mask, h)]: del hooks[k]

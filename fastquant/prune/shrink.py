@@ -7,19 +7,21 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/shrink.html.md"""
 # %% ../../nbs/prune/06_shrink.ipynb #14apru4a2ec5
 from __future__ import annotations
 import json, torch
-from dataclasses import dataclass, replace
-from functools import singledispatch, partial
+from dataclasses import dataclass
+from functools import singledispatch
 from fastcore.all import patch
 from torch import nn, Tensor
-from ..quant.prepare import rounding
 from .structures import prunable
 from .mask import *
+from ..core.attach import *
+from ..core.optim import *
 
 # %% auto #0
-__all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_shape', 'cut_param', 'refit', 'is_attention', 'cut_state', 'cut_opt',
-           'with_scales', 'check_fits', 'shrink', 'recipe_of', 'steps_to', 'shrink_like', 'channel_counts']
+__all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_shape', 'cut_param', 'refit', 'is_attention', 'with_attached',
+           'cut_opt', 'check_fits', 'shrink', 'recipe_of', 'channel_counts']
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru46a610
+@structure_steps
 @dataclass(frozen=True)
 class Recipe:
     "What is left of a model's tensors; raises `ValueError` if it cannot be that"
@@ -29,6 +31,8 @@ class Recipe:
         if set(self.left)!=set(self.shapes): raise ValueError("A recipe must have a shape for each tensor, and positions for each shape.")
         for k,dims in self.left.items():
             for d,idx in dims.items(): _check_positions(k, d, idx, self.shapes[k])
+    @classmethod
+    def from_json(cls, text): return recipe_from_json(text)
     def __bool__(self): return bool(self.left)
     def __eq__(self, other): return self.to_json()==other.to_json()
 
@@ -154,13 +158,13 @@ def _(m): m.num_features = len(next(t for t in (m.weight,m.running_mean) if t is
 def _(m:nn.PReLU): m.num_parameters = len(m.weight)
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru0d5ac5
-def cut_state(
-    state:dict, # What an optimizer remembers of a parameter
-    shape,      # Shape of that parameter, before
-    left:dict   # Positions that stay, by dimension
-)->dict:
-    "What is left to remember"
-    return {k:cut_tensor(v, left) if isinstance(v, Tensor) and v.shape==torch.Size(shape) else v for k,v in state.items()}
+def with_attached(
+    recipe:Recipe,  # What is, or was, done to weights
+    model:nn.Module # Any model
+)->Recipe:
+    "`recipe`, and what that does to the tensors of everything that sits on `model`; raises `ValueError` if one of them cannot follow"
+    for path,a in attachments(model): recipe = a.cut(path, recipe)
+    return recipe
 
 def cut_opt(
     opt,            # A fastai optimizer, changed in place, or None
@@ -168,31 +172,10 @@ def cut_opt(
     recipe:Recipe   # What is, or was, done to `model`
 ):
     "Let `opt` remember only what is left; what fits already stays as it is"
-    recipe,params,slow = with_scales(recipe, model),dict(model.named_parameters()),{}
-    if getattr(opt, 'slow_weights', None): slow = {id(p):(ss,i) for ss,ps in zip(opt.slow_weights, opt.param_lists) for i,p in enumerate(ps)} # fastai's Lookahead
+    recipe,params = with_attached(recipe, model),dict(model.named_parameters())
     for k in [k for k in recipe.left if k in params]:
-        p,shape,left = params[k],recipe.shapes[k],recipe.left[k]
-        for o in (opt,getattr(opt, 'opt', None)): # fastai's OptimWrapper and Lookahead hold another
-            if p in (s := getattr(o, 'state', {})): s[p] = cut_state(s[p], shape, left)
-        if id(p) in slow:
-            ss,i = slow[id(p)]
-            if ss[i].shape==torch.Size(shape): ss[i] = cut_tensor(ss[i], left)
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apru2d90ce
-def with_scales(
-    recipe:Recipe,  # What is, or was, done to weights
-    model:nn.Module # Any model
-)->Recipe:
-    "`recipe`, and what that does to the scales of weights, if `model` rounds"
-    r,left,n = rounding(model),[],0
-    for k,w in r.weights.items() if r else ():
-        key,rows = (f'{k}.weight' if k else 'weight'),r.slices[k]
-        size = recipe.shapes[key][0] if w.per_channel and key in recipe.shapes else rows.stop-rows.start
-        left += [n+i for i in (recipe.left.get(key, {}).get(0) if w.per_channel else None) or range(size)]
-        n += size
-    if len(left)==n: return recipe
-    name = 'rounding_weight_scale'
-    return replace(recipe, left={**recipe.left, name:{0:left}}, shapes={**recipe.shapes, name:(n,)})
+        for box,i in remembered(opt, params[k]):
+            if box[i].shape==torch.Size(recipe.shapes[k]): box[i] = cut_tensor(box[i], recipe.left[k])
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru6c4024
 def check_fits(
@@ -212,78 +195,45 @@ def shrink(
     opt=None         # Its optimizer, changed in place too
 )->nn.Module: # `model`
     "Cut the tensors of `model`; raises `ValueError` if `recipe` does not fit, and leaves `model` as it was"
-    if (r:=rounding(model)) and r.converted: raise ValueError("The weights of this model are integers already, which are not cut. Remove channels before `convert`.")
-    todo = with_scales(recipe, model)
+    todo = with_attached(recipe, model)
     check_fits(todo, model)
     for k,left in todo.left.items():
         path,_,name = k.rpartition('.')
         m = model.get_submodule(path)
         if name in m._parameters: cut_param(m._parameters[name], left)
         else: m._buffers[name] = cut_tensor(m._buffers[name], left)
-        if name=='weight' and mask_of(m): m.weight_mask = cut_tensor(m.weight_mask, left)
     for m in reversed(list(model.modules())): refit(m) # an attention after its layers
-    if r: r.lay_out()
-    if not sparsity(model): remove_masks(model)
+    for _,a in attachments(model): a.was_cut()
+    if all(m.weight_mask.all() for m in masked(model).values()): remove_masks(model)
     cut_opt(opt, model, recipe)
-    _remember(model, recipe_of(model).then(recipe))
+    remember(model, recipe)
     return model
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru7027e1
-class _Kept:
-    "Holds the recipe of a model, and writes it into its state dicts"
-    def __init__(self, recipe): self.recipe = recipe
-    def load(self, model, state, prefix, *args):
-        "Hook before loading: cut tensors from before `model` was, or from when it was larger"
-        text = state.pop(prefix+'channels_left', None)
-        try: todo = self.recipe.inside(_parse(text))
-        except ValueError as e: raise ValueError(f"These weights do not fit {type(model).__name__}: {e} Load them into a model that was not cut.") from e
-        todo = with_scales(todo, model)
-        for k,left in todo.left.items():
-            if (t:=state.get(prefix+k)) is not None and t.shape==torch.Size(todo.shapes[k]): state[prefix+k] = cut_tensor(t, left)
-            mask = prefix+k+'_mask'
-            if mask not in state: continue
-            bits = cut_tensor(unpack_bits(state.pop(mask), todo.shapes[k]), left)
-            if not bits.all(): state[mask] = pack_bits(bits)
+@patch
+def apply(self:Recipe, model): shrink(model, self)
 
-# %% ../../nbs/prune/06_shrink.ipynb #14apruea3c70
-def _parse(text): return Recipe({}, {}) if text is None else recipe_from_json(bytes(text.tolist()).decode())
-def _save(kept, model, state, prefix, meta): state[prefix+'channels_left'] = torch.tensor(list(kept.recipe.to_json().encode()), dtype=torch.uint8)
-def _kept(model): return next((k for h in model._load_state_dict_pre_hooks.values() if isinstance(k:=getattr(h.hook, '__self__', None), _Kept)), None)
+@patch
+def beyond(self:Recipe, before): return self.inside(before)
+
+@patch
+def adapt(self:Recipe, model, state, prefix):
+    todo = with_attached(self, model)
+    for k,left in todo.left.items():
+        t,was = state.get(prefix+k),torch.Size(todo.shapes[k])
+        if t is None: continue
+        if t.shape==was: state[prefix+k] = cut_tensor(t, left)
+        elif k.split('.')[-1]=='weight_mask': state[prefix+k] = pack_bits(cut_tensor(unpack_bits(t, was), left))
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apruecd964
 def recipe_of(
     model:nn.Module # Any model
 )->Recipe: # An empty one if nothing was cut
     "What is left of `model`, compared with its architecture"
-    return k.recipe if (k:=_kept(model)) else Recipe({}, {})
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apru92e259
-def _remember(model, recipe):
-    if (kept:=_kept(model)): kept.recipe = recipe
-    elif recipe:
-        kept = _Kept(recipe)
-        model.register_state_dict_post_hook(partial(_save, kept)) # PyTorch writes on this one, and cannot write on a method
-        model.register_load_state_dict_pre_hook(kept.load)
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apru93fb29
-def steps_to(
-    model:nn.Module, # Left as it is
-    recipe:Recipe    # What shall be left of its architecture
-)->Recipe:
-    "What is to be done to `model`; raises `ValueError` if nothing leads there"
-    try: todo = recipe.inside(recipe_of(model))
-    except ValueError as e: raise ValueError(f"These weights do not fit {type(model).__name__}: {e} Build it anew, and load them into that.") from e
-    check_fits(todo, model)
-    return todo
-
-def shrink_like(
-    model:nn.Module, # Changed in place
-    state:dict       # A state dict that is to be loaded into it
-):
-    "Cut `model` as far as the one that `state` comes from; nothing is to be done if that has more than `model`. Raises `ValueError` if the two were cut differently"
-    theirs,mine = _parse(state.get('channels_left')),recipe_of(model)
-    try: mine.inside(theirs) # then the model's own recipe is applied to the state
-    except ValueError: shrink(model, steps_to(model, theirs))
+    found = Recipe({}, {})
+    for s in steps_of(model):
+        if isinstance(s, Recipe): found = found.then(s)
+    return found
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprufd7d8e
 def channel_counts(

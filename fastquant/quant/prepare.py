@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/prepare.html.md"""
 from __future__ import annotations
 import math, torch
 import torch.distributed as dist
+from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -19,6 +20,7 @@ from .lsq import *
 from .pairs import *
 from .spec import *
 from .plan import *
+from ..core.attach import *
 
 # %% auto #0
 __all__ = ['Site', 'distributed', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of',
@@ -91,8 +93,10 @@ def wanted_range(self:Site)->tuple:
     return lo[0],hi[0]
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep39004a
-class Rounding:
+@restorable
+class Rounding(Attachment):
     "What is rounded in a prepared model, where, and how"
+    order = 30
     def __init__(self,
         model:nn.Module, # Where it is put on
         plan:Plan,       # What runs in int8
@@ -188,7 +192,7 @@ def rounding(
     model:nn.Module # Any model
 )->Rounding|None: # None if it is not prepared
     "The `Rounding` on `model`"
-    return next((r for h in model._load_state_dict_pre_hooks.values() if isinstance(r:=getattr(h.hook, '__self__', None), Rounding)), None)
+    return attached(model, Rounding)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepf72e8a
 def cap_of(
@@ -316,8 +320,7 @@ def put_on(model, r, device, fold):
         r.folded.add(norm)
     r.own_forward = model.forward
     model.forward = r.forward
-    model.register_state_dict_post_hook(partial(Rounding.saving, r)) # PyTorch writes on this one, and cannot write on a method
-    model.register_load_state_dict_pre_hook(r.loading)
+    attach(model, r)
 
 def blank(r, device):
     "The tensors of a model that rounds nothing yet"
@@ -328,19 +331,41 @@ def blank(r, device):
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep60992b
 @patch
-def saving(self:Rounding, model, state, prefix, meta):
-    "Hook after making a state dict: put the spec into it"
-    state[prefix+'rounding_spec'] = torch.tensor(list(spec_to_json(self.spec).encode()), dtype=torch.uint8)
+def saving(self:Rounding, m, state, prefix): state[prefix+'rounding_spec'] = text_to_tensor(spec_to_json(self.spec))
 
 @patch
-def loading(self:Rounding, model, state, prefix, *args):
-    "Hook before loading a state dict: one of a float model is completed, one of another spec refused with a `ValueError`"
+def loading(self:Rounding, m, state, prefix, errors):
     for k,v in blank(self, self.scale.device).items(): state.setdefault(prefix+k, v)
     text = state.pop(prefix+'rounding_spec', None)
     if text is None: return
-    text = bytes(text.tolist()).decode()
+    text = tensor_to_text(text)
     if spec_from_json(text)!=self.spec:
         raise ValueError(f"These are the weights of a model that rounds with {text}, and this one rounds with {spec_to_json(self.spec)}. Take that off first with `learn.remove_quant()`.")
+
+@patch(cls_method=True)
+def restore(cls:Rounding, model, state, batch):
+    text = state.get('rounding_spec')
+    if text is None or rounding(model): return
+    if batch is None: raise ValueError("These are the weights of a model that rounds. To see where, it has to be run: pass a batch of inputs, or load them with a Learner.")
+    prepare(model, spec_from_json(tensor_to_text(text)), *batch())
+
+# %% ../../nbs/quant/07_prepare.ipynb #05prepcut002
+@patch
+def cut(self:Rounding, path, recipe):
+    if self.converted: raise ValueError("The weights of this model are integers already, which are not cut. Remove channels before `convert`.")
+    left,n = [],0
+    for k,w in self.weights.items():
+        key,rows = (f'{k}.weight' if k else 'weight'),self.slices[k]
+        size = recipe.shapes[key][0] if w.per_channel and key in recipe.shapes else rows.stop-rows.start
+        stay = recipe.left.get(key, {}).get(0) if w.per_channel else None
+        left += [n+i for i in stay or range(size)]
+        n += size
+    if len(left)==n: return recipe
+    name = 'rounding_weight_scale'
+    return replace(recipe, left={**recipe.left, name:{0:left}}, shapes={**recipe.shapes, name:(n,)})
+
+@patch
+def was_cut(self:Rounding): self.lay_out()
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep061739
 def watch(
@@ -401,6 +426,5 @@ def unprepare(
     for k in blank(r, 'cpu'): delattr(model, k)
     del model.forward
     if getattr(r.own_forward, '__func__', None) is not type(model).forward: model.forward = r.own_forward
-    for hooks in (model._load_state_dict_pre_hooks, model._state_dict_hooks):
-        for k in [k for k,h in hooks.items() if r in (getattr(getattr(h, 'hook', h), '__self__', None),*getattr(h, 'args', ()))]: del hooks[k]
+    detach(model, Rounding)
     return model

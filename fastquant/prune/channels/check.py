@@ -42,7 +42,11 @@ def _others(idx, n):
     return stays.nonzero().flatten().tolist()
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun9a1126
-def tensor_at(model, key):
+def tensor_at(
+    model:nn.Module, # Any model
+    key:str          # The name of a parameter or buffer
+)->Tensor:
+    "The tensor of that name"
     path,_,name = key.rpartition('.')
     return getattr(model.get_submodule(path), name)
 
@@ -80,7 +84,10 @@ def _zeroed(model, groups, keep):
 def _outputs(model, xb):
     with evaluating(model): return [t.as_subclass(Tensor) for t in tensors(model(*xb))]
 
-def runs_in_training(model, xb):
+def runs_in_training(
+    model:nn.Module, # Left as it is
+    xb               # Inputs
+)->bool:
     "Whether `model` runs in training mode"
     model = clean_copy(model)
     try:
@@ -155,7 +162,13 @@ def channel_groups(
     return good,why
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun9657bd
-def is_in(g, pattern): return any(matches(k, pattern) for k in g.layers)
+def is_in(
+    g:ChannelGroup,
+    pattern:str # Of module paths
+)->bool:
+    "Whether `pattern` means one of the layers of `g`"
+    return any(matches(k, pattern) for k in g.layers)
+
 def _reason(p, why): return '; '.join(f'{k!r}: {v}' for k,v in why.items() if matches(k, p)) or 'its channels belong to another layer, or it has none'
 def _unwanted(g, only, exclude):
     if any(is_in(g, p) for p in exclude): return 'excluded'

@@ -128,7 +128,11 @@ def _add(parts, at, idx, unit, n):
     parts[at] = rows if old is None else torch.cat([old, rows], 1)
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun1b81e9
-def from_graph(group, graph, model):
+def from_graph(
+    group, # As Torch-Pruning gives it
+    graph, # From `graph_of`
+    model:nn.Module # That the graph is of
+)->ChannelGroup:
     "A `ChannelGroup` from one of Torch-Pruning's; raises `Obstacle` if it cannot be one"
     tp,names = _torch_pruning(),{m:k for k,m in model.named_modules()}
     convs = [d.target.module for d,_ in group if isinstance(d.target.module, nn.modules.conv._ConvNd)]

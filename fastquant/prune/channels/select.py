@@ -53,7 +53,11 @@ def score_group(
     if s.isnan().any(): raise ValueError(f"The scores of {group.name!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")
     return s
 
-def gamma_of(model, key):
+def gamma_of(
+    model:nn.Module, # Any model
+    key:str          # The name of a tensor
+)->Tensor|None: # None if it is something else
+    "That tensor, if it is the scale of a batchnorm"
     path,_,name = key.rpartition('.')
     return tensor_at(model, key) if name=='weight' and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm) else None
 
@@ -130,7 +134,9 @@ def take_out(
     if (e:=misfit(float_, groups, keep, xb, runs_in_training(float_, xb))): raise ValueError(f"The channels cannot be removed: {e}. Leave layers out with `exclude`.")
     shrink(model, positions_left(groups, keep, model), opt)
 
-def as_float(model):
+def as_float(
+    model:nn.Module # Rounding or not
+)->nn.Module:
     "`model`, or a copy that does not round if it does"
     return unprepare(clean_copy(model)) if rounding(model) else model
 

@@ -144,6 +144,7 @@ class ChannelPlan:
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
         names = dict.fromkeys(k.rpartition('.')[0] for g in self.groups for k,_ in g.parts if is_weight(model, k))
         self.layers = {k:model.get_submodule(k) for k in names}
+        self.lent = [k for k,m in self.layers.items() if not mask_of(m)] # masks that are there for channels only
     def choose(self,
         watched:dict, # Statistics that the criterion needs
         share:float=1. # Of the amount
@@ -153,7 +154,7 @@ class ChannelPlan:
         scores = comparable({g.name:score_group(g, self.model, s.criterion, watched) for g in self.groups}, s.criterion)
         now = channels_now(self.groups, self.model)
         keep = self.to_target(scores, now, share) if s.target else select_channels(self.groups, scores, now, s, share)
-        return channel_masks(self.groups, keep, self.model)
+        return {k:mask&mask_now(self.layers[k]) for k,mask in channel_masks(self.groups, keep, self.model).items()}
     def to_target(self, scores, now, share):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
@@ -163,7 +164,9 @@ class ChannelPlan:
         n = {k:len(v)-round(share*(len(v)-self.counts[k])) for k,v in scores.items()}
         return {k:torch.zeros_like(now[k]).index_fill_(0, v.topk(n[k]).indices, True)&now[k] for k,v in scores.items()}
     def check(self): "Channels that are gone are none that could be pruned"
-    def settle(self, opt=None): take_out(self.model, self.groups, self.xb, opt)
+    def settle(self, opt=None):
+        take_out(self.model, self.groups, self.xb, opt)
+        remove_masks(self.model, [k for k in self.lent if mask_now(self.layers[k]).all()])
 
 def plan_for(
     selection:Selection # What is wanted
