@@ -35,12 +35,15 @@ from .export.engine import *
 from .export.verify import *
 from .export.report import *
 from .export.sparse import *
+from .callback.core import *
 from .callback.data import *
 from .callback.optimizer import *
 from .callback.quant import *
 from .callback.prune import *
 from .callback.distill import *
 from .callback.selfdistill import *
+from .learner.core import *
 from .learner.quant import *
 from .learner.prune import *
 from .learner.lowrank import *
+from .learner.compare import *

@@ -58,7 +58,7 @@ cases = dict(
     layer_never_ran=(spare_layer, dict(), ValueError, "'spare.unused' never ran"),
     no_folder=(as_is, dict(fname='no/where.onnx'), FileNotFoundError, "there is no folder"),
     a_folder=(as_is, dict(fname='.'), IsADirectoryError, "is a folder"),
-    already_quantized=(already, dict(), ValueError, "runs an int8 file already"),
+    already_quantized=(already, dict(), ValueError, "runs a file, whose weights are out of reach"),
     prepared_and_exclude=(prepared, dict(exclude='0'), ValueError, "prepared already"),
     prepared_and_spec=(prepared, dict(spec='int8_per_tensor'), ValueError, "prepared already"),
     depends_on_data=(data_dependent, dict(), RuntimeError, "cannot be exported to ONNX"),

@@ -841,7 +841,7 @@ def test_spec_that_matches_nothing(make):
     assert rounding(learn.model) is None
 
 def test_quantized_learner(make):
-    refused(make().quantize(), 'runs an int8 file, which cannot be trained', cbs=QuantAwareCallback())
+    refused(make().quantize(), 'runs a file, whose weights are out of reach. Call `fit` on the float Learner', cbs=QuantAwareCallback())
 
 @pytest.mark.parametrize('spec,start', [('int8',.05),('int8',.9),('w4a4',.05)])
 def test_nan(make, spec, start):
