@@ -31,7 +31,9 @@ from .prune.channels.check import *
 from .prune.channels.select import *
 from .prune.channels.target import *
 from .export.onnx import *
+from .export.portable import *
 from .export.engine import *
+from .export.openvino import *
 from .export.verify import *
 from .export.report import *
 from .export.sparse import *

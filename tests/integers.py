@@ -5,7 +5,7 @@ import math, numpy as np, onnx, onnxruntime as ort, torch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from torch import Tensor
-from fastquant.export.engine import session
+from fastquant.export.portable import session
 
 def evaluate(
     model,           # An ONNX file's content, or the model in it

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
-from fastquant.export import engine
+from fastquant.export import portable
 from fastquant.all import *
 from integers import attributes, evaluate, integer_layers, makers, values
 from test_integers import Case, File, Net, conv, plain
@@ -115,7 +115,7 @@ def test_saturation_would_be_seen():
 def test_seven_bits_leave_room_for_two():
     "quant_17: weights of `Grid(7)` are stored as they are, so that no pair of them can saturate"
     seven = make('squeezenet1_1', Spec(weight=TensorSpec(Grid(7), per_channel=True)))
-    weights = constants(seven.proto, list(engine.int8_weights(seven.proto)))
+    weights = constants(seven.proto, list(portable.int8_weights(seven.proto)))
     assert len(weights)==len(integer_layers(seven.proto)) and max(abs(w.astype(int)).max() for w in weights.values())==63
     assert_saturates_nowhere(seven, 2)
     seven.gate()
@@ -371,7 +371,7 @@ def emulated(folder, code, *args, timeout=300):
     if not shutil.which('qemu-x86_64'): pytest.skip("Debian's qemu-user is not installed")
     if platform.machine()!='x86_64': pytest.skip(f'This Python is built for {platform.machine()}, and not for x86-64')
     (folder/'run.py').write_text(code)
-    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(Path(engine.__file__).parents[1])}
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(Path(portable.__file__).parents[2])}
     command = ['qemu-x86_64','-cpu','Haswell',sys.executable,str(folder/'run.py'),*map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     assert not done.returncode, done.stderr[-2000:]
@@ -456,7 +456,8 @@ def test_small_net_on_a_processor_that_saturates(spec, tmp_path):
     assert db<45 if spec=='int8_full' else db>60, db
 
 whole_library = """import json, sys, numpy as np, torch, warnings
-from fastquant.export.engine import Engine, saturates, session
+from fastquant.export.engine import Engine
+from fastquant.export.portable import saturates, session
 data,x = open(sys.argv[1], 'rb').read(),np.load(sys.argv[2])
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter('always')

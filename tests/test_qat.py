@@ -19,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.overrides import _get_current_function_mode_stack as modes
 from torch.utils.data import TensorDataset
 from fastquant.all import *
-from fastquant.export.engine import misfits, optimized
+from fastquant.export.portable import misfits
+from fastquant.export.engine import optimized
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)

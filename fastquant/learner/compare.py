@@ -37,7 +37,7 @@ def compare(self:Learner,
     dl = ifnone(dl, self.dls.valid)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
-    alone = {_in_float(k):twin_of(l, Engine(in_float(l.model.data))) for k,l in zip(names, learns) if isinstance(l.model, Engine) and l.model.report}
+    alone = {_in_float(k):twin_of(l, type(l.model)(in_float(l.model.data))) for k,l in zip(names, learns) if runs_int8(l.model)}
     ms = latency({k:_one_item(l, dl) for k,l in [*zip(names, learns),*alone.items()]}, **kwargs)
     rows = [dict(_row(l, r, runs[0], dl), **_times(ms, k)) for k,l,r in zip(names, learns, runs)]
     return pd.DataFrame(rows, index=names)
@@ -47,9 +47,12 @@ def _in_float(name): return f'{name}, in float there'
 def _times(ms, name): return {'latency (ms)':ms['median'][name], 'in float there (ms)':ms['median'].get(_in_float(name), float('nan')), 'spread (ms)':ms['spread'][name]}
 
 # %% ../../nbs/learner/04_compare.ipynb #22lear6af963
+def _kind(model):
+    if not isinstance(model, FileModel): return 'rounded' if rounding(model) else 'float'
+    return ('int8' if runs_int8(model) else 'onnx')+said_of(model)
+
 def _names(learns):
-    kind = lambda l: ('int8' if l.model.report else 'onnx') if isinstance(l.model, Engine) else 'rounded' if rounding(l.model) else 'float'
-    kinds = [kind(l) for l in learns]
+    kinds = [_kind(l.model) for l in learns]
     return [k if kinds[:i].count(k)==0 else f'{k} {kinds[:i].count(k)+1}' for i,k in enumerate(kinds)]
 
 def _run(learn, dl):

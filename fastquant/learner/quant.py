@@ -23,6 +23,7 @@ from ..callback.data import *
 from ..callback.optimizer import *
 from ..callback.quant import *
 from .core import *
+from ..export.openvino import *
 
 # %% auto #0
 __all__ = []
@@ -35,10 +36,12 @@ def quantize(self:Learner,
     n_batches:int=8, # Batches to calibrate on
     exclude=None,    # Module names or patterns to leave in float
     fname=None,      # Where to write the ONNX file too, relative to `self.path`
-    timed:bool=True  # Warn if int8 is not faster here than float in the same engine? Takes a moment
+    timed:bool=True, # Warn if int8 is not faster here than float in the same engine? Takes a moment
+    engine='onnxruntime' # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
     check_weights(self.model, 'quantize')
+    (runs:=engines.find(engine)).check()
     if fname: fname = check_writable(self.path/fname)
     model,wanted = copy_model(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
     if (r:=rounding(model)):
@@ -51,15 +54,15 @@ def quantize(self:Learner,
         if not trained:
             prepare(model, wanted, *xb[0], fold=True)
             twin_of(self, model).validate(dl=dl, cbs=PTQCalibrate(n_batches))
-    data = _verified(self, model, xb, trained)
+    data = _verified(self, model, xb, trained, runs)
     if fname: write_whole(fname, data)
-    new = twin_of(self, Engine(data))
+    new = twin_of(self, runs(data))
     if timed: _say_if_slow(new.model, xb[0])
     _say_if_noisy(new.model.report)
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
-def _verified(learn, model, xb, trained):
+def _verified(learn, model, xb, trained, engine):
     "The file's bytes for the rounded `model`, checked on `xb`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
@@ -67,7 +70,7 @@ def _verified(learn, model, xb, trained):
     sim = convert(model)
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     next(steps)
-    report = verify(unprepare(copy_model(learn.model)).cpu(), rounded, sim, proto.SerializeToString(), cpu(xb), trained)
+    report = verify(unprepare(copy_model(learn.model)).cpu(), rounded, sim, proto.SerializeToString(), cpu(xb), trained, engine)
     next(steps, None)
     return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
 
@@ -102,7 +105,7 @@ def export_onnx(self:Learner,
 )->Path: # Where it is
     "Write the model to one ONNX file, with a free batch dimension, and classes and preprocessing in its metadata; float or int8, as the Learner is"
     fname = check_writable(self.path/fname)
-    if isinstance(self.model, Engine): return write_whole(fname, self.model.data)
+    if isinstance(self.model, FileModel): return write_whole(fname, self.model.data)
     if rounding(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take rounding off with `learn.remove_quant()`.")
     if not len(self.dls.train) and not len(self.dls[-1]): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
     with calibration_dl(self, self.dls[-1] if len(self.dls[-1]) else None, 1) as dl: xb = inputs(self, dl, 1)[0]
@@ -111,10 +114,11 @@ def export_onnx(self:Learner,
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c
 @patch
 def load_onnx(self:Learner,
-    fname # A file from `export_onnx`, relative to `self.path`
+    fname, # A file from `export_onnx`, relative to `self.path`
+    engine='onnxruntime' # As in `quantize`
 )->Learner: # `self` is left as it is
     "A Learner like `self` that runs the file; raises `ValueError` if that is damaged, somebody else's, or of other classes"
-    engine = load_engine(self.path/fname)
-    vocab,mine = engine.metadata.get('vocab'),describe(self)['vocab']
+    model = load_engine(self.path/fname, engine)
+    vocab,mine = model.metadata.get('vocab'),describe(self)['vocab']
     if vocab!=mine: raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {vocab}, not {mine}.")
-    return twin_of(self, engine)
+    return twin_of(self, model)
