@@ -10,6 +10,8 @@ from fastquant.core.measure import latency as in_turns, layer_macs, n_params
 from fastquant.core.model import evaluating
 from .common import *
 from .qat import long, longer_float, teacher
+from fastquant.core.model import copy_model
+from fastquant.lowrank.factors import factorisations
 
 sections = Registry('section')
 

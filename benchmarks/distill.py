@@ -7,6 +7,7 @@ from fastquant.learner.quant import *
 from fastquant.core.measure import latency as in_turns
 from .common import *
 from .qat import teacher, two_bits
+from fastquant.callback.selfdistill import MutualCallback
 
 sections = Registry('section')
 

@@ -16,6 +16,7 @@ from fastquant.core.measure import latency as in_turns
 from fastquant.quant.spec import *
 from .common import *
 from .qat import long, longer_float, teacher
+from fastquant.core.model import copy_model
 
 sections = Registry('section')
 

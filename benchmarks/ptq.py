@@ -13,6 +13,8 @@ from fastquant.quant.prepare import *
 from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.core.trace import *
 from .common import *
+from fastquant.core.model import copy_model, evaluating
+from fastquant.export.portable import session
 
 sections = Registry('section')
 

@@ -19,6 +19,8 @@ from fastquant.core.measure import latency as in_turns, n_macs, n_params
 from fastquant.core.model import evaluating, tensors
 from .common import *
 from .qat import long, longer_float, teacher
+from fastquant.core.model import copy_model
+from fastquant.prune.channels.target import plan_for
 
 sections = Registry('section')
 

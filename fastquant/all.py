@@ -1,51 +1,34 @@
-"Everything at once, as fastai's own `all` modules do: `from fastquant.all import *`"
-from .core.basics import *
-from .core.model import *
-from .core.trace import *
-from .core.measure import *
-from .core.attach import *
-from .core.optim import *
-from .quant.grid import *
-from .quant.lsq import *
-from .quant.pairs import *
-from .quant.observe import *
-from .quant.spec import *
-from .quant.plan import *
-from .quant.prepare import *
-from .quant.train import *
-from .quant.convert import *
-from .lowrank.factors import *
-from .lowrank.tensortrain import *
-from .lowrank.layers import *
-from .lowrank.ranks import *
-from .distill.losses import *
-from .prune.criteria import *
-from .prune.structures import *
-from .prune.select import *
-from .prune.schedule import *
-from .prune.mask import *
-from .prune.regrow import *
-from .prune.shrink import *
-from .prune.channels.graph import *
-from .prune.channels.check import *
-from .prune.channels.select import *
-from .prune.channels.target import *
-from .export.onnx import *
-from .export.portable import *
-from .export.engine import *
-from .export.openvino import *
-from .export.verify import *
-from .export.report import *
-from .export.sparse import *
-from .callback.core import *
-from .callback.data import *
-from .callback.optimizer import *
-from .callback.quant import *
-from .callback.prune import *
-from .callback.distill import *
-from .callback.selfdistill import *
-from .learner.core import *
+"What a user needs, as fastai's own `all` modules bring it: verbs, callbacks, specs, registries, and what is made with them. Everything else is imported by module"
+from .core.basics import Registry
+from .core.model import evaluating, copy_model
+from .core.measure import n_bytes, n_params, n_macs, latency
+from .core.attach import Attachment, attach, attached, attachments, restorable
+from .quant.grid import Grid, quantize, dequantize, fake_quant, qparams
+from .quant.observe import Observer, observers
+from .quant.spec import Spec, TensorSpec, low_bits, int8, int8_per_tensor, int8_full, int8_symmetric, specs
+from .quant.prepare import prepare, unprepare, watch, set_ranges, rounding
+from .quant.convert import convert
+from .lowrank.factors import factorisations
+from .lowrank.layers import factor_recipe
+from .distill.losses import distill_losses, Match, agree
+from .prune.criteria import criteria
+from .prune.structures import structures, NM, Channel
+from .prune.schedule import schedules, plot_schedules
+from .prune.mask import masked, sparsity, set_masks, remove_masks
+from .prune.shrink import recipe_of, shrink
+from .prune.channels.target import targets
+from .export.onnx import to_onnx
+from .export.engine import Engine, engines, Report, load_engine
+from .export.openvino import Openvino
+from .export.verify import ExportMismatch, sqnr
+from .export.report import ranges
+from .callback.core import FitCallback
+from .callback.quant import PTQCalibrate, QuantAwareCallback
+from .callback.prune import PruneScheduleCallback, GroupLassoCallback, RigLCallback, RewindCallback
+from .callback.distill import DistillCallback
+from .callback.selfdistill import SelfDistillCallback, PastSelfCallback, AverageSelfCallback, MutualCallback
+from .learner.core import describe
 from .learner.quant import *
-from .learner.prune import *
-from .learner.lowrank import *
+from .learner.prune import Sensitivity
+from .learner.lowrank import RankSensitivity
 from .learner.compare import *

@@ -29,6 +29,10 @@ def imports(name, tree):
 
 def folder(name): return name.partition('.')[0]
 
+def folders(root):
+    "What importing the package leaves in its namespace besides names: its folders"
+    return {f.name for f in (root/'fastquant').iterdir() if f.is_dir()}
+
 def arrows(trees):
     "Pairs of folders of which the first imports the second"
     return {(folder(m),folder(to)) for m,t in trees.items() for to,_ in imports(m, t) if '.' in m and to and folder(m)!=folder(to)}

@@ -3,6 +3,7 @@ import itertools, pytest, torch
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner, set_seed
 from torch import nn
 from fastquant.all import *
+from fastquant.core.attach import steps_of
 
 def net():
     return nn.Sequential(nn.Conv2d(1,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,padding=1), nn.BatchNorm2d(32), nn.ReLU(),

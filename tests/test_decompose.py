@@ -7,6 +7,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastquant.all import *
+from fastquant.lowrank.layers import factorise
+from fastquant.lowrank.ranks import rank_options
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)

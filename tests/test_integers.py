@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from onnx import helper as oh
 from torch import nn
 from fastquant.all import *
+from fastquant.export.onnx import layer_nodes
+from fastquant.export.portable import session
 from integers import evaluate, integer_layers, values
 
 plain = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -10,6 +10,9 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accura
 from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from fastquant.all import *
+from fastquant.core.basics import write_whole
+from fastquant.export.engine import optimized
+from fastquant.callback.data import inputs
 
 def images(model, size, n_out=10, chans=3):
     "A Learner around `model`, with batchnorms that have seen some batches, on noise"

@@ -9,6 +9,12 @@ from pathlib import Path
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 from fastquant.export import portable
+from fastquant.quant.pairs import fit_pairs
+from fastquant.export.onnx import layer_nodes, quiet
+from fastquant.export.portable import as_run, constants, misfits, session
+from fastquant.export.engine import to_bytes
+from fastquant.export.verify import activations, file_integers, replay, run_as_written, run_file
+from fastquant.callback.data import inputs
 from fastquant.all import *
 from integers import attributes, evaluate, integer_layers, makers, values
 from test_integers import Case, File, Net, conv, plain
@@ -287,8 +293,8 @@ def test_gate_refuses_saturation(name):
 @pytest.fixture
 def saturating(monkeypatch):
     "As if this processor saturated"
-    monkeypatch.setattr(engine, 'saturates', lambda: True)
-    monkeypatch.setattr(engine, '_said', set())
+    monkeypatch.setattr(portable, 'saturates', lambda: True)
+    monkeypatch.setattr(portable, '_said', set())
 
 def run_as_there(proto, feeds, names):
     "What a processor that saturates makes of the file that `as_run` gives it"

@@ -10,6 +10,7 @@ from fastai.callback.core import CancelFitException
 from sklearn.datasets import load_digits
 from torch import nn
 from fastquant.all import *
+from fastquant.prune.structures import cut, find_structure
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]

@@ -4,6 +4,7 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accura
 from safetensors.torch import save
 from torch import nn
 from fastquant.all import *
+from fastquant.export.sparse import decode, from_sparse, to_sparse
 
 def net():
     convs = nn.Conv2d(2, 8, 3, bias=False),nn.BatchNorm2d(8),nn.ReLU(),nn.Conv2d(8, 6, 3),nn.ReLU()

@@ -3,6 +3,10 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastquant.all import *
+from fastquant.prune.structures import cut, find_structure
+from fastquant.prune.select import Selection, select
+from fastquant.prune.regrow import erk
+from fastquant.export.sparse import decode, encode, from_sparse, to_sparse
 
 dtypes = torch.float32,torch.float64,torch.float16,torch.bfloat16,torch.int8,torch.uint8,torch.int16,torch.int32,torch.int64,torch.bool
 shapes = st.lists(st.integers(0, 9), max_size=4)

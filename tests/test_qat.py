@@ -21,6 +21,9 @@ from torch.utils.data import TensorDataset
 from fastquant.all import *
 from fastquant.export.portable import misfits
 from fastquant.export.engine import optimized
+from fastquant.quant.pairs import pairs_fit
+from fastquant.quant.spec import find_spec
+from fastquant.quant.train import steps
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)

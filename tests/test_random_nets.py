@@ -3,6 +3,7 @@ import copy, pytest, random, torch
 import torch.nn.functional as F
 from torch import nn
 from fastquant.all import *
+from fastquant.export.verify import verify
 
 class Random(nn.Module):
     "Random convolutions, normalisations, activations, moves and joins over a few running tensors"

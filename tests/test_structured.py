@@ -12,6 +12,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from fastquant.all import *
+from fastquant.core.model import clean_copy, tensors
+from fastquant.quant.train import steps
+from fastquant.prune.select import Selection
+from fastquant.prune.shrink import cut_tensor, recipe_from_json
+from fastquant.prune.channels.check import channel_groups
+from fastquant.prune.channels.select import score_group
+from fastquant.prune.channels.target import plan_for
+from fastquant.prune.shrink import with_attached
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]
@@ -464,7 +472,7 @@ def test_both_callbacks_in_one_fit(tmp_path, spec, opt, first):
     (wide,old,s0),(narrow,new,s1) = w.before,w.after
     assert (wide,narrow,widths(learn.model))==([16,32,32,10],[8,16,16,10],[8,16,16,10]) and masked(learn.model)=={} and w.rounded>0
     assert {id(p) for p in learn.model.parameters()}=={id(p) for p in [*params,*steps(learn.model)]}
-    left = with_scales(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
+    left = with_attached(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
     assert new['rounding_weight_scale'].equal(cut_tensor(old['rounding_weight_scale'], left)) and len(left[0])==50
     assert all(new[k].equal(old[k]) for k in ('rounding_scale','rounding_zero_point','rounding_range','rounding_batches'))
     assert s0.keys()==s1.keys() and all(cut_tensor(s0[k], left).equal(v) for k,v in s1.items()) and bool(s1)==(spec=='w4a4')
@@ -512,7 +520,7 @@ def test_best_epoch_of_both(tmp_path, with_opt):
     learn.fit(3, 1e-3, cbs=[PruneScheduleCallback(.5, structure='channel', scope='local', every=2),QuantAwareCallback('w4a4', start=0),worst])
     saved = torch.load(learn.path/learn.model_dir/'model.pth', weights_only=False)
     saved = saved['model'] if with_opt else saved
-    left = with_scales(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
+    left = with_attached(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
     if saved['2.0.weight'].shape[0]==32: assert cut_tensor(saved['rounding_weight_scale'], left).equal(learn.model.rounding_weight_scale.detach())
     assert len(learn.model.rounding_weight_scale)==50
     every_parameter_moves(learn)

@@ -4,6 +4,11 @@ from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accura
 from safetensors import safe_open
 from torch import nn
 from fastquant.all import *
+from fastquant.core.model import clean_copy
+from fastquant.prune.select import Selection
+from fastquant.prune.shrink import recipe_from_json
+from fastquant.prune.channels.check import channel_groups
+from fastquant.prune.channels.target import plan_for
 
 def net(mid=16):
     convs = nn.Conv2d(2, mid, 3, bias=False),nn.BatchNorm2d(mid),nn.ReLU(),nn.Conv2d(mid, 12, 3),nn.ReLU()

@@ -74,6 +74,7 @@ def attachments(
     "What sits on `model` and on the modules in it, those that come first first"
     return sorted(((k,a) for k,m in model.named_modules() for a in _held(m)), key=lambda o: o[1].order)
 
+# %% ../../nbs/core/04_attach.ipynb #04att0006b
 def detach(
     m:nn.Module, # Changed in place
     cls:type     # A kind of attachment
@@ -149,6 +150,7 @@ def steps_in(
     text = state.get(prefix+'structure')
     return [] if text is None else [structure_steps.find(k).from_json(s) for k,s in json.loads(tensor_to_text(text))]
 
+# %% ../../nbs/core/04_attach.ipynb #04att000fb
 def _lead(mine, theirs):
     "Steps that lead from `mine` to `theirs`; raises `ValueError` if nothing does"
     for i,(a,b) in enumerate(zip(mine, theirs)):
@@ -166,6 +168,7 @@ def _leads(mine, theirs):
 
 _other = "The two were changed in different ways: what was done to one is not the start of what was done to the other."
 
+# %% ../../nbs/core/04_attach.ipynb #04att000fd
 def remember(
     model:nn.Module, # Its structure has been changed
     step             # How

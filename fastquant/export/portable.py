@@ -69,7 +69,10 @@ def constants(
     part = onnx.helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
     return {**found, **dict(zip(outs, session(part.SerializeToString()).run(outs, {})))}
 
-def constant_names(proto):
+def constant_names(
+    proto:onnx.ModelProto # A model
+)->set:
+    "Values in it that depend on no input"
     found = {i.name for i in proto.graph.initializer}
     for n in proto.graph.node:
         if found.issuperset(filter(None, n.input)): found.update(n.output)

@@ -209,6 +209,7 @@ def pack_model(
     tensors,facts = _model_tensors(model)
     return to_sparse(tensors, **about, **facts)
 
+# %% ../../nbs/export/06_sparse.ipynb #15prunback2
 def _name_of(engine): return next(k for k,c in engines.items() if c is type(engine))
 
 def unpack_model(

@@ -64,6 +64,7 @@ def describe(
     norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
     return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*scale, *norm))
 
+# %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(
     info:dict, # From `describe`
     xb         # Inputs, as the model takes them

@@ -20,7 +20,7 @@ from ..core.attach import *
 
 # %% auto #0
 __all__ = ['default_kinds', 'skeleton', 'kind_name', 'factorise', 'weighed', 'roots', 'check_kinds', 'find_layers', 'by_pattern',
-           'replace_layers', 'factor_recipe', 'Factors', 'follow_recipe', 'put_factors']
+           'replace_layers', 'factor_recipe', 'follow_recipe', 'put_factors', 'Factors']
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowa723b6
 def skeleton(
@@ -164,20 +164,6 @@ def factor_recipe(
     "What in `model` is factorised, and how"
     return {k:m.recipe for k,m in model.named_modules() if isinstance(m, LowRank)}
 
-@structure_steps
-@dataclass(frozen=True)
-class Factors:
-    "Layers that were factorised, as a step of a model's structure"
-    recipe:dict # From `factor_recipe`
-    def to_json(self): return json.dumps(self.recipe)
-    @classmethod
-    def from_json(cls, text): return cls(json.loads(text))
-    def apply(self, model): follow_recipe(model, self.recipe)
-    def then(self, other): "Two of them are two"
-    def beyond(self, before): raise ValueError("These are the weights of a model that was factorised in another way.")
-    def adapt(self, model, state, prefix):
-        if not all(f'{prefix}{k}._extra_state' in state for k in self.recipe): raise ValueError(f"These weights are from before {', '.join(self.recipe)} of {type(model).__name__} was factorised. Load them into a model as it was built.")
-
 def follow_recipe(
     model:nn.Module, # A model like the one that the recipe was made for; changed in place
     recipe:dict      # From `factor_recipe`
@@ -197,3 +183,18 @@ def put_factors(
     replace_layers(model, new)
     if new: remember(model, Factors({k:m.recipe for k,m in new.items()}))
     return model
+
+# %% ../../nbs/lowrank/02_layers.ipynb #09alowstep2
+@structure_steps
+@dataclass(frozen=True)
+class Factors:
+    "Layers that were factorised, as a step of a model's structure"
+    recipe:dict # From `factor_recipe`
+    def to_json(self): return json.dumps(self.recipe)
+    @classmethod
+    def from_json(cls, text): return cls(json.loads(text))
+    def apply(self, model): follow_recipe(model, self.recipe)
+    def then(self, other): "Two of them are two"
+    def beyond(self, before): raise ValueError("These are the weights of a model that was factorised in another way.")
+    def adapt(self, model, state, prefix):
+        if not all(f'{prefix}{k}._extra_state' in state for k in self.recipe): raise ValueError(f"These weights are from before {', '.join(self.recipe)} of {type(model).__name__} was factorised. Load them into a model as it was built.")

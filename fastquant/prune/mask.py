@@ -84,24 +84,27 @@ def unpack_bits(
 
 # %% ../../nbs/prune/04_mask.ipynb #14prundf7c4f
 @patch
-def before_saving(self:Mask, m): self.zero()
-@patch
 def saving(self:Mask, m, state, prefix): state[prefix+'weight_mask'] = pack_bits(m.weight_mask)
 @patch
 def loading(self:Mask, m, state, prefix, errors):
     if (data:=state.pop(prefix+'weight_mask', None)) is None: return
     try: m.weight_mask.copy_(unpack_bits(data, m.weight_mask.shape))
     except ValueError as e: errors.append(f'{prefix}weight_mask: {e}')
+
+# %% ../../nbs/prune/04_mask.ipynb #14prun9408ac
+@patch
+def before_saving(self:Mask, m): self.zero()
+
 @patch
 def loaded(self:Mask, m): self.zero()
 
-# %% ../../nbs/prune/04_mask.ipynb #14prun9408ac
 @patch
 def cut(self:Mask, path, recipe):
     weight,mask = (f'{path}.{o}'.lstrip('.') for o in ('weight','weight_mask'))
     if weight not in recipe.left: return recipe
     return replace(recipe, left={**recipe.left, mask:recipe.left[weight]}, shapes={**recipe.shapes, mask:recipe.shapes[weight]})
 
+# %% ../../nbs/prune/04_mask.ipynb #14prunrest2
 @patch(cls_method=True)
 def restore(cls:Mask, model, state, batch):
     for k in [k for k in state if k.split('.')[-1]=='weight_mask']:
@@ -176,6 +179,7 @@ def set_masks(
     "`set_mask` for each layer in `keep`"
     for k,mask in keep.items(): set_mask(model.get_submodule(k), mask, model.get_submodule(k.rpartition('.')[0]) if k else None)
 
+# %% ../../nbs/prune/04_mask.ipynb #14prunhold2
 def hold_masks(
     model:nn.Module # Any model
 ):
