@@ -63,7 +63,7 @@ def lenet(o):
         best = best or longer
         cbs = [PruneScheduleCallback(amounts, last=True, end=.6),DistillCallback(best, weight=.9, temperature=temperature)]
         pruned = trained(o, f'prune-{name}-taught', copy_of(start), more, 2e-3, cbs)
-        q = pruned.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', per_channel=True)))
+        q = pruned.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', granularity=PerChannel())))
         size,loaded = packed(q)
         floats = 4*sum(p.numel() for p in start.model.parameters())
         sizes = {'float':(start,floats), f'float, {more} epochs more':(longer,floats), f'pruned, {more} epochs more':(pruned,len(pack_model(pruned.model))),

@@ -5,7 +5,7 @@ from .core.measure import n_bytes, n_params, n_macs, latency
 from .core.attach import Attachment, attach, attached, attachments, restorable
 from .quant.grid import Grid, quantize, dequantize, fake_quant, qparams
 from .quant.observe import Observer, observers
-from .quant.spec import Spec, TensorSpec, low_bits, int8, int8_per_tensor, int8_full, int8_symmetric, specs
+from .quant.spec import Spec, TensorSpec, PerTensor, PerChannel, PerGroup, low_bits, int8, int8_per_tensor, int8_full, int8_symmetric, specs
 from .quant.prepare import prepare, unprepare, watch, set_ranges, rounding
 from .quant.convert import convert
 from .lowrank.factors import factorisations

@@ -120,7 +120,7 @@ def test_saturation_would_be_seen():
 
 def test_seven_bits_leave_room_for_two():
     "quant_17: weights of `Grid(7)` are stored as they are, so that no pair of them can saturate"
-    seven = make('squeezenet1_1', Spec(weight=TensorSpec(Grid(7), per_channel=True)))
+    seven = make('squeezenet1_1', Spec(weight=TensorSpec(Grid(7), granularity=PerChannel())))
     weights = constants(seven.proto, list(portable.int8_weights(seven.proto)))
     assert len(weights)==len(integer_layers(seven.proto)) and max(abs(w.astype(int)).max() for w in weights.values())==63
     assert_saturates_nowhere(seven, 2)

@@ -80,7 +80,7 @@ def test_checkpoint_of_both(learn):
 def test_file_of_both(learn, bits):
     "Integers that are left, entropy-coded, give the same file back"
     s = learn.prune(.8)
-    q = s.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', per_channel=True)))
+    q = s.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', granularity=PerChannel())))
     q.save_sparse('q.safetensors')
     back = learn.load_sparse('q.safetensors')
     assert back.model.data==q.model.data and (learn.path/'q.safetensors').stat().st_size<.6*len(q.model.data)

@@ -858,7 +858,7 @@ def test_nan(make, spec, start):
         learn.fit(2, 1e-3, cbs=QuantAwareCallback(spec, start=start, freeze_bn=.9))
     assert rounding(learn.model).range[:,:2].isfinite().all() and modes()==[]
 
-learned_8 = Spec(weight=TensorSpec(Grid(8), per_channel=True, learned=True), act=TensorSpec(Grid(8, signed=False), learned=True))
+learned_8 = Spec(weight=TensorSpec(Grid(8), granularity=PerChannel(), learned=True), act=TensorSpec(Grid(8, signed=False), learned=True))
 one_scale_8 = Spec(weight=TensorSpec(Grid(8), learned=True))
 
 @pytest.mark.parametrize('spec', ['int8','int8_per_tensor','int8_symmetric','w4a8','w3a8',learned_8,one_scale_8], ids=str)

@@ -73,7 +73,7 @@ def convert(
         if path in r.norms and r.norms[path] not in r.folded:
             _,b,k = folded(w, b, model.get_submodule(r.norms[path][0]))
             r.folded.add(r.norms[path])
-        q,s,qb,sb = integer_weight(w, b, site.scale, s if r.weights[path].per_channel else s[0], r.weights[path].grid, k, r.fit(path))
+        q,s,qb,sb = integer_weight(w, b, site.scale, s if r.weights[path].by_channel else s[0], r.weights[path].grid, k, r.fit(path))
         set_integers(m, 'weight', q, s)
         if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
         elif b is not None: m.bias = nn.Parameter(b.detach())

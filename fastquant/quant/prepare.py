@@ -125,7 +125,7 @@ class Rounding(Attachment):
         "See which scales belong to which weight; again, after channels were removed"
         self.slices,n = {},0
         for k,w in self.weights.items():
-            size = len(self.model.get_submodule(k).weight) if w.per_channel else 1
+            size = len(self.model.get_submodule(k).weight) if w.by_channel else 1
             self.slices[k],n = slice(n, n+size),n+size
     def fit(self,
         path:str # Of a layer
@@ -166,8 +166,8 @@ def round_weight(self:Rounding, path, w):
         return w+0*self.weight_scale.sum() if tie else w
     spec,s = self.weights[path],self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()
-    k,fit = grad_factor(w[0].numel() if spec.per_channel else w.numel(), spec.grid),self.fit(path)
-    if spec.per_channel: return round_channels(w, s, spec.grid, k, fit)
+    k,fit = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid),self.fit(path)
+    if spec.by_channel: return round_channels(w, s, spec.grid, k, fit)
     return round_tensor(w, s.item(), 0, spec.grid, s[0] if spec.learned else None, k, fit=fit)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep2a9fe4
@@ -293,7 +293,7 @@ def prepare(
     fold:bool=False  # Write batchnorms into the weights before them? Post-training only: it cannot be undone
 )->nn.Module: # `model`
     "Put rounding on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
-    spec = find_spec(spec)
+    check_lowered(spec:=find_spec(spec))
     if (r:=rounding(model)):
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
@@ -356,8 +356,8 @@ def cut(self:Rounding, path, recipe):
     left,n = [],0
     for k,w in self.weights.items():
         key,rows = (f'{k}.weight' if k else 'weight'),self.slices[k]
-        size = recipe.shapes[key][0] if w.per_channel and key in recipe.shapes else rows.stop-rows.start
-        stay = recipe.left.get(key, {}).get(0) if w.per_channel else None
+        size = recipe.shapes[key][0] if w.by_channel and key in recipe.shapes else rows.stop-rows.start
+        stay = recipe.left.get(key, {}).get(0) if w.by_channel else None
         left += [n+i for i in stay or range(size)]
         n += size
     if len(left)==n: return recipe
@@ -393,7 +393,7 @@ def set_ranges(
 def weight_range(w, spec, paired=False):
     "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
     o,w = spec.watcher(len(w)).to(w.device),w.detach()
-    o(w.flatten(1) if spec.per_channel else w.reshape(1,-1))
+    o(w.flatten(1) if spec.by_channel else w.reshape(1,-1))
     s,_ = qparams(*o.range(spec.grid), spec.grid)
     return portable_scale(w, s, spec.grid) if paired else s
 

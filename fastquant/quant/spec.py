@@ -6,46 +6,79 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/spec.html.md"""
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec6bbd29
 from __future__ import annotations
-import json
-from dataclasses import asdict, dataclass, replace
+import json, torch
+from dataclasses import InitVar, dataclass, fields, replace
 from fastcore.all import *
 from ..core.basics import *
 from .grid import *
 from .observe import *
 
 # %% auto #0
-__all__ = ['specs', 'TensorSpec', 'Spec', 'int8', 'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec',
-           'spec_to_json', 'spec_from_json']
+__all__ = ['halves', 'granularities', 'specs', 'PerTensor', 'PerChannel', 'PerGroup', 'TensorSpec', 'Spec', 'int8',
+           'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec', 'check_lowered', 'spec_to_json',
+           'spec_from_json']
+
+# %% ../../nbs/quant/04_spec.ipynb #03specgran1
+@dataclass(frozen=True)
+class PerTensor: "One scale for the whole tensor"
+
+@dataclass(frozen=True)
+class PerChannel: "A scale for each output channel"
+
+@dataclass(frozen=True)
+class PerGroup:
+    "A scale for each `n` neighbours along the input"
+    n:int # Weights that share a scale
+    def __post_init__(self):
+        if type(self.n) is not int or self.n<2: raise ValueError(f"n={self.n!r}: pass how many weights share a scale, like PerGroup(32).")
 
 # %% ../../nbs/quant/04_spec.ipynb #03specdf2e77
+halves = torch.float16,torch.bfloat16
+
 @dataclass(frozen=True)
 class TensorSpec:
-    "How one kind of tensor is rounded"
-    grid:Grid=Grid()          # The integers to use
-    observer:object='min_max' # Who finds the range in calibration: the name of an observer, or a class
-    per_channel:bool=False    # A scale for each output channel, or one for the tensor
-    learned:bool=False        # In training, learn the step size as a parameter, or let the range follow the extremes?
-    def __post_init__(self): observers.find(self.observer)
+    "How one kind of tensor is rounded; raises `ValueError` on what contradicts itself"
+    grid:Grid|torch.dtype=Grid() # The integers to use, or `torch.float16` or `torch.bfloat16`
+    observer:object='min_max'    # Who finds the range in calibration: the name of an observer, or a class
+    granularity:object=PerTensor() # How far a scale reaches: `PerTensor()`, `PerChannel()` or `PerGroup(n)`
+    learned:bool=False           # In training, learn the step size as a parameter, or let the range follow the extremes?
+    dynamic:bool=False           # Is the range found while the model runs, for each tensor anew?
+    per_channel:InitVar[bool|None]=None # Before granularity was a value: True for `PerChannel()`
+    def __post_init__(self, per_channel):
+        observers.find(self.observer)
+        if per_channel: object.__setattr__(self, 'granularity', PerChannel())
+        if not isinstance(self.granularity, granularities): raise ValueError(f"granularity={self.granularity!r}: pass PerTensor(), PerChannel() or PerGroup(n).")
+        if not isinstance(self.grid, Grid) and self.grid not in halves: raise ValueError(f"grid={self.grid!r}: pass a Grid, torch.float16 or torch.bfloat16.")
+        if self.learned and (self.dynamic or self.half): raise ValueError("learned: there is no step size to learn where ranges are found while the model runs, or in half precision.")
+    @property
+    def half(self)->bool: return not isinstance(self.grid, Grid)
+    @property
+    def by_channel(self)->bool: return isinstance(self.granularity, PerChannel)
     def watcher(self,
         n:int=1 # Channels
     )->Observer:
         "A new observer for a tensor of `n` channels"
-        return observers.find(self.observer)(n if self.per_channel else 1)
+        return observers.find(self.observer)(n if self.by_channel else 1)
+
+granularities = PerTensor,PerChannel,PerGroup
 
 # %% ../../nbs/quant/04_spec.ipynb #03spece1c8e6
 @dataclass(frozen=True)
 class Spec:
     "How a model is rounded; raises `ValueError` on something that no engine could run"
-    weight:TensorSpec=TensorSpec(Grid(8), per_channel=True) # For weights
-    act:TensorSpec=TensorSpec(Grid(8, signed=False), 'mse') # For activations that go into layers
+    weight:TensorSpec=TensorSpec(Grid(8), granularity=PerChannel()) # For weights
+    act:TensorSpec|None=TensorSpec(Grid(8, signed=False), 'mse') # For activations that go into layers; None leaves them in float
     stream:TensorSpec|None=None # For other activations; None is as `act`
     ends:Spec|None=None # For the first and the last layer; None is as the others
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
     def __post_init__(self):
-        if not self.weight.grid.signed or self.weight.grid.whole: raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
-        if self.act.per_channel or self.stream and self.stream.per_channel: raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use per_channel=False.")
+        if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
+        if not self.weight.half and (not self.weight.grid.signed or self.weight.grid.whole): raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
+        if self.act is None and self.stream: raise ValueError("stream: with act=None no activation is rounded. Leave `stream` out.")
+        if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
+            raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
     def at(self,
         path:str # Module path
     )->Spec|None: # None: leave it in float
@@ -76,7 +109,7 @@ def int8_per_tensor():
 @specs
 def int8_full():
     "8 bits with the whole range of weights: only for processors that do not saturate"
-    return Spec(weight=TensorSpec(Grid(8), 'mse', per_channel=True), portable=False)
+    return Spec(weight=TensorSpec(Grid(8), 'mse', PerChannel()), portable=False)
 
 @specs
 def int8_symmetric():
@@ -89,7 +122,7 @@ def low_bits(
     act:int     # Bits of an activation that goes into a layer
 )->Spec:
     "Learned step sizes (Esser et al. 2020), a scale for each output channel, 8 bits for the first and last layer and for what is added, joined or pooled"
-    return Spec(weight=TensorSpec(Grid(weight), 'mse', per_channel=True, learned=True),
+    return Spec(weight=TensorSpec(Grid(weight), 'mse', PerChannel(), learned=True),
         act=TensorSpec(Grid(act, signed=False), 'mse', learned=True), stream=TensorSpec(Grid(8, signed=False), 'mse'), ends=Spec())
 
 for w,a in (4,8),(4,4),(3,8),(3,3),(2,8),(2,4),(2,2): specs[f'w{w}a{a}'] = bind(low_bits, w, a)
@@ -104,17 +137,45 @@ def find_spec(
     if isinstance(o, Spec): return o
     raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {o!r}.")
 
+# %% ../../nbs/quant/04_spec.ipynb #03specyet02
+def check_lowered(
+    spec:Spec # What is wanted
+):
+    "Raise a `NotImplementedError` that names what of `spec`, or of its exceptions, no engine is given yet"
+    for s in [spec,*filter(None, [spec.ends,*(o for _,o in spec.overrides)])]:
+        parts = [o for o in (s.weight,s.act,s.stream) if o]
+        wants = {'act=None, weights only':s.act is None, 'PerGroup':isinstance(s.weight.granularity, PerGroup),
+            'dynamic=True':any(o.dynamic for o in parts), 'half precision':any(o.half for o in parts)}
+        if (found:=[k for k,yes in wants.items() if yes]): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8' or 'w4a8', or leave layers in float with `exclude`.")
+
 # %% ../../nbs/quant/04_spec.ipynb #03specd76979
-def _observer_name(o): return o if isinstance(o, str) else camel2snake(getattr(o, '__name__', repr(o)))
+def _in_words(o):
+    "What of a spec JSON has no word for: a granularity, a type, an observer"
+    if isinstance(o, PerGroup): return f'per_group {o.n}'
+    if isinstance(o, granularities): return camel2snake(type(o).__name__)
+    if isinstance(o, torch.dtype): return str(o).removeprefix('torch.')
+    return camel2snake(getattr(o, '__name__', repr(o)))
+
+def _plain(o):
+    if isinstance(o, (Spec,TensorSpec,Grid)): return {f.name:_plain(getattr(o, f.name)) for f in fields(o)}
+    return [_plain(v) for v in o] if isinstance(o, tuple) else o
 
 def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
-    return json.dumps(asdict(spec), default=_observer_name)
+    return json.dumps(_plain(spec), default=_in_words)
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76s09
 _before_pairs = dict(portable=False, float_bias=False) # what specs from before these fields meant
 
-def _tensor_spec(d): return d and TensorSpec(**{**d, 'grid':Grid(**d['grid'])})
+def _granularity(word):
+    name,_,n = word.partition(' ')
+    return PerGroup(int(n)) if n else PerChannel() if name=='per_channel' else PerTensor()
+
+def _tensor_spec(d):
+    if not d: return d
+    grid = getattr(torch, d['grid']) if isinstance(d['grid'], str) else Grid(**d['grid'])
+    how = dict(granularity=_granularity(d['granularity'])) if 'granularity' in d else {} # else it says `per_channel`
+    return TensorSpec(**{**d, **how, 'grid':grid})
 
 def _spec(d):
     if not d: return d

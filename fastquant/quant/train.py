@@ -68,7 +68,7 @@ def largest(w, spec, paired=False):
     w = w.detach().float()
     most = w.abs().flatten(1).amax(1)
     if paired: most = torch.maximum(most, largest_pair(w)*spec.grid.hi/pair_limit)
-    return most if spec.per_channel else most.amax()[None]
+    return most if spec.by_channel else most.amax()[None]
 
 # %% ../../nbs/quant/08_train.ipynb #05atra21b15d
 @torch.no_grad()
@@ -93,7 +93,7 @@ def first_scale(w, spec, paired=False):
         most = largest(w, spec, paired)
         return qparams(-most, most, spec.grid)[0]
     w = w.detach().abs()
-    return first_step(w.flatten(1).mean(1) if spec.per_channel else w.mean()[None], spec.grid)
+    return first_step(w.flatten(1).mean(1) if spec.by_channel else w.mean()[None], spec.grid)
 
 # %% ../../nbs/quant/08_train.ipynb #05atra76244c
 @torch.no_grad()
