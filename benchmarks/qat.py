@@ -11,6 +11,7 @@ from fastquant.quant.prepare import *
 from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.quant.train import *
 from .common import *
+from fastquant.quant.fakequant import Site, rounding
 
 sections = Registry('section')
 

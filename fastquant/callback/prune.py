@@ -7,7 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/prune.html.md"""
 # %% ../../nbs/callback/04_prune.ipynb #21call921230
 from __future__ import annotations
 from fastai.basics import *
-from ..quant.prepare import rounding
+from ..quant.fakequant import rounding
 from ..prune.criteria import *
 from ..prune.select import *
 from ..prune.schedule import *

@@ -117,7 +117,7 @@ class Structure(Attachment):
     def loading(self, m, state, prefix, errors):
         with naming(m): todo = _lead(steps_in(state, prefix), self.steps)
         for s in todo: s.adapt(m, state, prefix)
-        state.pop(prefix+'structure', None)
+        for k in 'structure','channels_left': state.pop(prefix+k, None)
     @classmethod
     def restore(cls, model, state, batch):
         mine,theirs = steps_of(model),steps_in(state)
@@ -147,7 +147,8 @@ def steps_in(
     prefix:str='' # Of the names in it
 )->list:
     "What was done to the structure of the model that `state` was taken from"
-    text = state.get(prefix+'structure')
+    text,before = state.get(prefix+'structure'),state.get(prefix+'channels_left') # that was all there could be, before there were steps
+    if before is not None: return [structure_steps.find('recipe').from_json(tensor_to_text(before))]
     return [] if text is None else [structure_steps.find(k).from_json(s) for k,s in json.loads(tensor_to_text(text))]
 
 # %% ../../nbs/core/04_attach.ipynb #04att000fb

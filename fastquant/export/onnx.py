@@ -14,7 +14,7 @@ from onnxscript import opset20 as op
 from torch import nn, Tensor
 from ..quant.grid import *
 from ..quant.convert import room
-from ..quant.prepare import rounding
+from ..quant.fakequant import rounding
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',

@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from ..core.model import *
 from ..core.measure import *
 from ..quant.grid import *
+from ..quant.fakequant import *
 from ..quant.prepare import *
 from .engine import *
 from .verify import *

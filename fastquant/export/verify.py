@@ -12,7 +12,7 @@ from functools import partial
 from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
 from ..core.model import floats, evaluating
-from ..quant.prepare import rounding
+from ..quant.fakequant import rounding
 from ..quant.grid import *
 from .portable import *
 from .engine import *

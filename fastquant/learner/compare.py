@@ -12,6 +12,7 @@ from ..core.model import *
 from ..core.trace import *
 from ..core.measure import *
 from ..quant.spec import *
+from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..export.engine import *
 from ..export.report import *

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
-from ..quant.prepare import rounding, check_finite
+from ..quant.fakequant import rounding
+from ..quant.prepare import check_finite
 from ..core.model import copy_model
 from .core import first_metric, trainable_twin
 from ..prune.mask import masked

@@ -12,18 +12,19 @@ from fastai.basics import *
 from ..core.basics import *
 from ..core.model import *
 from ..quant.spec import *
+from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.train import *
 from ..quant.convert import *
 from ..export.onnx import *
 from ..export.engine import *
+from ..export.openvino import *
 from ..export.verify import *
 from ..export.report import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from ..callback.quant import *
 from .core import *
-from ..export.openvino import *
 
 # %% auto #0
 __all__ = []

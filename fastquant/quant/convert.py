@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from .grid import *
 from .pairs import *
+from .fakequant import *
 from .prepare import *
 
 # %% auto #0

@@ -6,247 +6,23 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/prepare.html.md"""
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep11e75b
 from __future__ import annotations
-import math, torch
-import torch.distributed as dist
+import torch
 from dataclasses import replace
-from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
 from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
+from ..core.attach import *
 from .grid import *
-from .lsq import *
 from .pairs import *
 from .spec import *
 from .plan import *
-from ..core.attach import *
+from .fakequant import *
 
 # %% auto #0
-__all__ = ['Site', 'distributed', 'Rounding', 'rounding', 'cap_of', 'Rounder', 'folded', 'check_finite', 'norms_of',
-           'check_trained', 'prepare', 'put_on', 'blank', 'watch', 'set_ranges', 'weight_range', 'by_grid', 'put_rows',
-           'set_qparams', 'unprepare']
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepc4ccca
-class Site:
-    "A place where an activation is rounded"
-    def __init__(self,
-        of,              # The `Rounding` it belongs to
-        i:int,           # Its row in the model's tensors
-        spec:TensorSpec, # How it rounds
-        source:str,      # Path of the module whose output this is
-        touching=()      # Paths of the modules that make or use it in int8
-    ):
-        self.of,self.i,self.spec,self.source,self.touching,self.observer = of,i,spec,source,list(touching),None
-    @property
-    def scale(self)->Tensor: return self.of.scale[self.i]
-    @property
-    def zero_point(self)->Tensor: return self.of.zero_point[self.i].round().int()
-    def as_is(self, x): return x
-    def watch(self, x):
-        "Show `x` to the observer"
-        if self.observer is None: self.observer = self.spec.watcher().to(x.device)
-        self.observer(x.detach().as_subclass(Tensor).float().reshape(1,-1))
-        return x
-    def forward(self, x, cap=None):
-        "`x` rounded; clipped at 0 and `cap` if that is given"
-        s,z = self.of.numbers[self.i]
-        learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
-        return round_tensor(x, s, z, self.spec.grid, learned, grad_factor(x[:1].numel(), self.spec.grid), cap)
-    def __repr__(self): return f'Site({self.source}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep4d4d58
-@patch
-def follow(self:Site, x, cap=None):
-    "Note the extremes of `x`, and round it if there are ranges"
-    self.note(x, cap)
-    if self.of.ready: return self.forward(x, cap)
-    return x+0*self.scale if self.spec.learned and distributed() else x # data parallel training wants a gradient for every parameter
-
-def distributed()->bool:
-    "Whether several processes train this model together"
-    return dist.is_available() and dist.is_initialized()
-
-@patch
-def note(self:Site, x, cap=None):
-    "Remember the extremes of `x`, and of values that will be a step's to learn also how large they are on average"
-    t,r = x.detach().as_subclass(Tensor),self.of
-    lo,hi = (torch.zeros((), device=x.device),t.amax().float().clamp(0, cap)) if cap else (t.amin().float(),t.amax().float())
-    mean = t.abs().mean(dtype=torch.float32) if self.spec.learned and not r.ready else torch.full_like(lo, torch.nan)
-    r.seen.setdefault(self.i, []).append(torch.stack([lo, hi, mean]))
-    return x
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepd091c6
-@patch
-def through_integers(self:Site, x):
-    "`x` as integers, and as floats again"
-    s,z = (getattr(self.of.model, f'site_{self.i}_{k}') for k in ('scale','zero_point'))
-    return dequantize(quantize(x, s, z, self.spec.grid), s, z)
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepca5545
-@patch
-def wanted_range(self:Site)->tuple:
-    "Smallest and largest value to represent; raises `ValueError` if nothing was watched, or what was not numbers"
-    if self.observer is None: raise ValueError(f"The output of {self.source!r} was never seen: calibrate on at least one batch.")
-    lo,hi = self.observer.range(self.spec.grid)
-    self.of.check_range(self, lo, hi, 'on the calibration data')
-    return lo[0],hi[0]
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep39004a
-@restorable
-class Rounding(Attachment):
-    "What is rounded in a prepared model, where, and how"
-    order = 30
-    def __init__(self,
-        model:nn.Module, # Where it is put on
-        plan:Plan,       # What runs in int8
-        floats:dict      # Why other layers do not
-    ):
-        self.model,self.spec,self.float_layers = model,plan.spec,floats
-        ids = [*(v for v in plan.source if v in plan.grid.values()),*plan.doors]
-        ends = {plan.grid[v] for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_') for v in o.outs if v in plan.grid}
-        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
-        self.all = [make(i, g) for i,g in enumerate(ids)]
-        site = dict(zip(ids, self.all))
-        self.capped = [s.i for g,s in site.items() if g in ends and s.spec.learned]
-        self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
-        self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
-        self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
-        self.doors = {k:site[k] for k in plan.doors}
-        self.layers = {k:self.doors.get(k) or site[plan.grid[vs[0]]] for k,vs in plan.layers.items()}
-        self.weights = {k:plan.at(k).weight for k in self.layers}
-        self.paired = {k for k,w in self.weights.items() if plan.at(k).portable and w.grid.bits==8 and adds_pairs(model.get_submodule(k))}
-        self.float_bias = {k for k in self.layers if plan.at(k).float_bias}
-        self.norms = {layer[0]:norm for layer,norm in plan.norms.items() if layer in plan.int8}
-        self.how,self.only,self.act,self.ready,self.converted = None,None,Site.as_is,False,False
-        self.folded,self.seen = set(),{}
-        self.lay_out()
-    def lay_out(self):
-        "See which scales belong to which weight; again, after channels were removed"
-        self.slices,n = {},0
-        for k,w in self.weights.items():
-            size = len(self.model.get_submodule(k).weight) if w.by_channel else 1
-            self.slices[k],n = slice(n, n+size),n+size
-    def fit(self,
-        path:str # Of a layer
-    ): # A function of integers as floats, or None
-        "What makes the integers of a weight fit to every processor, if that is wanted"
-        return fit_pairs if path in self.paired else None
-    @property
-    def scale(self)->Tensor: return self.model.rounding_scale
-    @property
-    def zero_point(self)->Tensor: return self.model.rounding_zero_point
-    @property
-    def range(self)->Tensor: return self.model.rounding_range
-    @property
-    def weight_scale(self)->Tensor: return self.model.rounding_weight_scale
-    @property
-    def batches(self)->Tensor: return self.model.rounding_batches
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepf4bea2
-@patch
-def refresh(self:Rounding):
-    "Read what the model's tensors say"
-    self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), self.zero_point.tolist())]
-    self.ready = all(z>=0 for _,z in self.numbers)
-
-@patch
-def check_range(self:Rounding, site, lo, hi, where):
-    "Raise a `ValueError` that names `site` if what it saw is not a range"
-    if lo.isfinite().all() and hi.isfinite().all(): return
-    raise ValueError(f"The output of {site.source!r} ranges from {lo.item()} to {hi.item()} {where}: NaN or infinity cannot be put on a grid. "
-        "Find out where it comes from (a learning rate too high, a division by 0, a broken input), or leave layers in float with `exclude`.")
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepc64db7
-@patch
-def round_weight(self:Rounding, path, w):
-    "The weight `w` of the layer at `path`, rounded if it is time to"
-    if not (self.ready and self.act not in (Site.as_is, Site.watch) if self.only is None else path in self.only):
-        tie = self.act is Site.follow and self.weights[path].learned and distributed()
-        return w+0*self.weight_scale.sum() if tie else w
-    spec,s = self.weights[path],self.weight_scale[self.slices[path]].clamp(min=1e-30)
-    if not spec.learned: s = s.detach()
-    k,fit = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid),self.fit(path)
-    if spec.by_channel: return round_channels(w, s, spec.grid, k, fit)
-    return round_tensor(w, s.item(), 0, spec.grid, s[0] if spec.learned else None, k, fit=fit)
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep2a9fe4
-@patch
-def forward(self:Rounding, *args, **kwargs):
-    "The model's forward pass, with rounding"
-    (how,self.how),self.seen = (self.how,None),{}
-    if not self.converted: self.refresh()
-    if how is Site.follow and not self.model.training: how = None
-    self.act = how or (Site.through_integers if self.converted else Site.forward if self.ready else Site.as_is)
-    args,n = list(args),0
-    for i,x in enumerate(args):
-        if not isinstance(x, Tensor) or not x.is_floating_point(): continue
-        if n in self.inputs: args[i] = self.act(self.inputs[n], x)
-        n += 1
-    try:
-        with Rounder(self.model, self): return self.own_forward(*args, **kwargs)
-    finally: self.only = None
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep64046f
-def rounding(
-    model:nn.Module # Any model
-)->Rounding|None: # None if it is not prepared
-    "The `Rounding` on `model`"
-    return attached(model, Rounding)
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepf72e8a
-def cap_of(
-    name:str, # Name of an operation
-    args:tuple, # What it was called with
-    kwargs:dict
-)->float|None: # Infinite for a ReLU, None if it is something else
-    "Where an operation that clips at 0 clips at the other side"
-    if name in ('relu','relu_'): return math.inf
-    if name=='relu6': return 6.
-    if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
-
-class Rounder(Where):
-    "Does what `rounding` says to the operations of `model`"
-    def __init__(self, model, rounding):
-        super().__init__(model)
-        self.model,self.rounding = model,rounding
-    def see(self, key, func, args, kwargs):
-        r,(path,name,_) = self.rounding,key
-        if path in r.layers and kinds.get(name)=='layer': args = self.layer_args(path, args)
-        site = r.sites.get(key) if r.converted or key not in r.moved else None
-        if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, args[0], cap)
-        out = args[0] if key in r.folded else func(*args, **kwargs)
-        if site is None: return out
-        each = lambda o: r.act(site, o) if o.is_floating_point() else o
-        return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
-    def clips(self, site, cap):
-        "Whether rounding at `site` clips at 0 and `cap` already"
-        if cap is None or self.rounding.act not in (Site.forward, Site.follow) or not self.rounding.ready: return False
-        (s,z),grid = self.rounding.numbers[site.i],site.spec.grid
-        return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
-    def layer_args(self, path, args):
-        "What the layer at `path` computes with"
-        r = self.rounding
-        x,w,*rest = args
-        if path in r.doors: x = r.act(r.doors[path], x)
-        if not r.converted: return x,r.round_weight(path, w),*rest
-        return x,*self.floats_of(path),*rest[1:]
-    def floats_of(self, path):
-        "Weight and bias of a converted layer, as floats"
-        m = self.model.get_submodule(path)
-        def of(k):
-            q = getattr(m, k)
-            return q if q is None or q.is_floating_point() else dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
-        return of('weight'),of('bias')
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep56d4c9
-@patch
-def pop(self:Rounder, m, args, out):
-    super(Rounder, self).pop(m, args, out)
-    if not isinstance(m, nn.SyncBatchNorm): return None
-    key = self.paths.get(id(vars(m)), ''),'batch_norm',0
-    site = self.rounding.sites.get(key)
-    return self.rounding.act(site, out) if site and not self.count[key[:2]] else None
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'prepare', 'put_on', 'watch', 'set_ranges', 'weight_range',
+           'by_grid', 'put_rows', 'set_qparams', 'unprepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -321,13 +97,6 @@ def put_on(model, r, device, fold):
     r.own_forward = model.forward
     model.forward = r.forward
     attach(model, r)
-
-def blank(r, device):
-    "The tensors of a model that rounds nothing yet"
-    n,fill = len(r.all),partial(torch.full, device=device)
-    m = sum(s.stop-s.start for s in r.slices.values())
-    return dict(rounding_scale=fill((n,), 1.), rounding_zero_point=fill((n,), -1.), rounding_range=fill((n,3), torch.nan),
-        rounding_weight_scale=fill((m,), 1.), rounding_batches=fill((), 0.))
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep60992b
 @patch

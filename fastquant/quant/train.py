@@ -8,10 +8,11 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/train.html.md"""
 from __future__ import annotations
 import torch, torch.distributed as dist
 from torch import nn, Tensor
+from ..core.model import evaluating
 from .grid import *
 from .lsq import *
 from .pairs import *
-from ..core.model import evaluating
+from .fakequant import *
 from .prepare import *
 
 # %% auto #0

@@ -8,7 +8,8 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/channels/select.html.md"""
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
-from ...quant.prepare import rounding, unprepare
+from ...quant.fakequant import rounding
+from ...quant.prepare import unprepare
 from ...core.model import *
 from ..criteria import *
 from ..structures import *
