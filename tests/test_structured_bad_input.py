@@ -124,7 +124,7 @@ def test_integers_are_not_cut(learn):
 
 def test_engine(learn):
     learn.fit(1, 1e-3)
-    with pytest.raises(ValueError, match='Prune the float Learner it came from'): learn.quantize().prune(.5, structure='channel')
+    with pytest.raises(ValueError, match='Call `prune` on the float Learner it came from'): learn.quantize().prune(.5, structure='channel')
 
 def test_recipe_that_does_not_fit(learn, tmp_path):
     "A recipe for another architecture: in a file, in a checkpoint, by hand"

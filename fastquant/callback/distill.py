@@ -107,7 +107,8 @@ def start(self:TeachingCallback,
     xb=None # Inputs to look at, those of a training batch if None
 ):
     "Find out what is needed, on two items; raises `ValueError` before anything has changed"
-    if xb is None: return self.start(some_inputs(self.learn))
+    if xb is None:
+        with no_random(reproducible=False): return self.start(some_inputs(self.learn))
     self.paths = []
     extra = nn.ModuleList(self.begin(*[x[:2] for x in xb]))
     self.extra,self.going,self.shapes = extra.to(next(self.net.parameters()).device),True,_shapes(self.net)

@@ -15,6 +15,7 @@ from functools import partial
 from ..core.model import *
 from ..core.attach import *
 from ..prune.mask import *
+from ..prune.shrink import *
 from .engine import *
 
 # %% auto #0
@@ -188,7 +189,9 @@ def _engine_bytes(tensors):
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun5f8e59
 def _model_tensors(model):
-    state = model.state_dict()
+    state,steps = model.state_dict(),steps_of(model)
+    alone = len(steps)==1 and isinstance(steps[0], Recipe) # then it is said where it always was
+    if alone: del state['structure']
     masks = [k for k,m in masked(model).items() if torch.equal(m.weight!=0, m.weight_mask)]
     for k in masks: del state[_key(k, 'weight_mask')]
     odd = [k for k,t in state.items() if not isinstance(t, Tensor)]
@@ -197,7 +200,7 @@ def _model_tensors(model):
     for k,t in state.items():
         at = t.data_ptr(),t.dtype,t.shape,t.stride()
         if t.numel() and first.setdefault(at, k)!=k: same[k] = first[at]
-    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same)
+    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same, **(dict(recipe=steps[0].to_json()) if alone else {}))
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun2f5707
 def pack_model(
@@ -230,7 +233,7 @@ def _whole_state(tensors, about):
     masks,same,recipe = about.pop('masks', []),about.pop('same', {}),about.pop('recipe', None)
     tensors.update({k:tensors[o] for k,o in same.items() if o in tensors})
     tensors.update({_key(k, 'weight_mask'):pack_bits(tensors[w]!=0) for k in masks if (w:=_key(k, 'weight')) in tensors})
-    if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)])) # a file from before 0.2
+    if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)]))
     return tensors
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun8cbfbd
