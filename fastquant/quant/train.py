@@ -16,8 +16,8 @@ from .fakequant import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['joined', 'follow', 'move_grids', 'largest', 'start', 'first_scale', 'guess', 'unseen', 'ends', 'steps',
-           'limit_change', 'stay_inside', 'freeze_norms']
+__all__ = ['joined', 'follow', 'move_grids', 'largest', 'unseen', 'steps', 'limit_change', 'stay_inside', 'first_scale', 'start',
+           'guess', 'ends', 'freeze_norms']
 
 # %% ../../nbs/quant/08_train.ipynb #05atra6b829d
 def joined(
@@ -71,47 +71,6 @@ def largest(w, spec, paired=False):
     if paired: most = torch.maximum(most, largest_pair(w)*spec.grid.hi/pair_limit)
     return most if spec.by_channel else most.amax()[None]
 
-# %% ../../nbs/quant/08_train.ipynb #05atra21b15d
-@torch.no_grad()
-def start(
-    model:nn.Module # A prepared model that has followed some batches
-):
-    "Round from now on; does nothing if `model` rounds already, or as long as there are sites that have seen nothing (see `unseen`)"
-    r = rounding(model)
-    r.refresh()
-    if r.ready or unseen(model): return
-    (lo,hi,mean),weights = r.range.T,torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
-    set_qparams(r, lo, hi, r.range.clone(), weights)
-    for g,rows in by_grid(r).items():
-        rows = [i for i in rows if r.all[i].spec.learned]
-        if rows: put_rows(r, rows, *first_qparams(lo[rows], hi[rows], mean[rows], g))
-    stay_inside(r)
-    r.refresh()
-
-def first_scale(w, spec, paired=False):
-    "Scale, or scales, that the weight `w` starts training with"
-    if not spec.learned:
-        most = largest(w, spec, paired)
-        return qparams(-most, most, spec.grid)[0]
-    w = w.detach().abs()
-    return first_step(w.flatten(1).mean(1) if spec.by_channel else w.mean()[None], spec.grid)
-
-# %% ../../nbs/quant/08_train.ipynb #05atra76244c
-@torch.no_grad()
-def guess(
-    model:nn.Module, # A prepared model that rounds nothing yet
-    *xb              # A batch of inputs
-):
-    "Put scales where `xb` would have them, so that who averages parameters over time (EMA, `Lookahead`) averages something sensible from the start"
-    r = rounding(model)
-    r.how = Site.note
-    with evaluating(model): model(*[x[:8] for x in xb])
-    seen,r.seen = {i:_both(torch.stack(rows)) for i,rows in r.seen.items()},{}
-    for i,(lo,hi,mean) in seen.items():
-        s,_ = first_qparams(lo, hi, mean, r.all[i].spec.grid) if r.all[i].spec.learned else qparams(lo, hi, r.all[i].spec.grid)
-        if s.isfinite(): r.scale.data[i] = s
-    r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()]))
-
 # %% ../../nbs/quant/08_train.ipynb #05atrada697e
 def unseen(
     model:nn.Module # A prepared model
@@ -119,18 +78,6 @@ def unseen(
     "Names of what has been noted at no site of `model` so far"
     r = rounding(model)
     return [s.source for s in r.all if r.range[s.i,0].isnan()]
-
-# %% ../../nbs/quant/08_train.ipynb #05atrae2244f
-@torch.no_grad()
-def ends(
-    model:nn.Module # A prepared model
-)->Tensor: # Two numbers for each site
-    "Where the grids of the sites of `model` end, or, as long as nothing is rounded, the ranges seen"
-    r = rounding(model)
-    r.refresh()
-    if not r.ready: return r.range[:,:2].cpu().clone()
-    side = lambda k: torch.tensor([getattr(s.spec.grid, k) for s in r.all])
-    return torch.stack([(side(k)-r.zero_point.cpu())*r.scale.detach().cpu() for k in ('lo','hi')], 1)
 
 # %% ../../nbs/quant/08_train.ipynb #05atra3a456b
 def steps(
@@ -154,6 +101,59 @@ def stay_inside(r):
     if not r.capped or not r.ready: return
     most = r.range[r.capped,1]/torch.tensor([r.all[i].spec.grid.hi for i in r.capped], device=r.range.device)
     r.scale.data[r.capped] = r.scale.data[r.capped].minimum(torch.where(most>1e-30, most, torch.inf))
+
+# %% ../../nbs/quant/08_train.ipynb #05atra21b15d
+def first_scale(w, spec, paired=False):
+    "Scale, or scales, that the weight `w` starts training with"
+    if not spec.learned:
+        most = largest(w, spec, paired)
+        return qparams(-most, most, spec.grid)[0]
+    w = w.detach().abs()
+    return first_step(w.flatten(1).mean(1) if spec.by_channel else w.mean()[None], spec.grid)
+
+@torch.no_grad()
+def start(
+    model:nn.Module # A prepared model that has followed some batches
+):
+    "Round from now on; does nothing if `model` rounds already, or as long as there are sites that have seen nothing (see `unseen`)"
+    r = rounding(model)
+    r.refresh()
+    if r.ready or unseen(model): return
+    (lo,hi,mean),weights = r.range.T,torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
+    set_qparams(r, lo, hi, r.range.clone(), weights)
+    for g,rows in by_grid(r).items():
+        rows = [i for i in rows if r.all[i].spec.learned]
+        if rows: put_rows(r, rows, *first_qparams(lo[rows], hi[rows], mean[rows], g))
+    stay_inside(r)
+    r.refresh()
+
+# %% ../../nbs/quant/08_train.ipynb #05atra76244c
+@torch.no_grad()
+def guess(
+    model:nn.Module, # A prepared model that rounds nothing yet
+    *xb              # A batch of inputs
+):
+    "Put scales where `xb` would have them, so that who averages parameters over time (EMA, `Lookahead`) averages something sensible from the start"
+    r = rounding(model)
+    r.how = Site.note
+    with evaluating(model): model(*[x[:8] for x in xb])
+    seen,r.seen = {i:_both(torch.stack(rows)) for i,rows in r.seen.items()},{}
+    for i,(lo,hi,mean) in seen.items():
+        s,_ = first_qparams(lo, hi, mean, r.all[i].spec.grid) if r.all[i].spec.learned else qparams(lo, hi, r.all[i].spec.grid)
+        if s.isfinite(): r.scale.data[i] = s
+    r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()]))
+
+# %% ../../nbs/quant/08_train.ipynb #05atrae2244f
+@torch.no_grad()
+def ends(
+    model:nn.Module # A prepared model
+)->Tensor: # Two numbers for each site
+    "Where the grids of the sites of `model` end, or, as long as nothing is rounded, the ranges seen"
+    r = rounding(model)
+    r.refresh()
+    if not r.ready: return r.range[:,:2].cpu().clone()
+    side = lambda k: torch.tensor([getattr(s.spec.grid, k) for s in r.all])
+    return torch.stack([(side(k)-r.zero_point.cpu())*r.scale.detach().cpu() for k in ('lo','hi')], 1)
 
 # %% ../../nbs/quant/08_train.ipynb #05atra84724b
 def freeze_norms(
