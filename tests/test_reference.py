@@ -35,12 +35,11 @@ def used():
 names = dict(public())
 
 # What others are made of, documented beside them: nobody calls these from outside, and the docs show what they do as a part of the whole
-parts = '''agree as_float at_pos by_grid ChannelGroup ChannelPlan check_curve check_facts check_finite check_fit check_fits check_parts computed_no_more
-    constant_names create_opt cut_shape cut_tensor distributed first_output first_scale from_graph gamma_of group_pools guess Guest head_group
-    int8_weights is_attention is_in is_pointwise is_weight joined keep_float kind_name largest LossColumn make_ready MaskingCallback MaskPlan misfit
-    model_of move_grids name_ends naming norms_of Obstacle opened_by_openvino pack packed_four packed_two plot_channels put_before put_on put_rows reason
-    recipe_of_state replace_layers rows_of runs_in_training set_constants set_integers set_qparams shape_of stay_inside StepGroup steps_in tails_of
-    take_out tensor_at tidy Tracer try_first wants weight_range with_torch'''.split()
+parts = '''agree as_float at_pos by_grid ChannelPlan check_curve check_facts check_finite check_fit check_fits check_parts computed_no_more constant_names
+    create_opt cut_shape cut_tensor distributed first_output first_scale from_graph gamma_of group_pools head_group int8_weights is_attention is_in
+    is_pointwise kind_name LossColumn make_ready MaskingCallback MaskPlan model_of name_ends naming norms_of Obstacle opened_by_openvino pack
+    plot_channels put_on put_rows reason recipe_of_state replace_layers rows_of set_constants set_integers set_qparams shape_of stay_inside steps_in
+    tails_of take_out Tracer try_first wants weight_range with_torch'''.split()
 
 def test_there_are_names(): assert len(names)>100
 

@@ -140,7 +140,10 @@ class Rounding(Attachment):
     def batches(self)->Tensor: return self.model.rounding_batches
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
-def blank(r, device):
+def blank(
+    r:Rounding, # Of a model that has none of them
+    device      # Where to
+)->dict:
     "The tensors of a model that rounds nothing yet"
     n,fill = len(r.all),partial(torch.full, device=device)
     m = sum(s.stop-s.start for s in r.slices.values())

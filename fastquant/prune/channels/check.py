@@ -19,7 +19,24 @@ from ..shrink import *
 from .graph import *
 
 # %% auto #0
-__all__ = ['positions_left', 'tensor_at', 'is_weight', 'channel_masks', 'runs_in_training', 'misfit', 'channel_groups', 'is_in']
+__all__ = ['tensor_at', 'is_weight', 'positions_left', 'channel_masks', 'runs_in_training', 'misfit', 'channel_groups', 'is_in']
+
+# %% ../../../nbs/prune/channels/01_check.ipynb #17prun9a1126
+def tensor_at(
+    model:nn.Module, # Any model
+    key:str          # The name of a parameter or buffer
+)->Tensor:
+    "The tensor of that name"
+    path,_,name = key.rpartition('.')
+    return getattr(model.get_submodule(path), name)
+
+def is_weight(
+    model:nn.Module, # Any model
+    key:str          # A tensor of it
+)->bool:
+    "Whether `key` is the weight of a convolution or a linear layer"
+    path,_,name = key.rpartition('.')
+    return name=='weight' and isinstance(model.get_submodule(path), prunable)
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun6bf26d
 def positions_left(
@@ -40,23 +57,6 @@ def _others(idx, n):
     stays = torch.ones(n, dtype=torch.bool)
     stays[idx] = False
     return stays.nonzero().flatten().tolist()
-
-# %% ../../../nbs/prune/channels/01_check.ipynb #17prun9a1126
-def tensor_at(
-    model:nn.Module, # Any model
-    key:str          # The name of a parameter or buffer
-)->Tensor:
-    "The tensor of that name"
-    path,_,name = key.rpartition('.')
-    return getattr(model.get_submodule(path), name)
-
-def is_weight(
-    model:nn.Module, # Any model
-    key:str          # A tensor of it
-)->bool:
-    "Whether `key` is the weight of a convolution or a linear layer"
-    path,_,name = key.rpartition('.')
-    return name=='weight' and isinstance(model.get_submodule(path), prunable)
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun998c94
 @torch.no_grad()
