@@ -175,13 +175,21 @@ def _steps(name, first, *steps):
     return [onnx.helper.make_node(o, [a]+([second] if second else []), [b], **attrs) for (o,second,attrs),a,b in zip(steps, names, names[1:])]
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo2aca79
-def packed_four(name, q, room):
+def packed_four(
+    name:str, # Of the weight
+    q,        # Its integers, an array
+    room:int  # What they are multiplied by in a byte
+)->tuple: # An initializer, and a list of nodes
     "An initializer of 4-bit integers, and the nodes that make int8 of it"
     u = np.pad(q.flatten(), (0, q.size%2)).astype(np.uint8)&15
     small = onnx.helper.make_tensor(name, INT4, q.shape, (u[::2]|u[1::2]<<4).tobytes(), raw=True)
     return small,[_constant(f'{name}_room', INT8, (), [room]),*_steps(name, name, ('Cast', None, dict(to=INT8)), ('Mul', f'{name}_room', {}))]
 
-def packed_two(name, q, room):
+def packed_two(
+    name:str, # Of the weight
+    q,        # Its integers, an array
+    room:int  # What they are multiplied by in a byte
+)->tuple: # An initializer, and a list of nodes
     "An initializer of bytes that hold four 2-bit integers each, and the nodes that make int8 of it"
     u = np.pad(q.flatten()+1, (0, -q.size%4)).reshape(-1,4)
     small = onnx.numpy_helper.from_array((u<<[0,2,4,6]).sum(1).astype(np.uint8), name)

@@ -12,6 +12,7 @@ from ..core.model import evaluating
 from .grid import *
 from .lsq import *
 from .pairs import *
+from .spec import *
 from .fakequant import *
 from .prepare import *
 
@@ -54,7 +55,10 @@ def follow(
 def _both(rows): return torch.stack([rows[:,0].amin(), rows[:,1].amax(), rows[:,2].mean()])
 
 # %% ../../nbs/quant/08_train.ipynb #05atra6e4a25
-def move_grids(r, mom):
+def move_grids(
+    r:Rounding, # Its scales and zero points move
+    mom:float   # Share of the way that a scale of a weight goes
+):
     "Put scales and zero points where the ranges of `r` are, and let those of weights follow the weights"
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if not r.all[i].spec.learned]
@@ -64,7 +68,11 @@ def move_grids(r, mom):
         s = largest(r.model.get_submodule(k).weight, spec, k in r.paired)/spec.grid.hi
         r.weight_scale.data[r.slices[k]].lerp_(torch.where(s>1e-30, s, r.weight_scale[r.slices[k]]), mom)
 
-def largest(w, spec, paired=False):
+def largest(
+    w:Tensor,         # A weight, output channels first
+    spec:TensorSpec,  # How it is rounded
+    paired:bool=False # Do its neighbours have to fit every processor?
+)->Tensor: # One value, or one a channel
     "The largest absolute value in `w`, or in each of its channels, that its grid has to hold; if neighbours have to fit, so has the largest sum of them"
     w = w.detach().float()
     most = w.abs().flatten(1).amax(1)
