@@ -48,8 +48,8 @@ class Openvino(Engine):
         runs = {}
         for op in opened_by_openvino(data).get_runtime_model().get_ordered_ops():
             about = {k:op.rt_info[k].astype(str) for k in ('layerType','primitiveType','originalLayersNames')}
-            made_of = about['originalLayersNames'].split(',')
+            made_of = about['originalLayersNames'].split(',') if about['layerType'] not in ('Input','Const','Output') else ()
             runs.update({name.split('/')[0]:f"{about['layerType']} {about['primitiveType']}" for name in made_of})
-        return {k:runs.get(n.name, 'gone') for k,n in layer_nodes(onnx.load_from_string(data)).items()}
+        return {k:runs.get(n.name, runs.get(n.output[0], 'gone')) for k,n in layer_nodes(onnx.load_from_string(data)).items()}
     @staticmethod
     def in_integers(kernel): return kernel.endswith('_I8')
