@@ -261,7 +261,9 @@ class DistillCallback(TeachingCallback):
                 if k not in found: raise ValueError(f"{k!r} of the {whose} gave nothing when it ran on a batch, so there are no features. Choose a module that runs and returns a tensor.")
         self.pairs,self.paths = pairs,list({a for _,a,_ in pairs})
         bridges = [self.bridge(m, ours[a], theirs[b]).to(s.device) for m,a,b in pairs]
-        for (m,a,b),p in zip(pairs, bridges): check_term(self.compare_features(m, p, ours[a], theirs[b]), f"{_say(m.loss)} of {a!r} and the teacher's {b!r}")
+        for (m,a,b),p in zip(pairs, bridges):
+            term = self.compare_features(m, p, ours[a], theirs[b])
+            check_term(term, f"{_say(m.loss)} of {a!r} and the teacher's {b!r}")
         return bridges
     def bridge(self, match, s, t):
         "What has to be done with the student's features before they are compared"
@@ -273,7 +275,8 @@ class DistillCallback(TeachingCallback):
         return match.weight*distill_loss(match.loss, bridge(s), t)
     def combined(self, loss, w):
         if self.guide is None: return loss,None
-        with evaluating(self.guide), catching(self.guide, {b for *_,b in self.pairs}) as theirs: t = self.outputs(self.guide(*self.xb))
+        paths = {b for *_,b in self.pairs}
+        with evaluating(self.guide), catching(self.guide, paths) as theirs: t = self.outputs(self.guide(*self.xb))
         terms = [] if self.how is None else [self.compared(self.outputs(self.learn.pred), t)]
         terms += [self.compare_features(m, p, self.found[a], theirs[b]) for (m,a,b),p in zip(self.pairs, self.extra)]
         term = sum(terms)

@@ -26,7 +26,9 @@ class Guest:
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti30db26
 def _inner(opt): return opt.opt if isinstance(getattr(opt, 'opt', None), Optimizer) else opt
 def _state(opt): return inner.opt.state if isinstance(inner:=_inner(opt), OptimWrapper) else inner.state
-def _groups(opt): return list(inner.opt.param_groups) if isinstance(inner:=_inner(opt), OptimWrapper) else list(zip(inner.param_lists, inner.hypers))
+def _groups(opt):
+    inner = _inner(opt)
+    return list(inner.opt.param_groups) if isinstance(inner, OptimWrapper) else list(zip(inner.param_lists, inner.hypers))
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19optidddfff
 def _params(group): return group['params'] if isinstance(group, dict) else group[0]
@@ -66,7 +68,8 @@ def _alone(self:StepGroup):
     guests,groups = self.guests,_groups(self)
     out = {i:groups[i] for i,g in enumerate(guests.values()) if g.passing}
     state = {p:_state(self).pop(p, {}) for g in out.values() for p in _params(g)}
-    slow = {p:s for ps,ss in zip(self.param_lists, getattr(self, 'slow_weights', None) or []) for p,s in zip(ps, ss) if p in state}
+    copies = zip(self.param_lists, getattr(self, 'slow_weights', None) or [])
+    slow = {p:s for ps,ss in copies for p,s in zip(ps, ss) if p in state}
     self.guests = {k:g for k,g in guests.items() if not g.passing}
     _set_groups(self, [g for i,g in enumerate(groups) if i not in out])
     one = lambda t: (t.detach(),state.get(t, {}),slow.get(t))
@@ -77,7 +80,8 @@ def _alone(self:StepGroup):
         _set_groups(self, groups)
         _state(self).update(state)
         self.guests = guests
-        if slow: self.slow_weights = L(L(slow.get(p, s) for p,s in zip(ps, ss)) for ps,ss in zip(self.param_lists, self.slow_weights))
+        both = lambda ps,ss: L(slow.get(p, s) for p,s in zip(ps, ss))
+        if slow: self.slow_weights = L(map(both, self.param_lists, self.slow_weights))
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19optie9ea10
 @patch
@@ -107,7 +111,8 @@ def _go_on(opt, name, params, beside):
     for i,(p,(was,state,slow)) in enumerate(zip(params, saved)):
         p.data.copy_(was)
         _state(opt)[p] = {k:mine(v, p) for k,v in state.items()}
-        if getattr(opt, 'slow_weights', None) is not None: opt.slow_weights[0][i] = p.detach().clone() if slow is None else mine(slow, p)
+        if getattr(opt, 'slow_weights', None) is None: continue
+        opt.slow_weights[0][i] = p.detach().clone() if slow is None else mine(slow, p)
     for t,(was,*_) in zip(beside, saved[len(params):]): t.data.copy_(was)
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti872ff0
@@ -137,7 +142,9 @@ def _add_group(opt, params, name):
     "A new first group with the hyper-parameters of the last"
     mine,groups = {id(p) for p in params},_groups(opt)
     without = lambda ps: [p for p in ps if id(p) not in mine]
-    if isinstance(groups[0], dict): groups = [{**groups[-1], 'params':list(params)},*[{**g, 'params':without(g['params'])} for g in groups]]
+    if isinstance(groups[0], dict):
+        rest = [{**g, 'params':without(g['params'])} for g in groups]
+        groups = [{**groups[-1], 'params':list(params)},*rest]
     else: groups = [(L(params),dict(groups[-1][1])),*[(L(without(ps)),h) for ps,h in groups]]
     _set_groups(opt, groups)
     if not isinstance(groups[0], dict):

@@ -52,7 +52,8 @@ class MaskingCallback(FitCallback):
         if r: r.how = how
         self.left_alone = self.plan.left_alone
         self.to_prune = self.plan.layers if all(m.weight.requires_grad for m in self.plan.layers.values()) else {}
-        set_masks(self.net, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in self.to_prune.items() if not mask_of(m)})
+        new = {k:m for k,m in self.to_prune.items() if not mask_of(m)}
+        set_masks(self.net, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in new.items()})
         self.reached = sparsity(self.net)
     def change(self, keep):
         "Put masks on, and let gradients and optimizer forget what they prune"
@@ -94,7 +95,8 @@ class PruneScheduleCallback(MaskingCallback):
     def update(self):
         share = self.schedule(self.step/self.n_steps)
         if not share or not self.due(): return
-        if 'sqr_in' in needs(self.selection.criterion): self.watched['sqr_in'] = watch_inputs(self.net, self.to_prune, *self.xb)
+        wanted = needs(self.selection.criterion)
+        if 'sqr_in' in wanted: self.watched['sqr_in'] = watch_inputs(self.net, self.to_prune, *self.xb)
         self.change(self.plan.choose(self.watched, share))
         self.watched.pop('grad', None)
         if self.step>=self.schedule.last(self.n_steps) and num_distrib()<2: self.settle()
@@ -184,7 +186,9 @@ class RigLCallback(MaskingCallback):
     def before_step(self):
         if not self.due(): return
         share = moving_share(self.alpha, self.step/(self.end*self.n_steps))
-        keep = {k:regrow(m.weight, m.weight_mask, d, share) for k,m in self.to_prune.items() if (d:=self.dense(m)) is not None}
+        dense = {k:d for k,m in self.to_prune.items() if (d:=self.dense(m)) is not None}
+        layers = self.to_prune
+        keep = {k:regrow(layers[k].weight, layers[k].weight_mask, d, share) for k,d in dense.items()}
         self.change(keep)
         raise CancelStepException()
     def dense(self, m):

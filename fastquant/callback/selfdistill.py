@@ -117,7 +117,8 @@ def hints(self:SelfDistillCallback, narrow):
     if not self.deepest: return 0.
     t = self.turned(self.found[self.deepest[0]]).detach()
     pairs = [aligned(*_pooled(b, t)) for b in narrow]
-    return at_pos(self.hint_weight, min(1., self.pct_train))*sum(F.mse_loss(p(s), d) for p,(s,d) in zip(self.extra[len(narrow):], pairs))
+    far = sum(F.mse_loss(p(s), d) for p,(s,d) in zip(self.extra[len(narrow):], pairs))
+    return at_pos(self.hint_weight, min(1., self.pct_train))*far
 
 def _pooled(narrow, deep): return (narrow.flatten(2).mean(2) if deep.ndim==2<narrow.ndim else narrow),deep
 

@@ -44,7 +44,10 @@ class _Held(list):
     def loaded(self, m, keys):
         for a in self: a.loaded(m)
 
-def _held(m): return next((h for o in m._load_state_dict_pre_hooks.values() if isinstance(h:=getattr(o.hook, '__self__', None), _Held)), [])
+def _held(m):
+    "What sits on `m`"
+    owners = (getattr(o.hook, '__self__', None) for o in m._load_state_dict_pre_hooks.values())
+    return next((o for o in owners if isinstance(o, _Held)), [])
 
 def attach(
     m:nn.Module,  # Changed in place
@@ -83,7 +86,8 @@ def detach(
     held = _held(m)
     held[:] = [a for a in held if not isinstance(a, cls)]
     if held: return
-    for hooks in (m._state_dict_hooks, m._state_dict_pre_hooks, m._load_state_dict_pre_hooks, m._load_state_dict_post_hooks):
+    saving,loading = (m._state_dict_hooks,m._state_dict_pre_hooks),(m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks)
+    for hooks in (*saving,*loading):
         for k in [k for k,h in hooks.items() if held is _owner(h)]: del hooks[k]
 
 def _owner(hook):
@@ -113,7 +117,9 @@ class Structure(Attachment):
     def __init__(self,
         steps=() # Each of a kind in `structure_steps`
     ): self.steps = list(steps)
-    def saving(self, m, state, prefix): state[prefix+'structure'] = text_to_tensor(json.dumps([(_kind(s),s.to_json()) for s in self.steps]))
+    def saving(self, m, state, prefix):
+        said = [(_kind(s),s.to_json()) for s in self.steps]
+        state[prefix+'structure'] = text_to_tensor(json.dumps(said))
     def loading(self, m, state, prefix, errors):
         with naming(m): todo = _lead(steps_in(state, prefix), self.steps)
         for s in todo: s.adapt(m, state, prefix)
@@ -147,8 +153,9 @@ def steps_in(
     prefix:str='' # Of the names in it
 )->list:
     "What was done to the structure of the model that `state` was taken from"
-    text,before = state.get(prefix+'structure'),state.get(prefix+'channels_left') # that was all there could be, before there were steps
-    if before is not None: return [structure_steps.find('recipe').from_json(tensor_to_text(before))]
+    text,before = state.get(prefix+'structure'),state.get(prefix+'channels_left')
+    if before is not None: # all that there could be, before there were steps
+        return [structure_steps.find('recipe').from_json(tensor_to_text(before))]
     return [] if text is None else [structure_steps.find(k).from_json(s) for k,s in json.loads(tensor_to_text(text))]
 
 # %% ../../nbs/core/04_attach.ipynb #04att000fb

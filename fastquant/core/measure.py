@@ -42,7 +42,8 @@ def n_macs(
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*[x[:1] for x in xb])
+        one = [x[:1] for x in xb]
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*one)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return count.get_total_flops()//2
 
@@ -75,4 +76,5 @@ def latency(
             fns[k]()
             if i>=warmup: times[k].append((time.perf_counter()-t)*1e3)
         if i>warmup+2 and time.perf_counter()-start>seconds: break
-    return pd.DataFrame({k:dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25]))) for k,t in times.items()}).T
+    def row(t): return dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25])))
+    return pd.DataFrame({k:row(t) for k,t in times.items()}).T

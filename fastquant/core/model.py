@@ -67,7 +67,8 @@ def clean_copy(
     model:nn.Module # Left as it is
 )->nn.Module:
     "A copy of `model` without what fastai's hooks have stored in it"
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in (v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])) if hasattr(h, 'stored')]
+    def several(v): return v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])
+    hooks = [h for m in model.modules() for v in vars(m).values() for h in several(v) if hasattr(h, 'stored')]
     return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
 
 # %% ../../nbs/core/01_model.ipynb #22lear2e7f2e

@@ -35,7 +35,8 @@ class Where(TorchFunctionMode):
         self.paths = {id(vars(m)):k for k,m in reversed(list(model.named_modules()))}
         self.stack,self.count = [''],Counter()
     def __enter__(self):
-        self.hooks = register_module_forward_pre_hook(self.push),register_module_forward_hook(self.pop, always_call=True)
+        before,after = register_module_forward_pre_hook(self.push),register_module_forward_hook(self.pop, always_call=True)
+        self.hooks = before,after
         return super().__enter__()
     def __exit__(self, *args):
         for h in self.hooks: h.remove()
@@ -117,7 +118,8 @@ class Tracer(Where):
         kind = kind_of(key[1], len(acts), len(given)-len(acts), args, kwargs)
         if kind in ('layer','norm') and not self.owns(key[0], kind, args): kind = 'float'
         same = kind=='move' and any(o is i for o in floats(out) for i in given)
-        if acts and floats(out) and not same: self.ops.append(Op(key, tuple(acts), tuple(map(self.value, floats(out))), kind, floats(out)[0].ndim))
+        made = floats(out)
+        if acts and made and not same: self.ops.append(Op(key, tuple(acts), tuple(map(self.value, made)), kind, made[0].ndim))
         return out
 
 # %% ../../nbs/core/02_trace.ipynb #04trac99e51e

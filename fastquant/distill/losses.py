@@ -37,7 +37,8 @@ def soft_targets(student, teacher, temperature):
 def soft_labels(student, teacher, temperature):
     s,t = student/temperature,teacher/temperature
     each = lambda p, log_p, log_q: p*(log_p-log_q)
-    return temperature**2*(each(t.sigmoid(), F.logsigmoid(t), F.logsigmoid(s))+each((-t).sigmoid(), F.logsigmoid(-t), F.logsigmoid(-s))).mean()
+    yes,no = (each((k*t).sigmoid(), F.logsigmoid(k*t), F.logsigmoid(k*s)) for k in (1,-1))
+    return temperature**2*(yes+no).mean()
 
 @distill_losses
 def mse(student, teacher): return F.mse_loss(student, teacher)

@@ -86,14 +86,16 @@ class Engine(FileModel):
         return self._opened
     def forward(self, *xb):
         opened,types,names = self.opened
-        feed = {k:x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy() for (k,t),x in zip(types.items(), xb, strict=True)}
+        plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
+        feed = {k:plain(x, t) for (k,t),x in zip(types.items(), xb, strict=True)}
         out = [torch.from_numpy(o).to(xb[0].device) for o in self.compute(opened, feed, names)]
         return out[0] if len(out)==1 else tuple(out)
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
 engines['onnxruntime'] = Engine
 _of = onnx.TensorProto
-_arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64, _of.INT64:torch.int64, _of.INT32:torch.int32, _of.BOOL:torch.bool}
+_arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64,
+    _of.INT64:torch.int64, _of.INT32:torch.int32, _of.BOOL:torch.bool}
 
 def _graph(data):
     try: return onnx.load_from_string(data).graph
@@ -146,7 +148,7 @@ def n_macs(self:Engine)->int:
     return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
 
 # %% ../../nbs/export/02_engine.ipynb #07expo0bd896
-integer_kernels = {'QLinearConv','QGemm','QLinearMatMul','MatMulIntegerToFloat','MatMulInteger','ConvInteger','DynamicQuantizeMatMul'}
+integer_kernels = set('QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger DynamicQuantizeMatMul'.split())
 
 def optimized(
     data:bytes # An ONNX file

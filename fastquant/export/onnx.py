@@ -106,7 +106,7 @@ def name_ends(g, ends, name):
     for o in ends: o.name = new[o.name]
     for n in g.node: n.input[:],n.output[:] = ([new.get(i, i) for i in o] for o in (n.input,n.output))
 
-unpacking = {'DequantizeLinear','Transpose','Cast','Mul','Add','Sub','Unsqueeze','BitShift','BitwiseAnd','Slice','Reshape'}
+unpacking = set('DequantizeLinear Transpose Cast Mul Add Sub Unsqueeze BitShift BitwiseAnd Slice Reshape'.split())
 
 def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
@@ -167,7 +167,9 @@ def pack(
     return proto
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo6e2f03
-def _constant(name, dtype, dims, values): return onnx.helper.make_node('Constant', [], [name], value=onnx.helper.make_tensor(name, dtype, dims, values))
+def _constant(name, dtype, dims, values):
+    t = onnx.helper.make_tensor(name, dtype, dims, values)
+    return onnx.helper.make_node('Constant', [], [name], value=t)
 
 def _steps(name, first, *steps):
     "Nodes for `(operator, second input, attributes)` one after the other, from `first` to the int8 weight"

@@ -50,6 +50,7 @@ class Openvino(Engine):
             about = {k:op.rt_info[k].astype(str) for k in ('layerType','primitiveType','originalLayersNames')}
             made_of = about['originalLayersNames'].split(',') if about['layerType'] not in ('Input','Const','Output') else ()
             runs.update({name.split('/')[0]:f"{about['layerType']} {about['primitiveType']}" for name in made_of})
-        return {k:runs.get(n.name, runs.get(n.output[0], 'gone')) for k,n in layer_nodes(onnx.load_from_string(data)).items()}
+        nodes = layer_nodes(onnx.load_from_string(data))
+        return {k:runs.get(n.name, runs.get(n.output[0], 'gone')) for k,n in nodes.items()}
     @staticmethod
     def in_integers(kernel): return kernel.endswith('_I8')

@@ -56,7 +56,9 @@ def site_errors(
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
     own = lambda s,x: fake_quant(x, s.scale.detach(), s.zero_point, s.spec.grid)
-    def row(s, x): return dict(layer=s.source, exclude=s.touching, own=sqnr(x, own(s, x)), sqnr=sqnr(x, got[s]), output=alone(model, s, out, xb))
+    def row(s, x):
+        db = dict(own=sqnr(x, own(s, x)), sqnr=sqnr(x, got[s]), output=alone(model, s, out, xb))
+        return dict(layer=s.source, exclude=s.touching, **db)
     rows = [row(*o) for o in through(list(ref.items()))]
     return pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude']).sort_values('output', ignore_index=True)
 
@@ -96,6 +98,9 @@ def ranges(
     if r is None: raise ValueError("Nothing is rounded in this model: `prepare` it, train it with `QuantAwareCallback`, or calibrate it with `PTQCalibrate`.")
     def row(name, what, spec, s, z):
         g = spec.grid
-        return {'layer':name, 'what':what, 'bits':g.bits, 'from':s.max().item()*(g.lo-z), 'to':s.max().item()*(g.hi-z), 'step':s.max().item(), 'learned':spec.learned}
-    acts = [row(o.source, 'input' if o in r.doors.values() else 'output', o.spec, o.scale, o.zero_point.item()) for o in r.all]
+        most = s.max().item()
+        ends = {'from':most*(g.lo-z), 'to':most*(g.hi-z)}
+        return {'layer':name, 'what':what, 'bits':g.bits, **ends, 'step':most, 'learned':spec.learned}
+    what = lambda o: 'input' if o in r.doors.values() else 'output'
+    acts = [row(o.source, what(o), o.spec, o.scale, o.zero_point.item()) for o in r.all]
     return pd.DataFrame(acts+[row(k, 'weight', w, r.weight_scale[r.slices[k]], 0) for k,w in r.weights.items()])

@@ -32,7 +32,8 @@ class Mask(Attachment):
         "Put the hook on the gradient of the weight, if it has one and the hook is not there"
         w = self.weight
         if w is None or not w.requires_grad: return
-        if not any(_is_of(self, h) for h in (w._post_accumulate_grad_hooks or {}).values()): w.register_post_accumulate_grad_hook(self.grad)
+        hooks = (w._post_accumulate_grad_hooks or {}).values()
+        if not any(_is_of(self, h) for h in hooks): w.register_post_accumulate_grad_hook(self.grad)
     def grad(self, w):
         "Hook after a gradient has been added to that of `w`: take away that of what is pruned"
         if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
@@ -109,7 +110,8 @@ def cut(self:Mask, path, recipe):
 def restore(cls:Mask, model, state, batch):
     for k in [k for k in state if k.split('.')[-1]=='weight_mask']:
         m = dict(model.named_modules()).get(k.removesuffix('weight_mask').rstrip('.'))
-        if m is not None and not mask_of(m) and hasattr(m, 'weight'): set_mask(m, torch.ones_like(m.weight, dtype=torch.bool))
+        if m is None or mask_of(m) or not hasattr(m, 'weight'): continue
+        set_mask(m, torch.ones_like(m.weight, dtype=torch.bool))
 
 # %% ../../nbs/prune/04_mask.ipynb #14prunbd497b
 def mask_of(
@@ -137,7 +139,8 @@ def set_mask(
         attach(m, Mask(m))
         m.register_forward_pre_hook(mask_of(m).before)
     mask = mask_of(m)
-    if around is not None and not any(_is_of(mask, h) for h in around._forward_pre_hooks.values()): around.register_forward_pre_hook(mask.before_around)
+    hooks = () if around is None else around._forward_pre_hooks.values()
+    if around is not None and not any(_is_of(mask, h) for h in hooks): around.register_forward_pre_hook(mask.before_around)
     m.weight_mask.copy_(keep)
     mask.zero()
     mask.hold()
@@ -177,7 +180,9 @@ def set_masks(
     keep:dict        # What stays, by path
 ):
     "`set_mask` for each layer in `keep`"
-    for k,mask in keep.items(): set_mask(model.get_submodule(k), mask, model.get_submodule(k.rpartition('.')[0]) if k else None)
+    for k,mask in keep.items():
+        around = model.get_submodule(k.rpartition('.')[0]) if k else None
+        set_mask(model.get_submodule(k), mask, around)
 
 # %% ../../nbs/prune/04_mask.ipynb #14prunhold2
 def hold_masks(

@@ -137,7 +137,8 @@ def is_attention(
     m:nn.Module # Any module
 )->bool:
     "Whether `m` is an attention whose heads can be counted: timm's, and what is built like it"
-    return all(isinstance(getattr(m, k, None), nn.Linear) for k in ('qkv','proj')) and all(isinstance(getattr(m, k, None), int) for k in ('num_heads','head_dim'))
+    has = lambda kind,*names: all(isinstance(getattr(m, k, None), kind) for k in names)
+    return has(nn.Linear, 'qkv', 'proj') and has(int, 'num_heads', 'head_dim')
 
 @refit.register
 def _(m:nn.modules.conv._ConvNd):
@@ -244,5 +245,6 @@ def channel_counts(
     for k,m in model.named_modules():
         if not isinstance(m, prunable) or 'weight' not in m._parameters: continue
         key,dim = (f'{k}.weight' if k else 'weight'),int(getattr(m, 'transposed', False))
-        found[k] = dict(before=recipe.shapes.get(key, m.weight.shape)[dim]*(m.groups if dim else 1), after=m.weight.shape[dim]*(m.groups if dim else 1))
+        each = m.groups if dim else 1
+        found[k] = dict(before=recipe.shapes.get(key, m.weight.shape)[dim]*each, after=m.weight.shape[dim]*each)
     return found

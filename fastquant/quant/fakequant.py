@@ -89,6 +89,11 @@ def wanted_range(self:Site)->tuple:
     return lo[0],hi[0]
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
+def _clipped(plan):
+    "Grids of values that the model itself clips"
+    clipping = [o for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_')]
+    return {plan.grid[v] for o in clipping for v in o.outs if v in plan.grid}
+
 @restorable
 class Rounding(Attachment):
     "What is rounded in a prepared model, where, and how"
@@ -100,18 +105,18 @@ class Rounding(Attachment):
     ):
         self.model,self.spec,self.float_layers = model,plan.spec,floats
         ids = [*(v for v in plan.source if v in plan.grid.values()),*plan.doors]
-        ends = {plan.grid[v] for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_') for v in o.outs if v in plan.grid}
         make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
         self.all = [make(i, g) for i,g in enumerate(ids)]
         site = dict(zip(ids, self.all))
-        self.capped = [s.i for g,s in site.items() if g in ends and s.spec.learned]
+        self.capped = [s.i for g,s in site.items() if g in _clipped(plan) and s.spec.learned]
         self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
         self.doors = {k:site[k] for k in plan.doors}
         self.layers = {k:self.doors.get(k) or site[plan.grid[vs[0]]] for k,vs in plan.layers.items()}
         self.weights = {k:plan.at(k).weight for k in self.layers}
-        self.paired = {k for k,w in self.weights.items() if plan.at(k).portable and w.grid.bits==8 and adds_pairs(model.get_submodule(k))}
+        fits = lambda k,w: plan.at(k).portable and w.grid.bits==8 and adds_pairs(model.get_submodule(k))
+        self.paired = {k for k,w in self.weights.items() if fits(k, w)}
         self.float_bias = {k for k in self.layers if plan.at(k).float_bias}
         self.norms = {layer[0]:norm for layer,norm in plan.norms.items() if layer in plan.int8}
         self.how,self.only,self.act,self.ready,self.converted = None,None,Site.as_is,False,False

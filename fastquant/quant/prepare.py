@@ -86,7 +86,8 @@ def prepare(
 def put_on(model, r, device, fold):
     "Do to `model` what `prepare` has settled"
     for k,v in blank(r, device).items():
-        learned = (k=='rounding_scale' and any(s.spec.learned for s in r.all)) or (k=='rounding_weight_scale' and any(w.learned for w in r.weights.values()))
+        of = dict(rounding_scale=[s.spec for s in r.all], rounding_weight_scale=r.weights.values())
+        learned = any(o.learned for o in of.get(k, ()))
         if learned: model.register_parameter(k, nn.Parameter(v))
         else: model.register_buffer(k, v)
     for path,norm in r.norms.items() if fold else ():

@@ -17,8 +17,8 @@ from .fakequant import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['joined', 'follow', 'move_grids', 'largest', 'unseen', 'steps', 'limit_change', 'stay_inside', 'first_scale', 'start',
-           'guess', 'ends', 'freeze_norms']
+__all__ = ['joined', 'follow', 'move_grids', 'largest', 'unseen', 'steps', 'limit_change', 'stay_inside', 'first_scale',
+           'first_scales', 'start', 'guess', 'ends', 'freeze_norms']
 
 # %% ../../nbs/quant/08_train.ipynb #05atra6b829d
 def joined(
@@ -119,6 +119,13 @@ def first_scale(w, spec, paired=False):
     w = w.detach().abs()
     return first_step(w.flatten(1).mean(1) if spec.by_channel else w.mean()[None], spec.grid)
 
+def first_scales(
+    model:nn.Module # A prepared model
+)->Tensor: # One row for all weights
+    "Scales that the weights of `model` start training with"
+    r = rounding(model)
+    return torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
+
 @torch.no_grad()
 def start(
     model:nn.Module # A prepared model that has followed some batches
@@ -127,8 +134,8 @@ def start(
     r = rounding(model)
     r.refresh()
     if r.ready or unseen(model): return
-    (lo,hi,mean),weights = r.range.T,torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
-    set_qparams(r, lo, hi, r.range.clone(), weights)
+    lo,hi,mean = r.range.T
+    set_qparams(r, lo, hi, r.range.clone(), first_scales(model))
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if r.all[i].spec.learned]
         if rows: put_rows(r, rows, *first_qparams(lo[rows], hi[rows], mean[rows], g))
@@ -149,7 +156,7 @@ def guess(
     for i,(lo,hi,mean) in seen.items():
         s,_ = first_qparams(lo, hi, mean, r.all[i].spec.grid) if r.all[i].spec.learned else qparams(lo, hi, r.all[i].spec.grid)
         if s.isfinite(): r.scale.data[i] = s
-    r.weight_scale.data.copy_(torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()]))
+    r.weight_scale.data.copy_(first_scales(model))
 
 # %% ../../nbs/quant/08_train.ipynb #05atrae2244f
 @torch.no_grad()
