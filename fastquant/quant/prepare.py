@@ -21,8 +21,8 @@ from .plan import *
 from .fakequant import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'prepare', 'put_on', 'watch', 'set_ranges', 'weight_range',
-           'by_grid', 'put_rows', 'set_qparams', 'unprepare']
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'put_on', 'watch', 'by_grid', 'put_rows', 'set_qparams',
+           'set_ranges', 'weight_range', 'unprepare', 'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -60,30 +60,13 @@ def check_trained(
         if m.num_batches_tracked==0 and (m.running_mean==0).all() and (m.running_var==1).all():
             raise ValueError(f"The batchnorm {k!r} has never been trained: its running statistics are those it was made with. Train the model, or load its weights, before quantizing.")
 
-# %% ../../nbs/quant/07_prepare.ipynb #05prepcb767a
-@torch.no_grad()
-def prepare(
-    model:nn.Module, # Changed in place
-    spec,            # A `Spec`, or the name of one
-    *xb,             # A batch of inputs; the first two items tell what the model does
-    fold:bool=False  # Write batchnorms into the weights before them? Post-training only: it cannot be undone
-)->nn.Module: # `model`
-    "Put rounding on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
-    check_lowered(spec:=find_spec(spec))
-    if (r:=rounding(model)):
-        if r.spec==spec: return model
-        raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
-    check_patterns([p for p,_ in spec.overrides], [k for k,_ in model.named_modules()])
-    check_finite(model)
-    plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
-    if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
-    for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
-        raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
-    put_on(model, Rounding(model, plan, float_layers(model, plan)), floats(xb)[0].device, fold)
-    return model
-
 # %% ../../nbs/quant/07_prepare.ipynb #05prep322cba
-def put_on(model, r, device, fold):
+def put_on(
+    model:nn.Module, # Changed in place
+    r:Rounding,      # What is to be rounded in it
+    device,          # Where its tensors go
+    fold:bool        # Write batchnorms into the weights before them?
+):
     "Do to `model` what `prepare` has settled"
     for k,v in blank(r, device).items():
         of = dict(rounding_scale=[s.spec for s in r.all], rounding_weight_scale=r.weights.values())
@@ -146,6 +129,36 @@ def watch(
     rounding(model).how = Site.watch
     with evaluating(model): model(*xb)
 
+# %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
+def by_grid(
+    r:Rounding # Of a prepared model
+)->dict:
+    "Rows of the sites of each grid"
+    grids = [s.spec.grid for s in r.all]
+    return {g:[i for i,o in enumerate(grids) if o==g] for g in dict.fromkeys(grids)}
+
+def put_rows(
+    r:Rounding,       # Changed in place
+    rows:list,        # Of sites
+    scale:Tensor,     # One for each
+    zero_point:Tensor # Likewise
+):
+    "Put scale and zero point of some sites where `r` keeps those of all"
+    r.scale.data[rows],r.zero_point[rows] = scale,zero_point.float()
+
+def set_qparams(
+    r:Rounding,    # Changed in place
+    lo:Tensor,     # The smallest value of each site
+    hi:Tensor,     # And the largest
+    seen:Tensor,   # What goes into the ranges, three numbers for each site
+    weights:Tensor # Scales of all weights, in one row
+):
+    "Write scales and zero points for the ranges `lo..hi` of the sites, and the scales `weights`"
+    for g,rows in by_grid(r).items(): put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
+    r.range.copy_(seen)
+    r.weight_scale.data.copy_(weights)
+    r.refresh()
+
 # %% ../../nbs/quant/07_prepare.ipynb #05prep005576
 @torch.no_grad()
 def set_ranges(
@@ -160,29 +173,16 @@ def set_ranges(
     weights = torch.cat([weight_range(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
     set_qparams(r, lo, hi, torch.stack([lo, hi, torch.full_like(lo, torch.nan)], 1), weights)
 
-def weight_range(w, spec, paired=False):
+def weight_range(
+    w:Tensor,         # A weight, output channels first
+    spec:TensorSpec,  # How it is rounded
+    paired:bool=False # Do its neighbours have to fit every processor?
+)->Tensor:
     "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
     o,w = spec.watcher(len(w)).to(w.device),w.detach()
     o(w.flatten(1) if spec.by_channel else w.reshape(1,-1))
     s,_ = qparams(*o.range(spec.grid), spec.grid)
     return portable_scale(w, s, spec.grid) if paired else s
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
-def by_grid(r):
-    "Rows of the sites of each grid"
-    grids = [s.spec.grid for s in r.all]
-    return {g:[i for i,o in enumerate(grids) if o==g] for g in dict.fromkeys(grids)}
-
-def put_rows(r, rows, scale, zero_point):
-    "Put scale and zero point of some sites where `r` keeps those of all"
-    r.scale.data[rows],r.zero_point[rows] = scale,zero_point.float()
-
-def set_qparams(r, lo, hi, seen, weights):
-    "Write scales and zero points for the ranges `lo..hi` of the sites, and the scales `weights`"
-    for g,rows in by_grid(r).items(): put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
-    r.range.copy_(seen)
-    r.weight_scale.data.copy_(weights)
-    r.refresh()
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepfc9cbc
 @torch.no_grad()
@@ -197,4 +197,26 @@ def unprepare(
     del model.forward
     if getattr(r.own_forward, '__func__', None) is not type(model).forward: model.forward = r.own_forward
     detach(model, Rounding)
+    return model
+
+# %% ../../nbs/quant/07_prepare.ipynb #05prepcb767a
+@torch.no_grad()
+def prepare(
+    model:nn.Module, # Changed in place
+    spec,            # A `Spec`, or the name of one
+    *xb,             # A batch of inputs; the first two items tell what the model does
+    fold:bool=False  # Write batchnorms into the weights before them? Post-training only: it cannot be undone
+)->nn.Module: # `model`
+    "Put rounding on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
+    check_lowered(spec:=find_spec(spec))
+    if (r:=rounding(model)):
+        if r.spec==spec: return model
+        raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
+    check_patterns([p for p,_ in spec.overrides], [k for k,_ in model.named_modules()])
+    check_finite(model)
+    plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
+    if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
+    for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
+        raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
+    put_on(model, Rounding(model, plan, float_layers(model, plan)), floats(xb)[0].device, fold)
     return model
