@@ -15,7 +15,8 @@ def public():
         mod = importlib.import_module(m)
         for n in mod.__all__:
             o = getattr(mod, n)
-            if inspect.isfunction(o) or inspect.isclass(o): yield f'{m}.{n}',o
+            ours = getattr(o, '__module__', '').startswith('fastquant') # and not a class of PyTorch's, under a name of ours
+            if ours and (inspect.isfunction(o) or inspect.isclass(o)): yield f'{m}.{n}',o
     for c in (Learner,Recorder):
         for n,o in vars(c).items():
             if inspect.isfunction(o) and not n.startswith('_') and o.__module__.startswith('fastquant'): yield f'{c.__name__}.{n}',o

@@ -53,7 +53,7 @@ def layer_macs(
     *xb              # A batch of inputs
 )->dict: # By path, for one item
     "Multiply-accumulates of each linear layer and convolution in `model`, and of what has a method of the name macs"
-    def counts(m): return isinstance(m, (nn.Linear,nn.modules.conv._ConvNd)) or hasattr(m, 'macs')
+    def counts(m): return isinstance(m, (nn.Linear,conv_layers)) or hasattr(m, 'macs')
     mods = {k:m for k,m in model.named_modules() if counts(m)}
     with evaluating(model), catching(model, mods) as out: model(*xb)
     def one(m, y):

@@ -14,7 +14,8 @@ from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 # %% auto #0
-__all__ = ['weighted', 'tensors', 'floats', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights']
+__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'evaluating', 'catching', 'clean_copy',
+           'copy_model', 'FileModel', 'check_weights']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def tensors(
@@ -32,7 +33,14 @@ def floats(
     return [t for t in tensors(o) if t.is_floating_point()]
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009
-weighted = nn.Linear,nn.modules.conv._ConvNd,nn.Bilinear,nn.RNNBase,nn.MultiheadAttention
+conv_layers,batchnorms = nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm # PyTorch has no public names for these
+weighted = nn.Linear,conv_layers,nn.Bilinear,nn.RNNBase,nn.MultiheadAttention
+
+def own_weight(
+    m:nn.Module # Any module
+)->nn.Parameter|None: # None if it has none, or computes it
+    "The weight of `m`, if that is a parameter of its own"
+    return m._parameters.get('weight')
 
 # %% ../../nbs/core/01_model.ipynb #04trac4f1743
 @contextmanager

@@ -108,7 +108,7 @@ class Tracer(Where):
         "Whether a layer's weight, or a batchnorm's mean, is the module's own, and not computed"
         m = self.model.get_submodule(path)
         if kind=='norm': own = m._buffers.get('running_mean')
-        else: own = m.weight if parametrize.is_parametrized(m, 'weight') else m._parameters.get('weight')
+        else: own = m.weight if parametrize.is_parametrized(m, 'weight') else own_weight(m)
         return len(args)>1 and own is not None and args[1] is own
     def see(self, key, func, args, kwargs):
         given = floats((args,kwargs))

@@ -258,7 +258,7 @@ def layer_report(
     "Sparsity, weights left, and bytes of each weight of two dimensions or more"
     rows = {}
     for k,m in model.named_modules():
-        w = m._parameters.get('weight')
+        w = own_weight(m)
         if w is None or w.ndim<2: continue
         left = (m.weight_mask if mask_of(m) else w!=0).sum().item()
         size = dict(bytes=w.numel()*w.element_size(), packed=len(encode(w)[0]))

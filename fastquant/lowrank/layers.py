@@ -123,7 +123,7 @@ def find_layers(
 def _why_not(k, m, f, exclude, owners, tr):
     if any(matches(k, p) for p in listify(exclude)): return 'excluded'
     if f is None: return f'there is no factorisation for {type(m).__name__} of this kind'
-    if m._parameters.get('weight') is None: return 'its weight is computed while it runs'
+    if own_weight(m) is None: return 'its weight is computed while it runs'
     if owners[id(m.weight)]>1: return 'it shares its weight with another layer'
     user = tr.users.get(m.weight)
     if user is None: return 'it never ran'

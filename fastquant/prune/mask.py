@@ -10,6 +10,7 @@ import torch
 from dataclasses import replace
 from fastcore.all import patch
 from torch import nn, Tensor
+from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
 
@@ -24,7 +25,7 @@ class Mask(Attachment):
     order = 20
     def __init__(self, m): self.m,self.version,self.dense,self.watching,self.seen = m,None,None,False,False
     @property
-    def weight(self): return self.m._parameters.get('weight')
+    def weight(self): return own_weight(self.m)
     def zero(self):
         "Set to zero what is pruned"
         if (w:=self.weight) is not None: w.data.masked_fill_(~self.m.weight_mask, 0)

@@ -12,9 +12,10 @@ from functools import singledispatch
 from fastcore.all import patch
 from torch import nn, Tensor
 from .structures import prunable
-from .mask import *
+from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
+from .mask import *
 
 # %% auto #0
 __all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_shape', 'cut_param', 'refit', 'is_attention', 'with_attached',
@@ -141,7 +142,7 @@ def is_attention(
     return has(nn.Linear, 'qkv', 'proj') and has(int, 'num_heads', 'head_dim')
 
 @refit.register
-def _(m:nn.modules.conv._ConvNd):
+def _(m:conv_layers):
     o,i = m.weight.shape[:2][::-1] if m.transposed else m.weight.shape[:2]
     if 1<m.groups==m.out_channels: m.groups = m.in_channels = o
     else: m.in_channels = i*m.groups
@@ -243,7 +244,7 @@ def channel_counts(
     "How many outputs each convolution and linear layer had, and has"
     recipe,found = recipe_of(model),{}
     for k,m in model.named_modules():
-        if not isinstance(m, prunable) or 'weight' not in m._parameters: continue
+        if not isinstance(m, prunable) or own_weight(m) is None: continue
         key,dim = (f'{k}.weight' if k else 'weight'),int(getattr(m, 'transposed', False))
         each = m.groups if dim else 1
         found[k] = dict(before=recipe.shapes.get(key, m.weight.shape)[dim]*each, after=m.weight.shape[dim]*each)

@@ -101,7 +101,7 @@ def join(
     return torch.empty_like(m.weight, dtype=torch.bool).copy_(outputs_first(m, mask))
 
 # %% ../../nbs/prune/01_structures.ipynb #11prunb1e2fe
-prunable = nn.Linear,nn.modules.conv._ConvNd
+prunable = nn.Linear,conv_layers
 
 def last_layers(
     model:nn.Module, # The model that was traced
@@ -148,7 +148,7 @@ def reason(m, path, structure, only, exclude, ends, seen):
     if not isinstance(m, prunable): return f'{type(m).__name__} is not pruned'
     if only and not any(matches(path, p) for p in only): return 'not asked for'
     if path in ends: return 'it is the last layer'
-    if (w:=m._parameters.get('weight')) is None: return 'its weight is computed'
+    if (w:=own_weight(m)) is None: return 'its weight is computed'
     if id(w) in seen: return f'it shares its weight with {seen[id(w)]!r}'
     seen[id(w)] = path
     if getattr(m, 'transposed', False) and m.groups>1: return 'it is a transposed convolution in groups'

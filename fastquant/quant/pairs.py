@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/pairs.html.md"""
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
+from ..core.model import *
 from .grid import *
 
 # %% auto #0
@@ -21,7 +22,7 @@ def adds_pairs(
     m:nn.Module # A layer
 )->bool:
     "Whether integer kernels add neighbouring products of `m` in 16 bits: all but depthwise convolutions"
-    return not (isinstance(m, nn.modules.conv._ConvNd) and m.groups==m.in_channels==m.out_channels>1)
+    return not (isinstance(m, conv_layers) and m.groups==m.in_channels==m.out_channels>1)
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia7000f
 def _pairs(

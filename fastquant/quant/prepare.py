@@ -49,7 +49,7 @@ def check_finite(
 
 def norms_of(model):
     "Paths and modules of batchnorms that have statistics"
-    return [(k,m) for k,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+    return [(k,m) for k,m in model.named_modules() if isinstance(m, batchnorms) and m.running_mean is not None]
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep4cbd4d
 def check_trained(

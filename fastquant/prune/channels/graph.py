@@ -102,13 +102,13 @@ def graph_of(
     return graph,*_groups_of(graph, where.largest)
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prunfd379b
-_norms = nn.modules.batchnorm._BatchNorm,nn.modules.instancenorm._InstanceNorm
+_norms = batchnorms,nn.modules.instancenorm._InstanceNorm
 
 def _places(m, path, out):
     "Tensors of the layer `m`, each with the dimension along which its outputs, or its inputs, lie; None if it is of a kind that cannot be cut"
     key = lambda k: f'{path}.{k}' if path else k
     own = lambda *ks: {(key(k),0):None for k in ks if isinstance(getattr(m, k, None), Tensor)}
-    if isinstance(m, nn.Linear) or isinstance(m, nn.modules.conv._ConvNd) and (m.groups==1 or not m.transposed):
+    if isinstance(m, nn.Linear) or isinstance(m, conv_layers) and (m.groups==1 or not m.transposed):
         first = out!=getattr(m, 'transposed', False) or getattr(m, 'groups', 1)==m.weight.shape[0]
         return {(key('weight'),0 if first else 1):None, **(own('bias') if out else {})}
     if isinstance(m, _norms) and own('weight','running_mean'): return own('weight','bias','running_mean','running_var')
@@ -135,7 +135,7 @@ def from_graph(
 )->ChannelGroup:
     "A `ChannelGroup` from one of Torch-Pruning's; raises `Obstacle` if it cannot be one"
     tp,names = _torch_pruning(),{m:k for k,m in model.named_modules()}
-    convs = [d.target.module for d,_ in group if isinstance(d.target.module, nn.modules.conv._ConvNd)]
+    convs = [d.target.module for d,_ in group if isinstance(d.target.module, conv_layers)]
     each = max([1, *(m.groups for m in convs if m.groups<m.out_channels)])
     n = len(group[0].idxs)//each
     parts,layers = {},[]

@@ -60,7 +60,7 @@ def gamma_of(
 )->Tensor|None: # None if it is something else
     "That tensor, if it is the scale of a batchnorm"
     path,_,name = key.rpartition('.')
-    return tensor_at(model, key) if name=='weight' and isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm) else None
+    return tensor_at(model, key) if name=='weight' and isinstance(model.get_submodule(path), batchnorms) else None
 
 # %% ../../../nbs/prune/channels/02_select.ipynb #17prun16c008
 @torch.no_grad()
