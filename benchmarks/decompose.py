@@ -7,10 +7,9 @@ from fastquant.export.engine import Engine
 from fastquant.learner.quant import *
 from fastquant.lowrank.layers import *
 from fastquant.core.measure import latency as in_turns, layer_macs, n_params
-from fastquant.core.model import evaluating
+from fastquant.core.model import evaluating, copy_model
 from .common import *
 from .qat import long, longer_float, teacher
-from fastquant.core.model import copy_model
 from fastquant.lowrank.factors import factorisations
 
 sections = Registry('section')

@@ -6,8 +6,7 @@ from torchvision import models
 from fastquant.quant.convert import convert
 from fastquant.callback.data import inputs
 from fastquant.export.engine import Engine
-from fastquant.export.portable import int8_weights
-from fastquant.export.portable import unsigned
+from fastquant.export.portable import int8_weights, unsigned
 from fastquant.export.onnx import to_onnx
 from fastquant.core.model import copy_model
 from fastquant.quant.prepare import prepare, set_ranges, watch

@@ -16,10 +16,9 @@ from fastquant.prune.shrink import *
 from fastquant.prune.select import *
 from fastquant.prune.channels import *
 from fastquant.core.measure import latency as in_turns, n_macs, n_params
-from fastquant.core.model import evaluating, tensors
+from fastquant.core.model import evaluating, tensors, copy_model
 from .common import *
 from .qat import long, longer_float, teacher
-from fastquant.core.model import copy_model
 from fastquant.prune.channels.target import plan_for
 
 sections = Registry('section')

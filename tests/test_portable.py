@@ -13,10 +13,9 @@ from fastquant.quant.pairs import fit_pairs
 from fastquant.export.onnx import layer_nodes, quiet
 from fastquant.export.portable import as_run, constants, misfits, session
 from fastquant.export.engine import to_bytes
-from fastquant.export.verify import activations, file_integers, replay, run_as_written, run_file
+from fastquant.export.verify import activations, file_integers, replay, run_as_written, run_file, gate
 from fastquant.callback.data import inputs
 from fastquant.all import *
-from fastquant.export.verify import gate
 from integers import attributes, evaluate, integer_layers, makers, values
 from test_integers import Case, File, Net, conv, plain
 from test_models import models

@@ -15,11 +15,10 @@ from fastquant.all import *
 from fastquant.core.model import clean_copy, tensors
 from fastquant.quant.train import steps
 from fastquant.prune.select import Selection
-from fastquant.prune.shrink import cut_tensor, recipe_from_json
+from fastquant.prune.shrink import cut_tensor, recipe_from_json, with_attached
 from fastquant.prune.channels.check import channel_groups
 from fastquant.prune.channels.select import score_group
 from fastquant.prune.channels.target import plan_for
-from fastquant.prune.shrink import with_attached
 
 digits = load_digits()
 xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]

@@ -10,8 +10,6 @@ import math
 from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
-from ..core.model import evaluating, floats
-from ..distill.losses import shape_of
 from ..core.model import *
 from ..distill.losses import *
 from .core import *

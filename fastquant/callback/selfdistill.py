@@ -8,9 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/selfdistill.html.md"""
 from __future__ import annotations
 import math
 from fastai.basics import *
-from ..core.model import evaluating, floats
-from ..distill.losses import shape_of
-from ..core.model import copy_model
 from ..core.model import *
 from ..distill.losses import *
 from .distill import *
