@@ -49,10 +49,11 @@ def inputs(
     return [tuple(to_device(b, device)[:n_inp(b)]) for b in itertools.islice(dl, n)]
 
 def some_inputs(
-    learn:Learner # Its training data
+    learn:Learner, # Its data, if there is no `dl`
+    dl=None        # A DataLoader; the training set if None
 )->tuple: # As the model takes them
-    "A batch of inputs of `learn`, neither shuffled nor augmented"
-    with calibration_dl(learn, None, 1) as dl: return inputs(learn, dl, 1)[0]
+    "A batch of inputs, neither shuffled nor augmented"
+    with calibration_dl(learn, dl, 1) as dl: return inputs(learn, dl, 1)[0]
 
 # %% ../../nbs/callback/01_data.ipynb #18databa7002
 def with_bar(

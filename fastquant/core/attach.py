@@ -16,8 +16,8 @@ from .model import *
 
 # %% auto #0
 __all__ = ['structure_steps', 'restorable', 'Attachment', 'attach', 'attached', 'attachments', 'detach', 'text_to_tensor',
-           'tensor_to_text', 'Structure', 'naming', 'steps_of', 'steps_in', 'remember', 'restore', 'load_attached',
-           'try_first']
+           'tensor_to_text', 'Structure', 'naming', 'steps_of', 'steps_in', 'remember', 'restore', 'put_all',
+           'try_first', 'load_attached']
 
 # %% ../../nbs/core/04_attach.ipynb #04att00003
 class Attachment:
@@ -199,30 +199,35 @@ def restore(
     for cls in sorted(restorable.values(), key=lambda c: c.order): cls.restore(model, state, batch)
 
 # %% ../../nbs/core/04_attach.ipynb #04att00018
-def load_attached(
+def put_all(
     model:nn.Module,  # Changed in place
     state:dict,       # From the `state_dict` of a model of this kind, whatever sat on it
     batch=None,       # See `restore`
     strict:bool=True, # As in `load_state_dict`
-    check=None        # Called with the copy that is ready for `state`; may raise
+    check=None        # Called with `model` when it is ready for `state`; may raise
 )->nn.Module: # `model`
-    "Load `state` with everything that sat on its model; raises, and leaves `model` as it was, if it does not fit"
-    try_first(model, state, batch, strict, check)
+    "Load `state` with everything that sat on its model, without trying first"
     restore(model, state, batch)
+    if check: check(model)
     model.load_state_dict(state, strict=strict)
     return model
 
 def try_first(
     model:nn.Module,  # Left as it is
-    state:dict,       # As in `load_attached`, like everything else
+    state:dict,       # As in `put_all`, like everything else
     batch=None,       # A function that gives a batch of inputs
-    strict:bool=True, # As in `load_state_dict`
-    check=None        # Called with a copy that is ready for `state`
+    strict:bool=True  # As in `load_state_dict`
 ):
     "Raise what loading `state` into `model` would raise, and leave both alone"
     sizes = lambda s: {k:v.shape for k,v in s.items() if isinstance(v, Tensor)}
-    if check is None and sizes(model.state_dict())==sizes(state): return
-    trial = clean_copy(model)
-    restore(trial, state, batch)
-    if check: check(trial)
-    trial.load_state_dict(state, strict=strict)
+    if sizes(model.state_dict())!=sizes(state): put_all(clean_copy(model), state, batch, strict)
+
+def load_attached(
+    model:nn.Module,  # Changed in place
+    state:dict,       # As in `put_all`, like everything else
+    batch=None,       # A function that gives a batch of inputs
+    strict:bool=True  # As in `load_state_dict`
+)->nn.Module: # `model`
+    "Load `state` with everything that sat on its model; raises, and leaves `model` as it was, if it does not fit"
+    try_first(model, state, batch, strict)
+    return put_all(model, state, batch, strict)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json, math, re, tempfile
 import onnx, torch
 from dataclasses import dataclass
-from fastcore.all import patch
+from fastcore.all import camel2snake, patch
 from pathlib import Path
 from google.protobuf.message import DecodeError
 from torch import nn, Tensor
@@ -124,6 +124,11 @@ def report(self:Engine)->Report|None:
     return Report(**r) if r else None
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00ask2
+@patch(as_prop=True)
+def name(self:Engine)->str:
+    "What this engine is called in `engines`, or else its class"
+    return next((k for k,c in engines.items() if c is type(self)), camel2snake(type(self).__name__))
+
 def runs_int8(
     model:nn.Module # Any model
 )->bool:
@@ -134,7 +139,7 @@ def said_of(
     model:nn.Module # One that runs a file
 )->str:
     "What to add to a name for who runs it; nothing for ONNX Runtime"
-    return '' if type(model) is Engine else f', {type(model).__name__.lower()}'
+    return '' if model.name=='onnxruntime' else f', {model.name}'
 
 # %% ../../nbs/export/02_engine.ipynb #07expo78d278
 @patch(as_prop=True)

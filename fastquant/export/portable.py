@@ -12,7 +12,6 @@ from functools import lru_cache
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from ..quant.pairs import *
 from .onnx import *
-from .onnx import put_before
 
 # %% auto #0
 __all__ = ['session', 'saturates', 'constants', 'constant_names', 'int8_weights', 'misfits', 'unsigned', 'as_run']

@@ -208,13 +208,11 @@ def pack_model(
     **about          # Anything that JSON can say
 )->bytes: # See `to_sparse`
     "What is left of `model`, as a file"
-    if isinstance(model, FileModel): return to_sparse(_engine_tensors(model.data), **about, engine=_name_of(model))
+    if isinstance(model, FileModel): return to_sparse(_engine_tensors(model.data), **about, engine=model.name)
     tensors,facts = _model_tensors(model)
     return to_sparse(tensors, **about, **facts)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prunback2
-def _name_of(engine): return next(k for k,c in engines.items() if c is type(engine))
-
 def unpack_model(
     data:bytes,            # From `pack_model`
     model:nn.Module,       # One of the same architecture, changed in place; an `Engine` needs none
@@ -225,8 +223,8 @@ def unpack_model(
     tensors,about = from_sparse(data, max_bytes)
     if (runs:=about.pop('engine', False)): return engines.find('onnxruntime' if runs is True else runs)(_engine_bytes(tensors)),about
     state = _whole_state(tensors, about)
-    try_first(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state))
-    return load_attached(remove_masks(model), state, batch),about
+    put_all(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state)) # raises what would go wrong
+    return put_all(remove_masks(model), state, batch),about
 
 def _whole_state(tensors, about):
     "The state dict that a file was made of"

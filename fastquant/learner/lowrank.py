@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fastai.basics import *
 from ..quant.fakequant import rounding
 from ..quant.prepare import check_finite
-from ..core.model import copy_model
 from .core import first_metric, trainable_twin
 from ..prune.mask import masked
 from ..core.model import *

@@ -109,7 +109,7 @@ def export_onnx(self:Learner,
     if isinstance(self.model, FileModel): return write_whole(fname, self.model.data)
     if rounding(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take rounding off with `learn.remove_quant()`.")
     if not len(self.dls.train) and not len(self.dls[-1]): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
-    with calibration_dl(self, self.dls[-1] if len(self.dls[-1]) else None, 1) as dl: xb = inputs(self, dl, 1)[0]
+    xb = some_inputs(self, self.dls[-1] if len(self.dls[-1]) else None)
     return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **with_size(describe(self), xb)))
 
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c

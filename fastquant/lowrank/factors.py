@@ -10,9 +10,10 @@ import json, torch, warnings
 from torch import nn, Tensor
 from fastcore.basics import *
 from ..core.basics import *
+from ..core.attach import *
 
 # %% auto #0
-__all__ = ['factorisations', 'with_torch', 'LowRank', 'recipe_of_state', 'is_pointwise', 'tails_of']
+__all__ = ['factorisations', 'with_torch', 'LowRank', 'is_pointwise', 'tails_of']
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow714335
 def _tensorly():
@@ -40,16 +41,10 @@ class LowRank(nn.Sequential):
         self.kind,self.rank,self.dense = kind,tuple(int(r) for r in rank),dense
     @property
     def recipe(self)->dict: return dict(kind=self.kind, rank=list(self.rank))
-    def get_extra_state(self): return torch.tensor(list(json.dumps(self.recipe).encode()), dtype=torch.uint8)
+    def get_extra_state(self): return text_to_tensor(json.dumps(self.recipe))
     def set_extra_state(self, state):
-        if (r:=recipe_of_state(state))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
+        if (r:=json.loads(tensor_to_text(state)))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
     def extra_repr(self): return f'{self.kind}, rank {self.rank}'
-
-def recipe_of_state(
-    state:Tensor # The extra state of a `LowRank`
-)->dict:
-    "What it says of the kind and rank of its layers"
-    return json.loads(bytes(state.tolist()).decode())
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf8088b
 factorisations = Registry('factorisation')

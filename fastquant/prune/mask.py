@@ -109,8 +109,9 @@ def cut(self:Mask, path, recipe):
 # %% ../../nbs/prune/04_mask.ipynb #14prunrest2
 @patch(cls_method=True)
 def restore(cls:Mask, model, state, batch):
+    layers = dict(model.named_modules())
     for k in [k for k in state if k.split('.')[-1]=='weight_mask']:
-        m = dict(model.named_modules()).get(k.removesuffix('weight_mask').rstrip('.'))
+        m = layers.get(k.removesuffix('weight_mask').rstrip('.'))
         if m is None or mask_of(m) or not hasattr(m, 'weight'): continue
         set_mask(m, torch.ones_like(m.weight, dtype=torch.bool))
 

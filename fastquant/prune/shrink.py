@@ -18,8 +18,8 @@ from ..core.optim import *
 from .mask import *
 
 # %% auto #0
-__all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_shape', 'cut_param', 'refit', 'is_attention', 'with_attached',
-           'cut_opt', 'check_fits', 'shrink', 'recipe_of', 'channel_counts']
+__all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_param', 'refit', 'is_attention', 'with_attached', 'cut_opt',
+           'check_fits', 'shrink', 'recipe_of', 'channel_counts']
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru46a610
 @structure_steps
@@ -101,13 +101,6 @@ def cut_tensor(
     last = t.ndim==4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
     for d,i in left.items(): t = t.index_select(d, torch.tensor(i, device=t.device))
     return t.contiguous(memory_format=torch.channels_last) if last else t
-
-def cut_shape(
-    shape,    # Of a tensor
-    left:dict # Positions that stay, by dimension
-)->tuple:
-    "The shape of what stays"
-    return tuple(len(left[d]) if d in left else n for d,n in enumerate(shape))
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru1fb385
 def _replace(p, t):

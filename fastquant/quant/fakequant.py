@@ -89,10 +89,11 @@ def wanted_range(self:Site)->tuple:
     return lo[0],hi[0]
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
-def _clipped(plan):
-    "Grids of values that the model itself clips"
+def _capped(plan, site):
+    "Rows of sites whose values the model itself clips, and whose steps are learned"
     clipping = [o for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_')]
-    return {plan.grid[v] for o in clipping for v in o.outs if v in plan.grid}
+    ends = {plan.grid[v] for o in clipping for v in o.outs if v in plan.grid}
+    return [s.i for g,s in site.items() if g in ends and s.spec.learned]
 
 @restorable
 class Rounding(Attachment):
@@ -108,7 +109,7 @@ class Rounding(Attachment):
         make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
         self.all = [make(i, g) for i,g in enumerate(ids)]
         site = dict(zip(ids, self.all))
-        self.capped = [s.i for g,s in site.items() if g in _clipped(plan) and s.spec.learned]
+        self.capped = _capped(plan, site)
         self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
