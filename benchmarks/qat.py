@@ -11,7 +11,7 @@ from fastquant.quant.prepare import *
 from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.quant.train import *
 from .common import *
-from fastquant.quant.fakequant import Site, rounding
+from fastquant.quant.fakequant import Site, fake_quant_of
 
 sections = Registry('section')
 
@@ -117,7 +117,7 @@ def through_fx(model, x):
 def rounded(spec, model, x):
     "`model` prepared with `spec`, with ranges"
     prepare(model, spec, x)
-    rounding(model).how = Site.follow
+    fake_quant_of(model).how = Site.follow
     model.train()(x)
     follow(model)
     start(model)
@@ -134,9 +134,9 @@ def step(
     x,y = torch.randn(16, 3, 128, 128),torch.randint(0, 1000, (16,))
     model = ways[way](settled(net, 64).train(), x)
     if model is None: return None
-    opt,follows = SGD(trainable_params(model), lr=1e-3, mom=.9),rounding(model) and 'frozen' not in way
+    opt,follows = SGD(trainable_params(model), lr=1e-3, mom=.9),fake_quant_of(model) and 'frozen' not in way
     def run():
-        if follows: rounding(model).how = Site.follow
+        if follows: fake_quant_of(model).how = Site.follow
         loss = F.cross_entropy(model(x), y)
         if follows: follow(model)
         loss.backward()

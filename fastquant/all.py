@@ -6,7 +6,7 @@ from .core.attach import Attachment, attach, attached, attachments, restorable
 from .quant.grid import Grid, quantize, dequantize, fake_quant, qparams
 from .quant.observe import Observer, observers
 from .quant.spec import Spec, TensorSpec, PerTensor, PerChannel, PerGroup, low_bits, int8, int8_per_tensor, int8_full, int8_symmetric, specs
-from .quant.prepare import prepare, unprepare, watch, set_ranges, rounding
+from .quant.prepare import prepare, unprepare, watch, set_ranges, fake_quant_of, rounding
 from .quant.convert import convert
 from .lowrank.factors import factorisations
 from .lowrank.layers import factor_recipe

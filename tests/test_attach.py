@@ -33,7 +33,7 @@ refused = {('weights','low_rank'):'has pruning masks', ('two_of_four','low_rank'
 
 def promises(l):
     "What can be said of a model: zeros of each kind, widths, factors, fake-quant"
-    m,r = l.model,rounding(l.model)
+    m,r = l.model,fake_quant_of(l.model)
     zeros = {k:(o.weight==0)[~o.weight_mask].all().item() for k,o in masked(m).items()}
     return dict(zeros=all(zeros.values()), masks=len(zeros), cut=bool(recipe_of(m)), factors=len(factor_recipe(m)), rounds=r and r.spec)
 

@@ -383,7 +383,7 @@ def test_with_rounding_and_pruning(teacher, tmp_path, make_cb, spec):
     learn = learner(tmp_path, 8)
     learn.fit_one_cycle(3, 1e-2)
     learn.fit_one_cycle(2, 5e-3, cbs=[make_cb(teacher),PruneScheduleCallback(.5),QuantAwareCallback(spec)])
-    assert rounding(learn.model).ready and sparsity(learn.model)==pytest.approx(.5, abs=1e-3)
+    assert fake_quant_of(learn.model).ready and sparsity(learn.model)==pytest.approx(.5, abs=1e-3)
     owned = sorted(id(p) for ps in learn.opt.param_lists for p in ps)
     assert owned==sorted(id(p) for p in learn.model.parameters()) and list(getattr(learn.opt, 'guests', {}))==(['steps'] if spec=='w4a4' else [])
     q = learn.quantize(n_batches=1)

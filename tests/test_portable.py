@@ -64,7 +64,7 @@ def trained(learn, spec):
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4, cbs=[QuantAwareCallback(spec, start=.2),ShortEpochCallback(.25)])
     model = copy_model(learn.model).eval()
-    rounding(model).refresh()
+    fake_quant_of(model).refresh()
     return model
 
 def made(model, *xb):
@@ -286,7 +286,7 @@ def test_gate_refuses_saturation(name):
     full = kept(name, 'int8_full')
     full.gate(n=2, run=lambda *args: there(*args, saturate=False))
     with pytest.raises(ExportMismatch) as e: full.gate(n=2, run=there)
-    assert told(str(e.value)) in {s.source for s in rounding(full.sim).all}|{None}
+    assert told(str(e.value)) in {s.source for s in fake_quant_of(full.sim).all}|{None}
 
 # A processor that saturates, emulated
 

@@ -42,7 +42,7 @@ def test_both_callbacks_in_one_fit(learn, first):
     "In either order, and sparse in the float model, in what it computes with, and in the file"
     cbs = [PruneScheduleCallback(.8, every=2),QuantAwareCallback('int8')]
     learn.fit_one_cycle(4, 1e-2, cbs=[*(cbs if first else cbs[::-1]),Zeros()])
-    assert abs(sparsity(learn.model)-.8)<1e-3 and rounding(learn.model).ready
+    assert abs(sparsity(learn.model)-.8)<1e-3 and fake_quant_of(learn.model).ready
     q = learn.quantize()
     assert stay_zero(learn, q) and q.model.report.float_layers=={}
     with q.no_bar(): assert abs(q.validate()[1]-learn.validate()[1])<.05
@@ -63,7 +63,7 @@ def test_prune_a_model_that_rounds(learn):
     "The other way round: rounding first, then masks, in a fit and in one shot"
     learn.fit_one_cycle(2, 1e-3, cbs=QuantAwareCallback('int8'))
     s = learn.prune(.5)
-    assert rounding(s.model) and abs(sparsity(s.model)-.5)<1e-3 and masked(learn.model)=={}
+    assert fake_quant_of(s.model) and abs(sparsity(s.model)-.5)<1e-3 and masked(learn.model)=={}
     learn.fit_one_cycle(2, 1e-3, cbs=[QuantAwareCallback('int8'),PruneScheduleCallback(.5),Zeros()])
     assert list(masked(learn.model))==['0.0','1.0'] and stay_zero(learn, learn.quantize())
 
@@ -89,12 +89,12 @@ def test_a_model_in_training_is_saved_sparse(learn):
     learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))
     learn.save_sparse('m.safetensors')
     back = learner(learn.path).load_sparse('m.safetensors')
-    with back.no_bar(): assert rounding(back.model).spec==rounding(learn.model).spec and back.validate()==learn.validate()
+    with back.no_bar(): assert fake_quant_of(back.model).spec==fake_quant_of(learn.model).spec and back.validate()==learn.validate()
 
 def test_remove_masks_from_quantized_training(learn):
     learn.fit(1, 1e-2, cbs=[PruneScheduleCallback(.8),QuantAwareCallback('int8')])
     learn.remove_quant()
-    assert rounding(learn.model) is None and masked(learn.model)
+    assert fake_quant_of(learn.model) is None and masked(learn.model)
     remove_masks(learn.model)
     learn.fit(1, 1e-2)
     assert all((m.weight==0).float().mean()<.2 for m in (learn.model[0][0],learn.model[1][0]))

@@ -82,14 +82,14 @@ class Do(Callback):
 
 def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(v.float().nan_to_num(-7), b[k].float().nan_to_num(-7)) for k,v in a.items())
-def of_ranges(model): return {k:v for k,v in state(model).items() if k.startswith('rounding_')}
+def of_ranges(model): return {k:v for k,v in state(model).items() if k.startswith('fake_quant_')}
 def opt_state(opt): return [{k:v.clone() if isinstance(v, torch.Tensor) else v for k,v in s.items()} for s in opt.state_dict()['state']]
 def same_opt(a, b):
     equal = lambda s,t: s.keys()==t.keys() and all(torch.equal(torch.as_tensor(v), torch.as_tensor(t[k])) for k,v in s.items())
     return len(a)==len(b) and all(map(equal, a, b))
 def learned_steps(model):
     "Step sizes that learn, without those that follow ranges"
-    r = rounding(model)
+    r = fake_quant_of(model)
     acts,weights = [s.i for s in r.all if s.spec.learned],[torch.arange(v.start, v.stop) for k,v in r.slices.items() if r.weights[k].learned]
     return torch.cat([r.scale[acts],*[r.weight_scale[i] for i in weights]]).detach().clone()
 def eager(learn):
@@ -103,7 +103,7 @@ def check_owned(learn):
 
 def check_rounds(learn, at_least=.93, engine=False):
     "The model rounds and is good at it; and so is the engine made of it, which predicts the same"
-    assert rounding(learn.model).ready and all(v.isfinite().all() for k,v in of_ranges(learn.model).items() if k!='rounding_range')
+    assert fake_quant_of(learn.model).ready and all(v.isfinite().all() for k,v in of_ranges(learn.model).items() if k!='fake_quant_range')
     assert modes()==[]
     check_owned(learn)
     acc = learn.validate()[1]
@@ -146,13 +146,13 @@ def test_fit_after_fit(make, spec):
     "The next fit starts with the ranges of the one before, with the same optimizer or a new one, with the callback or without"
     learn = make()
     learn.fit_one_cycle(1, 2e-3, cbs=QuantAwareCallback(spec))
-    model,r = learn.model,rounding(learn.model)
+    model,r = learn.model,fake_quant_of(learn.model)
     for kwargs in (dict(cbs=QuantAwareCallback(spec)), dict(cbs=QuantAwareCallback(spec), reset_opt=True), dict()):
         want,got = of_ranges(model),[]
         learn.fit_one_cycle(1, 2e-3, **{**kwargs, 'cbs':[*L(kwargs.get('cbs')),Do(order=-8, before_batch=lambda l: got.append(of_ranges(l.model)))]})
-        assert same(got[0], want) and learn.model is model and rounding(model) is r and len(model._load_state_dict_pre_hooks)==1
+        assert same(got[0], want) and learn.model is model and fake_quant_of(model) is r and len(model._load_state_dict_pre_hooks)==1
         check_owned(learn)
-    assert same({**got[-1], **{k:want[k] for k in ('rounding_scale','rounding_weight_scale')}}, want), 'without the callback only learned steps may move'
+    assert same({**got[-1], **{k:want[k] for k in ('fake_quant_scale','fake_quant_weight_scale')}}, want), 'without the callback only learned steps may move'
     assert same(got[-1], want)==(spec=='int8')
     check_rounds(learn, engine=True)
 
@@ -186,7 +186,7 @@ def staged(learn, cbs):
     log = Stages()
     def run(lr, f=None):
         if f: f()
-        was = {k:p.detach().clone() for k,p in learn.model.named_parameters() if not k.startswith('rounding_')}
+        was = {k:p.detach().clone() for k,p in learn.model.named_parameters() if not k.startswith('fake_quant_')}
         learn.fit_one_cycle(1, lr, cbs=[log,*cbs()])
         out.append((log.log, [k for k,p in was.items() if not torch.equal(p, learn.model.get_parameter(k))]))
     out = []
@@ -263,8 +263,8 @@ def test_gradient_accumulation(make, spec):
     learn,moves = make(),[]
     learn.fit(1, 1e-3, cbs=QuantAwareCallback(spec))
     def note(l):
-        weights = [p.detach().clone() for k,p in l.model.named_parameters() if 'rounding' not in k]
-        moves.append((rounding(l.model).batches.item(), [learned_steps(l.model),*weights]))
+        weights = [p.detach().clone() for k,p in l.model.named_parameters() if 'fake_quant' not in k]
+        moves.append((fake_quant_of(l.model).batches.item(), [learned_steps(l.model),*weights]))
     learn.fit(1, 1e-3, cbs=[QuantAwareCallback(spec, freeze_bn=1, freeze=1),GradientAccumulation(64),Do(before_batch=note)])
     assert [b-a for (a,_),(b,_) in zip(moves, moves[1:])]==[1]*(len(learn.dls.train)-1)
     moved = [[(p!=q).any().item() for p,q in zip(a, b)] for (_,a),(_,b) in zip(moves, moves[1:])]
@@ -298,7 +298,7 @@ def test_early_stopping_before_rounding_has_started(make):
     "No ranges have been put to use, so `quantize` calibrates, with the spec of the fit"
     learn = make()
     learn.fit(8, 1e-3, cbs=[QuantAwareCallback('w4a8', start=.5),EarlyStoppingCallback(min_delta=9, patience=1)])
-    assert learn.epoch==1 and not rounding(learn.model).ready
+    assert learn.epoch==1 and not fake_quant_of(learn.model).ready
     q = learn.quantize('w4a8')
     assert not q.model.report.trained and q.validate()[1]>.8
     learn.fit(1, 1e-3, cbs=QuantAwareCallback('w4a8'))
@@ -357,7 +357,7 @@ def test_average_of_weights(make, spec, name):
     learn,avg = make(),Average(**averages[name])
     learn.fit_one_cycle(2, 2e-3, cbs=[QuantAwareCallback(spec),avg])
     model = avg.avg.module
-    assert rounding(model) is not rounding(learn.model) and not torch.equal(model[0][0].weight, learn.model[0][0].weight)
+    assert fake_quant_of(model) is not fake_quant_of(learn.model) and not torch.equal(model[0][0].weight, learn.model[0][0].weight)
     learn.model.load_state_dict(model.state_dict())
     learn.opt = None
     learn.create_opt()
@@ -386,7 +386,7 @@ def test_checkpoint_size(tmp_path):
 @both
 @pytest.mark.parametrize('with_opt', [True,False])
 def test_checkpoint_of_the_middle(make, spec, with_opt):
-    "Saved in the middle of a fit, loaded into a Learner that has never heard of rounding: predictions, ranges and optimizer are equal, and it trains"
+    "Saved in the middle of a fit, loaded into a Learner that has never heard of fake-quant: predictions, ranges and optimizer are equal, and it trains"
     learn,other,was = make(splitter=stages),make(splitter=stages),[]
     def save(l):
         if l.train_iter!=30: return
@@ -467,7 +467,7 @@ def test_left_attached(digit_learner, spec):
     learn.add_cb(QuantAwareCallback(spec))
     was = state(learn.model)
     everything(learn)
-    assert rounding(learn.model) is None and same(state(learn.model), was) and not learn.model._forward_pre_hooks
+    assert fake_quant_of(learn.model) is None and same(state(learn.model), was) and not learn.model._forward_pre_hooks
     learn.fit_one_cycle(1, 1e-3)
     check_owned(learn)
     was,opt,p = state(learn.model),opt_state(learn.opt),preds(learn)
@@ -476,7 +476,7 @@ def test_left_attached(digit_learner, spec):
     check_owned(learn)
     check_rounds(learn, 0, engine=True)
     learn.fit_one_cycle(1, 1e-3)
-    assert not same(of_ranges(learn.model), {k:v for k,v in was.items() if k.startswith('rounding_')})
+    assert not same(of_ranges(learn.model), {k:v for k,v in was.items() if k.startswith('fake_quant_')})
 
 @both
 def test_export_and_load_learner(digit_learner, spec):
@@ -524,7 +524,7 @@ def test_interrupted(make, spec, where, error):
     if where=='forward': learn.model[1].append(Raise(error))
     else: cbs = [Do(**{where:stop})]
     with pytest.raises(error): learn.fit(1, 1e-3, cbs=[QuantAwareCallback(spec),*cbs])
-    assert modes()==[] and rounding(learn.model).ready
+    assert modes()==[] and fake_quant_of(learn.model).ready
     was = of_ranges(learn.model)
     assert torch.equal(preds(learn), eager(learn)) and same(of_ranges(learn.model), was)
     assert learn.quantize(n_batches=1).model.report.trained
@@ -543,7 +543,7 @@ def test_what_a_broken_batch_saw_is_forgotten(make, error):
     with pytest.raises(error): learn.fit(1, 1e-9, cbs=[QuantAwareCallback(),Do(before_batch=huge)])
     assert same(of_ranges(learn.model), was)
     learn.fit(1, 1e-9, cbs=[QuantAwareCallback(),Do(after_batch=one_is_enough)])
-    assert (learn.model.rounding_range-was['rounding_range'])[:,:2].abs().max()<1
+    assert (learn.model.fake_quant_range-was['fake_quant_range'])[:,:2].abs().max()<1
 
 @both
 def test_interrupted_lr_find(make, spec):
@@ -552,7 +552,7 @@ def test_interrupted_lr_find(make, spec):
         if l.train_iter==6: raise KeyboardInterrupt
     with learn.added_cbs([QuantAwareCallback(spec),cb:=Do(after_step=stop)]):
         with pytest.raises(KeyboardInterrupt): learn.lr_find(show_plot=False, num_it=20)
-    assert rounding(learn.model) is None
+    assert fake_quant_of(learn.model) is None
     learn.fit_one_cycle(1, 1e-3, cbs=QuantAwareCallback(spec))
     check_rounds(learn)
 
@@ -570,8 +570,8 @@ def test_ragged_batches(make, spec):
     sized(learn, 65, 32)
     def note(l): seen.append([len(l.x),l.x.min().item(),l.x.max().item()])
     learn.fit(1, 1e-3, cbs=[QuantAwareCallback(spec, start=1, freeze_bn=1, freeze=1),Do(before_batch=note)])
-    assert [o[0] for o in seen]==[32,32,1] and rounding(learn.model).batches==3
-    assert torch.allclose(learn.model.rounding_range[0,:2], torch.tensor(seen)[:,1:].mean(0))
+    assert [o[0] for o in seen]==[32,32,1] and fake_quant_of(learn.model).batches==3
+    assert torch.allclose(learn.model.fake_quant_range[0,:2], torch.tensor(seen)[:,1:].mean(0))
     learn.fit(1, 1e-3, cbs=QuantAwareCallback(spec))
     check_rounds(learn, .8, engine=True)
 
@@ -580,7 +580,7 @@ def test_batches_of_one(make, spec):
     learn = make()
     sized(learn, 24, 1)
     learn.fit(1, 1e-5, cbs=QuantAwareCallback(spec, freeze_bn=.1))
-    assert rounding(learn.model).batches==22 and rounding(learn.model).ready
+    assert fake_quant_of(learn.model).batches==22 and fake_quant_of(learn.model).ready
     q,x = learn.quantize(n_batches=8),valid.tensors[0][:16]
     one,all_ = torch.cat([q.model(o[None]) for o in x]),q.model(x)
     assert torch.allclose(one, all_, atol=1e-4) and (all_.argmax(1)==eager(learn)[:16].argmax(1)).all()
@@ -617,14 +617,14 @@ def test_deepcopy(make, spec):
     learn.fit(1, 1e-3, cbs=QuantAwareCallback(spec))
     was,p = state(learn.model),eager(learn)
     other,model = copy.deepcopy(learn),copy.deepcopy(learn.model)
-    assert rounding(model) is not rounding(learn.model) and rounding(model).model is model and rounding(other.model).model is other.model
+    assert fake_quant_of(model) is not fake_quant_of(learn.model) and fake_quant_of(model).model is model and fake_quant_of(other.model).model is other.model
     with evaluating(model): assert torch.equal(model(valid.tensors[0]).softmax(1), p)
     check_owned(other)
     moved = learned_steps(other.model)
     other.fit(1, 1e-2, cbs=QuantAwareCallback(spec, step_lr=1))
     assert spec=='int8' or not torch.equal(learned_steps(other.model), moved)
     other.remove_quant()
-    assert same(state(learn.model), was) and torch.equal(eager(learn), p) and rounding(learn.model) is not None
+    assert same(state(learn.model), was) and torch.equal(eager(learn), p) and fake_quant_of(learn.model) is not None
 
 # Models
 
@@ -648,7 +648,7 @@ def test_steps_learn_where_the_model_clips(weights, tmp_path, act):
     learn = learner(tmp_path, model)
     learn.model.load_state_dict(weights)
     def note(l):
-        if (r:=rounding(l.model)).ready: got.append(r.scale[r.capped].detach().clone())
+        if (r:=fake_quant_of(l.model)).ready: got.append(r.scale[r.capped].detach().clone())
     learn.fit_one_cycle(3, 4e-3, cbs=[QuantAwareCallback('w4a8'),Do(after_step=note)])
     cap = model[0][2].max_val/255
     assert len(got[0])==2 and all((s<=cap*1.0001).all() for s in got)
@@ -684,7 +684,7 @@ def test_xresnet_from_scratch(tmp_path):
     assert len(zeros)==8
     check_model(learn, 'w4a4', epochs=2, lr=4e-3, within=.05)
     assert all((learn.model.get_parameter(k)!=0).all() for k in zeros)
-    assert all(v.isfinite().all() for v in [*learn.model.parameters(),learn.model.rounding_scale,learn.model.rounding_weight_scale])
+    assert all(v.isfinite().all() for v in [*learn.model.parameters(),learn.model.fake_quant_scale,learn.model.fake_quant_weight_scale])
 
 def test_dropout_and_batchnorm_stay(tmp_path):
     "Classes, dropout probabilities, eps and momentum are what they were, over epochs of training and validating, and during them"
@@ -704,7 +704,7 @@ def test_remove_quant(make, spec):
     "The float model is left, bit for bit where the optimizer left it, with the optimizer's state, and trains on as a plain one"
     learn = make(splitter=stages)
     learn.fit_one_cycle(1, 1e-3, cbs=QuantAwareCallback(spec))
-    trained,opt = {k:v for k,v in state(learn.model).items() if not k.startswith('rounding_')},opt_state(learn.opt)
+    trained,opt = {k:v for k,v in state(learn.model).items() if not k.startswith('fake_quant_')},opt_state(learn.opt)
     assert learn.remove_quant() is learn and same(state(learn.model), trained)
     assert not learn.model._forward_pre_hooks and not learn.model._forward_hooks and not learn.model._load_state_dict_pre_hooks
     n = len(list(learn.model.parameters()))
@@ -743,7 +743,7 @@ def test_transformer(tmp_path, spec):
     learn.fit_one_cycle(4, 3e-3)
     learn.fit_one_cycle(2, 1e-3, cbs=QuantAwareCallback(spec))
     q = learn.quantize()
-    assert list(rounding(learn.model).layers)==['embed','layer.linear1','layer.linear2','head']
+    assert list(fake_quant_of(learn.model).layers)==['embed','layer.linear1','layer.linear2','head']
     assert learn.validate()[1]>.95 and abs(q.validate()[1]-learn.validate()[1])<=.01
     check_owned(learn)
 
@@ -758,7 +758,7 @@ def test_tokens(tmp_path, name):
     learn.loss_func = lambda p,*y: CrossEntropyLossFlat()(p[0] if isinstance(p, tuple) else p, *y)
     learn.metrics = []
     learn.fit(1, 1e-3)
-    assert rounding(learn.model) is None
+    assert fake_quant_of(learn.model) is None
 
 # From a calibration
 
@@ -768,7 +768,7 @@ def test_ladder(make, spec):
     learn,first = make(),[]
     learn.validate(cbs=PTQCalibrate(spec=spec))
     was,p = of_ranges(learn.model),preds(learn)
-    assert rounding(learn.model).ready
+    assert fake_quant_of(learn.model).ready
     def note(l):
         first.append((of_ranges(l.model),eager(l)))
         l.model.train()
@@ -783,7 +783,7 @@ def test_ladder_rounds_from_the_first_batch(make):
     for calibrated in (False,True):
         learn,ready = make(),[]
         if calibrated: learn.validate(cbs=PTQCalibrate())
-        learn.fit(1, 1e-3, cbs=[QuantAwareCallback(start=.48),Do(after_pred=lambda l: ready.append(bool(rounding(l.model).ready)))])
+        learn.fit(1, 1e-3, cbs=[QuantAwareCallback(start=.48),Do(after_pred=lambda l: ready.append(bool(fake_quant_of(l.model).ready)))])
         out[calibrated] = ready
     assert out=={True:[True]*20, False:[False]*10+[True]*10}
 
@@ -792,7 +792,7 @@ def test_ladder_rounds_from_the_first_batch(make):
 def test_schedule(make):
     "Rounding starts, batchnorms rest and ranges freeze when they are told to; ranges never move in validation"
     learn,log = make(),[]
-    def note(l): log.append((bool(rounding(l.model).ready),l.model[0][1].running_mean.clone(),l.model.rounding_scale.clone(),l.model.rounding_range.clone()))
+    def note(l): log.append((bool(fake_quant_of(l.model).ready),l.model[0][1].running_mean.clone(),l.model.fake_quant_scale.clone(),l.model.fake_quant_range.clone()))
     learn.fit(2, 1e-3, cbs=[QuantAwareCallback(start=.24, freeze_bn=.49, freeze=.74),Do(after_batch=note)])
     assert [o[0] for o in log]==[False]*10+[True]*30
     moved = lambda k: [not torch.equal(a[k].nan_to_num(), b[k].nan_to_num()) for a,b in zip(log, log[1:])]
@@ -824,7 +824,7 @@ def test_two_callbacks(make):
     refused(learn, 'two `QuantAwareCallback`s', cbs=QuantAwareCallback())
     refused(learn, 'two `QuantAwareCallback`s', cbs=QuantAwareCallback('w4a4'))
     learn.fit(1, 1e-3)
-    assert rounding(learn.model).ready
+    assert fake_quant_of(learn.model).ready
 
 def test_two_specs(make):
     learn = make()
@@ -833,7 +833,7 @@ def test_two_specs(make):
     refused(learn, 'prepared with another spec already.*remove_quant', cbs=QuantAwareCallback('w4a4', exclude='0'))
     with pytest.raises(ValueError, match='prepared already.*remove_quant'): learn.quantize('w2a2')
     learn.remove_quant().fit(1, 1e-3, cbs=QuantAwareCallback('w2a2'))
-    assert rounding(learn.model).spec==find_spec('w2a2')
+    assert fake_quant_of(learn.model).spec==find_spec('w2a2')
 
 def test_spec_that_matches_nothing(make):
     learn = make()
@@ -842,7 +842,7 @@ def test_spec_that_matches_nothing(make):
     refused(learn, "'2.1' has a spec of its own, but matches no layer", cbs=QuantAwareCallback(Spec(overrides=(('2.1', low_bits(4, 4)),))))
     refused(learn, 'nothing to quantize', cbs=QuantAwareCallback(exclude='*'))
     learn.fit(1, 1e-3)
-    assert rounding(learn.model) is None
+    assert fake_quant_of(learn.model) is None
 
 def test_quantized_learner(make):
     refused(make().quantize(), 'runs a file, whose weights are out of reach. Call `fit` on the float Learner', cbs=QuantAwareCallback())
@@ -856,7 +856,7 @@ def test_nan(make, spec, start):
     learn.model[1].append(Nan())
     with pytest.raises(ValueError, match="The output of '2.0.0' ranges from .* to nan in batch 7 of epoch 1"):
         learn.fit(2, 1e-3, cbs=QuantAwareCallback(spec, start=start, freeze_bn=.9))
-    assert rounding(learn.model).range[:,:2].isfinite().all() and modes()==[]
+    assert fake_quant_of(learn.model).range[:,:2].isfinite().all() and modes()==[]
 
 learned_8 = Spec(weight=TensorSpec(Grid(8), granularity=PerChannel(), learned=True), act=TensorSpec(Grid(8, signed=False), learned=True))
 one_scale_8 = Spec(weight=TensorSpec(Grid(8), learned=True))
@@ -866,7 +866,7 @@ def test_what_trains_fits_every_processor(make, spec):
     "Neighbouring weights add up to no more than 16 bits hold, in training as in the file, whether scales follow or learn"
     learn = make()
     learn.fit(2, 1e-3, cbs=QuantAwareCallback(spec))
-    r = rounding(learn.model)
+    r = fake_quant_of(learn.model)
     for k in r.paired:
         w,s = learn.model.get_submodule(k).weight.detach(),r.weight_scale[r.slices[k]].detach()
         r.refresh()
@@ -882,4 +882,4 @@ def test_full_range_is_for_who_asks(make):
     learn = make()
     learn.fit(2, 1e-3, cbs=QuantAwareCallback('int8_full'))
     report = learn.quantize().model.report
-    assert not rounding(learn.model).paired and report.portable is False and 'whole range' in str(report)
+    assert not fake_quant_of(learn.model).paired and report.portable is False and 'whole range' in str(report)

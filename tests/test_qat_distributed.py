@@ -81,7 +81,7 @@ def test_same_on_both_ranks(runs, case):
     local = 'running_mean','running_var' # those of its own batches, until rank 0's are broadcast
     for s,t in zip(a, b):
         assert s.keys()==t.keys() and all(torch.equal(v.float().nan_to_num(-7), t[k].float().nan_to_num(-7)) for k,v in s.items() if not k.endswith(local))
-    assert a[-1]['rounding_scale'].isfinite().all() and not torch.equal(a[-1]['rounding_range'], a[len(a)//2]['rounding_range'])
+    assert a[-1]['fake_quant_scale'].isfinite().all() and not torch.equal(a[-1]['fake_quant_range'], a[len(a)//2]['fake_quant_range'])
 
 def distance(a, b): return max((a[k]-b[k]).abs().max().item() for k in a if k.endswith(('weight','bias')))
 
@@ -94,8 +94,8 @@ def test_equals_one_process(runs, spec, calibrated):
     moved,near,far = distance(plain_one[0], plain_one[-1]),distance(plain[-1], plain_one[-1]),distance(two[-1], one[-1])
     print(f'{spec}: {far:.2g} from one process, {near:.2g} without rounding, of {moved:.2g} that weights moved')
     assert moved>1e-2 and near<1e-5*moved and far<1e-4*moved
-    two,one = ([s for s in log if (s['rounding_zero_point']>=0).all()] for log in (two,one)) # before rounding starts, scales are a guess that nobody uses
-    for k in ('rounding_range','rounding_scale','rounding_weight_scale'):
+    two,one = ([s for s in log if (s['fake_quant_zero_point']>=0).all()] for log in (two,one)) # before rounding starts, scales are a guess that nobody uses
+    for k in ('fake_quant_range','fake_quant_scale','fake_quant_weight_scale'):
         a,b = (torch.stack([s[k] for s in log]).nan_to_num(-7) for log in (two,one))
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6), (k, (a-b).abs().max())
         assert not torch.equal(b[-1], b[len(b)//2])

@@ -429,7 +429,7 @@ def test_quantize_and_train_through_rounding():
     s.fit(2, 1e-3, cbs=QuantAwareCallback('int8'))
     s.save('rounded')
     fresh = learner().load('rounded')
-    assert rounding(fresh.model) and widths(fresh.model)==[8,16,16,10]
+    assert fake_quant_of(fresh.model) and widths(fresh.model)==[8,16,16,10]
     with s.no_bar(): assert s.quantize().model.report.trained and fresh.validate()==s.validate()
 
 both_specs = pytest.mark.parametrize('spec', ['int8','w4a4'])
@@ -442,7 +442,7 @@ def predicts_alike(a, b):
 def steps_state(learn):
     "What the optimizer knows of learned steps of weights"
     o = learn.opt.opt if hasattr(learn.opt, 'opt') else learn.opt
-    p = learn.model.rounding_weight_scale
+    p = learn.model.fake_quant_weight_scale
     return {k:v.clone() for k,v in o.state.get(p, {}).items() if torch.is_tensor(v) and v.shape==p.shape}
 
 class Removal(Callback):
@@ -452,7 +452,7 @@ class Removal(Callback):
     def before_fit(self): self.before,self.after,self.rounded = None,None,0
     def after_batch(self):
         if masked(self.model): self.before = self.look()
-        r = rounding(self.model)
+        r = fake_quant_of(self.model)
         for k,m in masked(self.model).items():
             if k not in r.layers or not r.ready: continue
             assert (r.round_weight(k, m.weight)[~m.weight_mask]==0).all(), k
@@ -471,9 +471,9 @@ def test_both_callbacks_in_one_fit(tmp_path, spec, opt, first):
     (wide,old,s0),(narrow,new,s1) = w.before,w.after
     assert (wide,narrow,widths(learn.model))==([16,32,32,10],[8,16,16,10],[8,16,16,10]) and masked(learn.model)=={} and w.rounded>0
     assert {id(p) for p in learn.model.parameters()}=={id(p) for p in [*params,*steps(learn.model)]}
-    left = with_attached(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
-    assert new['rounding_weight_scale'].equal(cut_tensor(old['rounding_weight_scale'], left)) and len(left[0])==50
-    assert all(new[k].equal(old[k]) for k in ('rounding_scale','rounding_zero_point','rounding_range','rounding_batches'))
+    left = with_attached(recipe_of(learn.model), learn.model).left['fake_quant_weight_scale']
+    assert new['fake_quant_weight_scale'].equal(cut_tensor(old['fake_quant_weight_scale'], left)) and len(left[0])==50
+    assert all(new[k].equal(old[k]) for k in ('fake_quant_scale','fake_quant_zero_point','fake_quant_range','fake_quant_batches'))
     assert s0.keys()==s1.keys() and all(cut_tensor(s0[k], left).equal(v) for k,v in s1.items()) and bool(s1)==(spec=='w4a4')
     assert [id(p) for p in learn.opt.param_lists[0]]==[id(p) for p in steps(learn.model)] or spec=='int8'
     q = learn.quantize()
@@ -495,19 +495,19 @@ def test_remove_channels_of_a_model_that_rounds(tmp_path, spec, far):
     learn.fit_one_cycle(2, 1e-2, cbs=QuantAwareCallback(spec))
     was = state(learn.model)
     s = quiet(learn.prune(.5, structure='channel', scope='local'))
-    assert all(v.equal(was[k]) for k,v in state(learn.model).items()) and widths(s.model)==[8,16,16,10] and rounding(s.model).ready
+    assert all(v.equal(was[k]) for k,v in state(learn.model).items()) and widths(s.model)==[8,16,16,10] and fake_quant_of(s.model).ready
     t = quiet(learn.prune(structure=Channel(4), target={'macs':.6}))
     assert abs(n_macs(unprepare(clean_copy(t.model)), xs[:1])/n_macs(unprepare(clean_copy(learn.model)), xs[:1])-.6)<.02
     plan = plan_for(o := Selection(.5, 'channel', scope='local'))(learn.model, o, xs[:4])
     set_masks(learn.model, plan.choose({}))
-    before,r = scores(learn),rounding(learn.model)
+    before,r = scores(learn),fake_quant_of(learn.model)
     out = quiet(learn.prune(structure='channel'))
     assert (scores(out)-before).abs().mean()<far*before.abs().mean() and widths(out.model)==[8,16,16,10]
     assert torch.allclose(scores(s), scores(out))
-    assert [x.source for x in rounding(out.model).all]==[x.source for x in r.all] and rounding(out.model).spec==r.spec
+    assert [x.source for x in fake_quant_of(out.model).all]==[x.source for x in r.all] and fake_quant_of(out.model).spec==r.spec
     every_parameter_moves(out)
     assert predicts_alike(out.quantize(), out)
-    assert rounding(out.remove_quant().model) is None and widths(out.model)==[8,16,16,10]
+    assert fake_quant_of(out.remove_quant().model) is None and widths(out.model)==[8,16,16,10]
     every_parameter_moves(out)
 
 @pytest.mark.parametrize('with_opt', [True,False])
@@ -519,9 +519,9 @@ def test_best_epoch_of_both(tmp_path, with_opt):
     learn.fit(3, 1e-3, cbs=[PruneScheduleCallback(.5, structure='channel', scope='local', every=2),QuantAwareCallback('w4a4', start=0),worst])
     saved = torch.load(learn.path/learn.model_dir/'model.pth', weights_only=False)
     saved = saved['model'] if with_opt else saved
-    left = with_attached(recipe_of(learn.model), learn.model).left['rounding_weight_scale']
-    if saved['2.0.weight'].shape[0]==32: assert cut_tensor(saved['rounding_weight_scale'], left).equal(learn.model.rounding_weight_scale.detach())
-    assert len(learn.model.rounding_weight_scale)==50
+    left = with_attached(recipe_of(learn.model), learn.model).left['fake_quant_weight_scale']
+    if saved['2.0.weight'].shape[0]==32: assert cut_tensor(saved['fake_quant_weight_scale'], left).equal(learn.model.fake_quant_weight_scale.detach())
+    assert len(learn.model.fake_quant_weight_scale)==50
     every_parameter_moves(learn)
 
 def test_rounding_of_a_vision_learner():
@@ -530,7 +530,7 @@ def test_rounding_of_a_vision_learner():
     learn.fit(1, 1e-3)
     learn.unfreeze()
     learn.fit_one_cycle(2, 1e-3, cbs=[PruneScheduleCallback(target={'macs':.5}, structure='channel', every=2),QuantAwareCallback('int8')])
-    r,n = rounding(learn.model),sum(len(learn.model.get_submodule(k).weight) for k in rounding(learn.model).layers)
+    r,n = fake_quant_of(learn.model),sum(len(learn.model.get_submodule(k).weight) for k in fake_quant_of(learn.model).layers)
     assert len(r.weight_scale)==n<4800 and r.ready and learn.model[0][4][0].conv1.out_channels<64
     every_parameter_moves(learn)
     assert predicts_alike(learn.quantize(n_batches=2), learn)

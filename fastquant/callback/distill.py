@@ -56,7 +56,7 @@ def check_curve(
 # %% ../../nbs/callback/05_distill.ipynb #24callfafab2
 class TeachingCallback(FitCallback):
     "What callbacks that add to the loss have in common; `losses` is what they added, batch by batch"
-    order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # rounding is on the model, autocast is still on after the loss, and nobody has scaled it
+    order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # fake-quant is on the model, autocast is still on after the loss, and nobody has scaled it
     _stateattrs,_learn,extra,aside,losses = ('extra','_open','found','kept'),None,None,True,()
     def __init__(self, loss, weight, temperature):
         if loss is not None: find_loss(loss)

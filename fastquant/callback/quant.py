@@ -33,10 +33,10 @@ class PTQCalibrate(Callback):
     ):
         store_attr()
         if n_batches<1: raise ValueError(f"n_batches={n_batches}: at least one batch is needed to see how large activations get.")
-    def before_validate(self): self.seen,self.was_ready = 0,rounding(self.model)
+    def before_validate(self): self.seen,self.was_ready = 0,fake_quant_of(self.model)
     def before_batch(self):
-        if not rounding(self.model): prepare(self.model, find_spec(self.spec).excluding(self.exclude), *self.xb)
-        rounding(self.model).how = Site.watch
+        if not fake_quant_of(self.model): prepare(self.model, find_spec(self.spec).excluding(self.exclude), *self.xb)
+        fake_quant_of(self.model).how = Site.watch
     def after_batch(self):
         self.seen += 1
         if self.seen>=self.n_batches: raise CancelValidException()
@@ -71,14 +71,14 @@ class QuantAwareCallback(FitCallback):
     def before_batch(self):
         if not self._training(): return
         if self.pct_train>=self.start: start(self.net)
-        r = rounding(self.net)
+        r = fake_quant_of(self.net)
         if self.pct_train>=self.freeze_bn and r.ready: freeze_norms(self.net)
         if self.pct_train<self.freeze or not r.ready: r.how = Site.follow
     def after_pred(self):
         if self._training(): follow(self.net, self.mom, f'in batch {self.iter} of epoch {self.epoch}')
     def before_step(self):
         self.before = [p.detach().clone() for p in steps(self.net)]
-        if self.before and not rounding(self.net).ready:
+        if self.before and not fake_quant_of(self.net).ready:
             for p in steps(self.net): p.grad = None # nothing is rounded yet, so there is nothing to learn from
     def after_step(self): limit_change(self.net, self.before)
     def after_batch(self):
@@ -89,21 +89,21 @@ class QuantAwareCallback(FitCallback):
         if self._training() and self.epoch==self.n_epoch-1: start(self.net)
     def after_fit(self):
         if self.put_on and not self.trained: unprepare(self.net)
-        if self.trained and (never:=unseen(self.net)) and not rounding(self.net).ready:
+        if self.trained and (never:=unseen(self.net)) and not fake_quant_of(self.net).ready:
             warn(f"Nothing was rounded, because {', '.join(map(repr, never))} never ran in training, so no range is known there. Leave it in float with `exclude`.")
 
 # %% ../../nbs/callback/03_quant.ipynb #20call9a2067
 @patch
 def _training(self:QuantAwareCallback):
     "Whether this is a fit that counts: the model is prepared, and this is not `lr_find`, which is to leave everything as it is"
-    return rounding(self.net) is not None and not self.searching
+    return fake_quant_of(self.net) is not None and not self.searching
 
 @patch
 def _ready(self:QuantAwareCallback):
-    "Put rounding on the model if it is not there, and give step sizes their group"
+    "Put fake-quant on the model if it is not there, and give step sizes their group"
     check_weights(self.net, 'fit')
     if len(self.learn.cbs.filter(risinstance(QuantAwareCallback)))>1: raise ValueError("There are two `QuantAwareCallback`s in this fit. Pass one, or take the one that is attached off with `learn.remove_cb(QuantAwareCallback)`.")
-    if rounding(self.net): prepare(self.net, self.spec)
+    if fake_quant_of(self.net): prepare(self.net, self.spec)
     elif self.searching: return
     else:
         xb = some_inputs(self.learn)
@@ -121,7 +121,7 @@ def plot_ranges(self:Recorder,
 ):
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
-    names = [s.source for s in rounding(get_model(self.model)).all]
+    names = [s.source for s in fake_quant_of(get_model(self.model)).all]
     its,ends = [i for i,_ in self.ranges],torch.stack([e for _,e in self.ranges])
     check_patterns(listify(layers), names)
     ax = ax or subplots(1, 1, figsize=(6,3.5))[1][0]

@@ -14,7 +14,7 @@ from onnxscript import opset20 as op
 from torch import nn, Tensor
 from ..quant.grid import *
 from ..quant.convert import room
-from ..quant.fakequant import rounding
+from ..quant.fakequant import fake_quant_of
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
@@ -80,7 +80,7 @@ def to_onnx(
         why = (str(root).strip() or type(root).__name__).splitlines()[0]
         raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
             "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
-    return pack(keep_float(tidy(proto)), {k:w.grid for k,w in r.weights.items()} if (r:=rounding(model)) else {})
+    return pack(keep_float(tidy(proto)), {k:w.grid for k,w in r.weights.items()} if (r:=fake_quant_of(model)) else {})
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo73d649
 def tidy(

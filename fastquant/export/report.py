@@ -37,7 +37,7 @@ def capture(
     *xb              # Inputs
 )->tuple: # The model's output, and the tensors by `Site`
     "Run `model` with `how` at its sites, and keep what comes out of them"
-    r,found = rounding(model),{}
+    r,found = fake_quant_of(model),{}
     def keep(site, x):
         found[site] = how(site, x).detach()
         return found[site]
@@ -51,7 +51,7 @@ def site_errors(
     through=iter     # What to go through a list with, for example a progress bar
 )->pd.DataFrame: # A row for each site, worst first
     "What rounding does at each site of `model`, in dB"
-    r = rounding(model)
+    r = fake_quant_of(model)
     set_ranges(model)
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
@@ -70,7 +70,7 @@ def alone(
     xb               # Inputs
 )->float: # In dB
     "SQNR of the model's output if only `site`, and the weight of the layer it belongs to, are rounded"
-    weights = {site.source}.intersection(rounding(model).layers)
+    weights = {site.source}.intersection(fake_quant_of(model).layers)
     y,_ = capture(model, lambda s,x: s.forward(x) if s is site else x, weights, *xb)
     return sqnr(out, y)
 
@@ -94,7 +94,7 @@ def ranges(
     model:nn.Module # A prepared model
 )->pd.DataFrame: # A row for each site and each weight
     "How activations and weights of `model` are rounded; raises `ValueError` if it is not prepared"
-    r = rounding(model)
+    r = fake_quant_of(model)
     if r is None: raise ValueError("Nothing is rounded in this model: `prepare` it, train it with `QuantAwareCallback`, or calibrate it with `PTQCalibrate`.")
     def row(name, what, spec, s, z):
         g = spec.grid

@@ -14,6 +14,7 @@ from .. import __version__
 from functools import partial
 from ..core.model import *
 from ..core.attach import *
+from ..quant.prepare import new_names
 from ..prune.mask import *
 from ..prune.shrink import *
 from .engine import *
@@ -232,7 +233,7 @@ def _whole_state(tensors, about):
     tensors.update({k:tensors[o] for k,o in same.items() if o in tensors})
     tensors.update({_key(k, 'weight_mask'):pack_bits(tensors[w]!=0) for k in masks if (w:=_key(k, 'weight')) in tensors})
     if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)]))
-    return tensors
+    return new_names(tensors)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun8cbfbd
 def _key(path, name): return f'{path}.{name}' if path else name
@@ -242,7 +243,7 @@ def check_fit(
     model:nn.Module # A model that is ready for it
 ):
     "Raise a `ValueError` that names the first tensor that `model` and the file do not have in common"
-    sizes = lambda d: {k:tuple(t.shape) for k,t in d.items() if k.split('.')[-1] not in ('weight_mask','structure','rounding_spec')}
+    sizes = lambda d: {k:tuple(t.shape) for k,t in d.items() if k.split('.')[-1] not in ('weight_mask','structure','fake_quant_spec')}
     own,theirs = sizes(model.state_dict()),sizes(state)
     say = lambda d,k: f'of shape {d[k]}' if k in d else 'missing'
     for k in dict.fromkeys([*own, *theirs]):

@@ -12,7 +12,7 @@ from functools import partial
 from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
 from ..core.model import floats, evaluating
-from ..quant.fakequant import rounding
+from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
 from .portable import *
 from .engine import *
@@ -52,7 +52,7 @@ def ties(
     def noisy(site, x): return site.through_integers(x+size*site.scale*torch.randn(x.shape, generator=gen))
     with evaluating(sim):
         want = first_output(sim, xb)
-        rounding(sim).how = noisy
+        fake_quant_of(sim).how = noisy
         return min(sqnr(want, first_output(sim, xb)), 200.)
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000012
@@ -149,7 +149,7 @@ def replay(
     xb               # Inputs
 )->tuple: # A `Difference` for each, and the model's outputs
     "Run `model` on the activations in `given`, and see what it would have made of each itself"
-    r,found,given = rounding(model),[],_Given(given)
+    r,found,given = fake_quant_of(model),[],_Given(given)
     def at(site, x):
         step,own = _integers(site, x)
         d,q = given.match(site, x/site.scale.detach()+site.zero_point, step, own)
@@ -172,7 +172,7 @@ def integers_of(
     def at(site, x):
         found.append(_integers(site, x))
         return _floats(site, found[-1][1])
-    rounding(sim).how = at
+    fake_quant_of(sim).how = at
     with evaluating(sim): sim(*xb)
     return found
 
@@ -205,7 +205,7 @@ def bias_steps(
     sim:nn.Module # From `convert`
 )->dict: # By path of a layer
     "How many steps of a layer's output the rounding of its bias can make"
-    r = rounding(sim)
+    r = fake_quant_of(sim)
     scale = lambda k: getattr(sim.get_submodule(k), 'bias_scale', torch.zeros(1)).max().item()
     return {s.source:scale(s.source)/2/s.scale.item() for s in r.all if s.source in r.layers and s not in r.doors.values()}
 
@@ -253,7 +253,7 @@ def verify(
     near = min(ties(sim, xb) for xb in few)
     for xb in few: check_plain(gate(rounded, sim, proto, xb)[0], first_output(run, xb), near)
     with evaluating(model), evaluating(rounded): f,r,s,e = (torch.cat([first_output(m, xb) for xb in batches]) for m in (model,rounded,sim,run))
-    return report_on(rounding(sim), run, f, r, s, e, trained=trained, portable=not misfits(proto), sqnr_ties=near)
+    return report_on(fake_quant_of(sim), run, f, r, s, e, trained=trained, portable=not misfits(proto), sqnr_ties=near)
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000041
 def report_on(r, engine, f, rounded, s, e, **facts):

@@ -49,7 +49,7 @@ def _times(ms, name): return {'latency (ms)':ms['median'][name], 'in float there
 
 # %% ../../nbs/learner/04_compare.ipynb #22lear6af963
 def _kind(model):
-    if not isinstance(model, FileModel): return 'rounded' if rounding(model) else 'float'
+    if not isinstance(model, FileModel): return 'rounded' if fake_quant_of(model) else 'float'
     return ('int8' if runs_int8(model) else 'onnx')+said_of(model)
 
 def _names(learns):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
-from ..quant.fakequant import rounding
+from ..quant.fakequant import fake_quant_of
 from ..quant.prepare import check_finite
 from .core import first_metric, trainable_twin
 from ..prune.mask import masked
@@ -64,7 +64,7 @@ def _float_copy(learn):
     "A copy of the model that can be taken apart; raises `ValueError` if it is not that of a float Learner"
     check_weights(learn.model, 'decompose')
     model = copy_model(get_model(learn.model))
-    if rounding(model): raise ValueError("The model is prepared for quantization. Take that off with `learn.remove_quant()`, factorise, and then train through rounding again.")
+    if fake_quant_of(model): raise ValueError("The model is prepared for quantization. Take that off with `learn.remove_quant()`, factorise, and then train through rounding again.")
     if masked(model): raise ValueError("The model has pruning masks, which factors would not have. Factorise first and prune then, or take them off with `remove_masks(learn.model)`.")
     check_finite(model)
     return model

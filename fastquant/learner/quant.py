@@ -45,11 +45,11 @@ def quantize(self:Learner,
     (runs:=engines.find(engine)).check()
     if fname: fname = check_writable(self.path/fname)
     model,wanted = copy_model(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
-    if (r:=rounding(model)):
+    if (r:=fake_quant_of(model)):
         if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
         r.refresh()
         if not r.ready: wanted,model = r.spec,unprepare(model)
-    trained = rounding(model) is not None
+    trained = fake_quant_of(model) is not None
     with calibration_dl(self, dl, n_batches) as dl:
         xb = inputs(self, dl)
         if not trained:
@@ -94,7 +94,7 @@ def _prepared(has, wanted):
 # %% ../../nbs/learner/01_quant.ipynb #22learc4e65d
 @patch
 def remove_quant(self:Learner)->Learner: # `self`
-    "Take rounding off the model: what is left is the float model, where the optimizer left it, and an optimizer for that"
+    "Take fake-quant off the model: what is left is the float model, where the optimizer left it, and an optimizer for that"
     unprepare(get_model(self.model))
     if self.opt is not None: drop_group(self.opt)
     return self
@@ -107,7 +107,7 @@ def export_onnx(self:Learner,
     "Write the model to one ONNX file, with a free batch dimension, and classes and preprocessing in its metadata; float or int8, as the Learner is"
     fname = check_writable(self.path/fname)
     if isinstance(self.model, FileModel): return write_whole(fname, self.model.data)
-    if rounding(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take rounding off with `learn.remove_quant()`.")
+    if fake_quant_of(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take fake-quant off with `learn.remove_quant()`.")
     if not len(self.dls.train) and not len(self.dls[-1]): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
     xb = some_inputs(self, self.dls[-1] if len(self.dls[-1]) else None)
     return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **with_size(describe(self), xb)))

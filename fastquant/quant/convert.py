@@ -31,7 +31,7 @@ def integer_weight(
     s:Tensor,      # Scale of the weight, for the whole or for each channel
     grid:Grid,     # Grid of the weight
     k=None,        # Factor of each output channel still to fold in; `b` has it already
-    fit=None       # See `Rounding.fit`
+    fit=None       # See `FakeQuant.fit`
 )->tuple: # Integers and scale of the weight, integers and scale of the bias
     "The integers that a layer computes with"
     q,s = shifted(w, s, grid, fit)
@@ -50,7 +50,7 @@ def shifted(
     w:Tensor,  # Weight as floats, output channels first
     s:Tensor,  # Its scale, for the whole or for each channel
     grid:Grid, # Its grid
-    fit=None   # See `Rounding.fit`
+    fit=None   # See `FakeQuant.fit`
 )->tuple: # Integers and their scale
     "The integers of `w`, at the upper end of what their byte has room for"
     q = quantize(w, s, torch.zeros_like(s, dtype=grid.dtype), grid)
@@ -63,7 +63,7 @@ def convert(
     model:nn.Module # A prepared model with ranges; changed in place, so pass a copy
 )->nn.Module: # `model`
     "Replace the float weights of `model` by integers, with batchnorms folded in, and send activations through integers"
-    r = rounding(model)
+    r = fake_quant_of(model)
     if r is None: raise ValueError("The model is not prepared: call `prepare`, show it some batches, and `set_ranges`.")
     if r.converted: return model
     r.refresh()

@@ -21,13 +21,13 @@ from .spec import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['Site', 'distributed', 'Rounding', 'blank', 'rounding', 'cap_of', 'Rounder']
+__all__ = ['rounding', 'Site', 'distributed', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepc4ccca
 class Site:
     "A place where an activation is rounded"
     def __init__(self,
-        of,              # The `Rounding` it belongs to
+        of,              # The `FakeQuant` it belongs to
         i:int,           # Its row in the model's tensors
         spec:TensorSpec, # How it rounds
         source:str,      # Path of the module whose output this is
@@ -96,7 +96,7 @@ def _capped(plan, site):
     return [s.i for g,s in site.items() if g in ends and s.spec.learned]
 
 @restorable
-class Rounding(Attachment):
+class FakeQuant(Attachment):
     "What is rounded in a prepared model, where, and how"
     order = 30
     def __init__(self,
@@ -135,36 +135,36 @@ class Rounding(Attachment):
         "What makes the integers of a weight fit to every processor, if that is wanted"
         return fit_pairs if path in self.paired else None
     @property
-    def scale(self)->Tensor: return self.model.rounding_scale
+    def scale(self)->Tensor: return self.model.fake_quant_scale
     @property
-    def zero_point(self)->Tensor: return self.model.rounding_zero_point
+    def zero_point(self)->Tensor: return self.model.fake_quant_zero_point
     @property
-    def range(self)->Tensor: return self.model.rounding_range
+    def range(self)->Tensor: return self.model.fake_quant_range
     @property
-    def weight_scale(self)->Tensor: return self.model.rounding_weight_scale
+    def weight_scale(self)->Tensor: return self.model.fake_quant_weight_scale
     @property
-    def batches(self)->Tensor: return self.model.rounding_batches
+    def batches(self)->Tensor: return self.model.fake_quant_batches
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
 def blank(
-    r:Rounding, # Of a model that has none of them
+    r:FakeQuant, # Of a model that has none of them
     device      # Where to
 )->dict:
     "The tensors of a model that rounds nothing yet"
     n,fill = len(r.all),partial(torch.full, device=device)
     m = sum(s.stop-s.start for s in r.slices.values())
-    return dict(rounding_scale=fill((n,), 1.), rounding_zero_point=fill((n,), -1.), rounding_range=fill((n,3), torch.nan),
-        rounding_weight_scale=fill((m,), 1.), rounding_batches=fill((), 0.))
+    return dict(fake_quant_scale=fill((n,), 1.), fake_quant_zero_point=fill((n,), -1.), fake_quant_range=fill((n,3), torch.nan),
+        fake_quant_weight_scale=fill((m,), 1.), fake_quant_batches=fill((), 0.))
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepf4bea2
 @patch
-def refresh(self:Rounding):
+def refresh(self:FakeQuant):
     "Read what the model's tensors say"
     self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), self.zero_point.tolist())]
     self.ready = all(z>=0 for _,z in self.numbers)
 
 @patch
-def check_range(self:Rounding, site, lo, hi, where):
+def check_range(self:FakeQuant, site, lo, hi, where):
     "Raise a `ValueError` that names `site` if what it saw is not a range"
     if lo.isfinite().all() and hi.isfinite().all(): return
     raise ValueError(f"The output of {site.source!r} ranges from {lo.item()} to {hi.item()} {where}: NaN or infinity cannot be put on a grid. "
@@ -172,7 +172,7 @@ def check_range(self:Rounding, site, lo, hi, where):
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepc64db7
 @patch
-def round_weight(self:Rounding, path, w):
+def round_weight(self:FakeQuant, path, w):
     "The weight `w` of the layer at `path`, rounded if it is time to"
     if not (self.ready and self.act not in (Site.as_is, Site.watch) if self.only is None else path in self.only):
         tie = self.act is Site.follow and self.weights[path].learned and distributed()
@@ -185,7 +185,7 @@ def round_weight(self:Rounding, path, w):
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep2a9fe4
 @patch
-def forward(self:Rounding, *args, **kwargs):
+def forward(self:FakeQuant, *args, **kwargs):
     "The model's forward pass, with rounding"
     (how,self.how),self.seen = (self.how,None),{}
     if not self.converted: self.refresh()
@@ -197,15 +197,17 @@ def forward(self:Rounding, *args, **kwargs):
         if n in self.inputs: args[i] = self.act(self.inputs[n], x)
         n += 1
     try:
-        with Rounder(self.model, self): return self.own_forward(*args, **kwargs)
+        with FakeQuantMode(self.model, self): return self.own_forward(*args, **kwargs)
     finally: self.only = None
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep64046f
-def rounding(
+def fake_quant_of(
     model:nn.Module # Any model
 )->Rounding|None: # None if it is not prepared
-    "The `Rounding` on `model`"
-    return attached(model, Rounding)
+    "The `FakeQuant` on `model`"
+    return attached(model, FakeQuant)
+
+rounding = fake_quant_of # what it was called before
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepf72e8a
 def cap_of(
@@ -218,13 +220,13 @@ def cap_of(
     if name=='relu6': return 6.
     if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
 
-class Rounder(Where):
-    "Does what `rounding` says to the operations of `model`"
-    def __init__(self, model, rounding):
+class FakeQuantMode(Where):
+    "Does what `fake_quant` says to the operations of `model`"
+    def __init__(self, model, fake_quant):
         super().__init__(model)
-        self.model,self.rounding = model,rounding
+        self.model,self.fake_quant = model,fake_quant
     def see(self, key, func, args, kwargs):
-        r,(path,name,_) = self.rounding,key
+        r,(path,name,_) = self.fake_quant,key
         if path in r.layers and kinds.get(name)=='layer': args = self.layer_args(path, args)
         site = r.sites.get(key) if r.converted or key not in r.moved else None
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, args[0], cap)
@@ -234,12 +236,12 @@ class Rounder(Where):
         return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
     def clips(self, site, cap):
         "Whether rounding at `site` clips at 0 and `cap` already"
-        if cap is None or self.rounding.act not in (Site.forward, Site.follow) or not self.rounding.ready: return False
-        (s,z),grid = self.rounding.numbers[site.i],site.spec.grid
+        if cap is None or self.fake_quant.act not in (Site.forward, Site.follow) or not self.fake_quant.ready: return False
+        (s,z),grid = self.fake_quant.numbers[site.i],site.spec.grid
         return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
     def layer_args(self, path, args):
         "What the layer at `path` computes with"
-        r = self.rounding
+        r = self.fake_quant
         x,w,*rest = args
         if path in r.doors: x = r.act(r.doors[path], x)
         if not r.converted: return x,r.round_weight(path, w),*rest
@@ -254,9 +256,9 @@ class Rounder(Where):
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep56d4c9
 @patch
-def pop(self:Rounder, m, args, out):
-    super(Rounder, self).pop(m, args, out)
+def pop(self:FakeQuantMode, m, args, out):
+    super(FakeQuantMode, self).pop(m, args, out)
     if not isinstance(m, nn.SyncBatchNorm): return None
     key = self.paths.get(id(vars(m)), ''),'batch_norm',0
-    site = self.rounding.sites.get(key)
-    return self.rounding.act(site, out) if site and not self.count[key[:2]] else None
+    site = self.fake_quant.sites.get(key)
+    return self.fake_quant.act(site, out) if site and not self.count[key[:2]] else None

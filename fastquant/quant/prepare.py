@@ -1,4 +1,4 @@
-"""Rounding put on a model, and taken off again
+"""Fake-quant put on a model, and taken off again
 
 Docs: https://fastquant-dev.github.io/fastquant/quant/prepare.html.md"""
 
@@ -21,8 +21,8 @@ from .plan import *
 from .fakequant import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'put_on', 'watch', 'by_grid', 'put_rows', 'set_qparams',
-           'set_ranges', 'weight_range', 'unprepare', 'prepare']
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'put_on', 'new_names', 'watch', 'by_grid', 'put_rows',
+           'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -63,13 +63,13 @@ def check_trained(
 # %% ../../nbs/quant/07_prepare.ipynb #05prep322cba
 def put_on(
     model:nn.Module, # Changed in place
-    r:Rounding,      # What is to be rounded in it
+    r:FakeQuant,      # What is to be rounded in it
     device,          # Where its tensors go
     fold:bool        # Write batchnorms into the weights before them?
 ):
     "Do to `model` what `prepare` has settled"
     for k,v in blank(r, device).items():
-        of = dict(rounding_scale=[s.spec for s in r.all], rounding_weight_scale=r.weights.values())
+        of = dict(fake_quant_scale=[s.spec for s in r.all], fake_quant_weight_scale=r.weights.values())
         learned = any(o.learned for o in of.get(k, ()))
         if learned: model.register_parameter(k, nn.Parameter(v))
         else: model.register_buffer(k, v)
@@ -83,28 +83,38 @@ def put_on(
     attach(model, r)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep60992b
-@patch
-def saving(self:Rounding, m, state, prefix): state[prefix+'rounding_spec'] = text_to_tensor(spec_to_json(self.spec))
+def new_names(
+    state:dict,   # A state dict, changed in place
+    prefix:str='' # Of the names in it
+)->dict: # `state`
+    "Call tensors of fake-quant what they are called now, where a file is from before they were"
+    older = f'{prefix}rounding_'
+    for k in [k for k in state if k.startswith(older)]: state[f'{prefix}fake_quant_{k.removeprefix(older)}'] = state.pop(k)
+    return state
 
 @patch
-def loading(self:Rounding, m, state, prefix, errors):
+def saving(self:FakeQuant, m, state, prefix): state[prefix+'fake_quant_spec'] = text_to_tensor(spec_to_json(self.spec))
+
+@patch
+def loading(self:FakeQuant, m, state, prefix, errors):
+    new_names(state, prefix)
     for k,v in blank(self, self.scale.device).items(): state.setdefault(prefix+k, v)
-    text = state.pop(prefix+'rounding_spec', None)
+    text = state.pop(prefix+'fake_quant_spec', None)
     if text is None: return
     text = tensor_to_text(text)
     if spec_from_json(text)!=self.spec:
         raise ValueError(f"These are the weights of a model that rounds with {text}, and this one rounds with {spec_to_json(self.spec)}. Take that off first with `learn.remove_quant()`.")
 
 @patch(cls_method=True)
-def restore(cls:Rounding, model, state, batch):
-    text = state.get('rounding_spec')
-    if text is None or rounding(model): return
+def restore(cls:FakeQuant, model, state, batch):
+    text = new_names(dict(state)).get('fake_quant_spec')
+    if text is None or fake_quant_of(model): return
     if batch is None: raise ValueError("These are the weights of a model that rounds. To see where, it has to be run: pass a batch of inputs, or load them with a Learner.")
     prepare(model, spec_from_json(tensor_to_text(text)), *batch())
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcut002
 @patch
-def cut(self:Rounding, path, recipe):
+def cut(self:FakeQuant, path, recipe):
     if self.converted: raise ValueError("The weights of this model are integers already, which are not cut. Remove channels before `convert`.")
     left,n = [],0
     for k,w in self.weights.items():
@@ -114,11 +124,11 @@ def cut(self:Rounding, path, recipe):
         left += [n+i for i in stay or range(size)]
         n += size
     if len(left)==n: return recipe
-    name = 'rounding_weight_scale'
+    name = 'fake_quant_weight_scale'
     return replace(recipe, left={**recipe.left, name:{0:left}}, shapes={**recipe.shapes, name:(n,)})
 
 @patch
-def was_cut(self:Rounding): self.lay_out()
+def was_cut(self:FakeQuant): self.lay_out()
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep061739
 def watch(
@@ -126,7 +136,7 @@ def watch(
     *xb              # A batch of inputs
 ):
     "Show what happens to `xb` to the observers of `model`, in evaluation mode"
-    rounding(model).how = Site.watch
+    fake_quant_of(model).how = Site.watch
     with evaluating(model): model(*xb)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
@@ -138,7 +148,7 @@ def by_grid(
     return {g:[i for i,o in enumerate(grids) if o==g] for g in dict.fromkeys(grids)}
 
 def put_rows(
-    r:Rounding,       # Changed in place
+    r:FakeQuant,       # Changed in place
     rows:list,        # Of sites
     scale:Tensor,     # One for each
     zero_point:Tensor # Likewise
@@ -147,7 +157,7 @@ def put_rows(
     r.scale.data[rows],r.zero_point[rows] = scale,zero_point.float()
 
 def set_qparams(
-    r:Rounding,    # Changed in place
+    r:FakeQuant,    # Changed in place
     lo:Tensor,     # The smallest value of each site
     hi:Tensor,     # And the largest
     seen:Tensor,   # What goes into the ranges, three numbers for each site
@@ -166,7 +176,7 @@ def set_ranges(
 ):
     "Set all ranges of `model` to what its observers saw, and round from now on; raises `ValueError` if one of them saw nothing, or NaN"
     check_trained(model)
-    r = rounding(model)
+    r = fake_quant_of(model)
     try: lo,hi = map(torch.stack, zip(*[s.wanted_range() for s in r.all]))
     finally:
         for s in r.all: s.observer = None
@@ -189,14 +199,14 @@ def weight_range(
 def unprepare(
     model:nn.Module # Changed in place
 )->nn.Module: # `model`
-    "Take rounding off `model`: what is left is the float model, where the optimizer left it"
-    r = rounding(model)
+    "Take fake-quant off `model`: what is left is the float model, where the optimizer left it"
+    r = fake_quant_of(model)
     if r is None: return model
     if r.folded: raise ValueError("Batchnorms have been folded into the weights, which cannot be undone: go back to the model that this is a copy of.")
     for k in blank(r, 'cpu'): delattr(model, k)
     del model.forward
     if getattr(r.own_forward, '__func__', None) is not type(model).forward: model.forward = r.own_forward
-    detach(model, Rounding)
+    detach(model, FakeQuant)
     return model
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcb767a
@@ -207,9 +217,9 @@ def prepare(
     *xb,             # A batch of inputs; the first two items tell what the model does
     fold:bool=False  # Write batchnorms into the weights before them? Post-training only: it cannot be undone
 )->nn.Module: # `model`
-    "Put rounding on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
+    "Put fake-quant on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
     check_lowered(spec:=find_spec(spec))
-    if (r:=rounding(model)):
+    if (r:=fake_quant_of(model)):
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
     check_patterns([p for p,_ in spec.overrides], [k for k,_ in model.named_modules()])
@@ -218,5 +228,5 @@ def prepare(
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
-    put_on(model, Rounding(model, plan, float_layers(model, plan)), floats(xb)[0].device, fold)
+    put_on(model, FakeQuant(model, plan, float_layers(model, plan)), floats(xb)[0].device, fold)
     return model

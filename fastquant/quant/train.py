@@ -39,7 +39,7 @@ def follow(
     where:str='in training'  # Which batch it was, for the error
 ):
     "Move all ranges of `model` towards what was seen; raises `ValueError` if that was NaN or infinite, and moves none"
-    r = rounding(model)
+    r = fake_quant_of(model)
     found,r.seen = r.seen,{}
     if not found: return
     seen = torch.full_like(r.range, torch.nan)
@@ -56,7 +56,7 @@ def _both(rows): return torch.stack([rows[:,0].amin(), rows[:,1].amax(), rows[:,
 
 # %% ../../nbs/quant/08_train.ipynb #05atra6e4a25
 def move_grids(
-    r:Rounding, # Its scales and zero points move
+    r:FakeQuant, # Its scales and zero points move
     mom:float   # Share of the way that a scale of a weight goes
 ):
     "Put scales and zero points where the ranges of `r` are, and let those of weights follow the weights"
@@ -84,7 +84,7 @@ def unseen(
     model:nn.Module # A prepared model
 )->list:
     "Names of what has been noted at no site of `model` so far"
-    r = rounding(model)
+    r = fake_quant_of(model)
     return [s.source for s in r.all if r.range[s.i,0].isnan()]
 
 # %% ../../nbs/quant/08_train.ipynb #05atra3a456b
@@ -92,7 +92,7 @@ def steps(
     model:nn.Module # Any model
 )->list: # No, one or two parameters
     "The learned step sizes of `model`"
-    r = rounding(model)
+    r = fake_quant_of(model)
     return [p for p in (r.scale,r.weight_scale) if isinstance(p, nn.Parameter)] if r else []
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def limit_change(
 ):
     "Undo of each change of a step what goes beyond a tenth of the value before, or beyond where the model itself clips"
     for p,b in zip(steps(model), before): p.copy_(p.clamp(.9*b, 1.1*b))
-    if before: stay_inside(rounding(model))
+    if before: stay_inside(fake_quant_of(model))
 
 def stay_inside(r):
     "Let steps of values that the model itself clips reach no further than what was seen of them"
@@ -123,7 +123,7 @@ def first_scales(
     model:nn.Module # A prepared model
 )->Tensor: # One row for all weights
     "Scales that the weights of `model` start training with"
-    r = rounding(model)
+    r = fake_quant_of(model)
     return torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def start(
     model:nn.Module # A prepared model that has followed some batches
 ):
     "Round from now on; does nothing if `model` rounds already, or as long as there are sites that have seen nothing (see `unseen`)"
-    r = rounding(model)
+    r = fake_quant_of(model)
     r.refresh()
     if r.ready or unseen(model): return
     lo,hi,mean = r.range.T
@@ -149,7 +149,7 @@ def guess(
     *xb              # A batch of inputs
 ):
     "Put scales where `xb` would have them, so that who averages parameters over time (EMA, `Lookahead`) averages something sensible from the start"
-    r = rounding(model)
+    r = fake_quant_of(model)
     r.how = Site.note
     with evaluating(model): model(*[x[:8] for x in xb])
     seen,r.seen = {i:_both(torch.stack(rows)) for i,rows in r.seen.items()},{}
@@ -164,7 +164,7 @@ def ends(
     model:nn.Module # A prepared model
 )->Tensor: # Two numbers for each site
     "Where the grids of the sites of `model` end, or, as long as nothing is rounded, the ranges seen"
-    r = rounding(model)
+    r = fake_quant_of(model)
     r.refresh()
     if not r.ready: return r.range[:,:2].cpu().clone()
     side = lambda k: torch.tensor([getattr(s.spec.grid, k) for s in r.all])

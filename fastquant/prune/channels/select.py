@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/channels/select.html.md"""
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
-from ...quant.fakequant import rounding
+from ...quant.fakequant import fake_quant_of
 from ...quant.prepare import unprepare
 from ...core.model import *
 from ..criteria import *
@@ -139,7 +139,7 @@ def as_float(
     model:nn.Module # Rounding or not
 )->nn.Module:
     "`model`, or a copy that does not round if it does"
-    return unprepare(clean_copy(model)) if rounding(model) else model
+    return unprepare(clean_copy(model)) if fake_quant_of(model) else model
 
 def remove_masked(
     model:nn.Module, # With masks; changed in place
