@@ -78,7 +78,7 @@ def convert(
         set_integers(m, 'weight', q, s)
         if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
         elif b is not None: m.bias = nn.Parameter(b.detach())
-    for s in r.all: set_constants(model, s)
+    for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()
 

@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 from __future__ import annotations
 import math, torch
 import torch.distributed as dist
+from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -21,7 +22,7 @@ from .spec import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['rounding', 'Site', 'distributed', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'FakeQuantMode']
+__all__ = ['rounding', 'Site', 'distributed', 'GateSite', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepc4ccca
 class Site:
@@ -35,6 +36,8 @@ class Site:
     ):
         self.of,self.i,self.spec,self.source,self.touching,self.observer = of,i,spec,source,list(touching),None
     @property
+    def numbers(self)->tuple: return self.of.numbers[self.i]
+    @property
     def scale(self)->Tensor: return self.of.scale[self.i]
     @property
     def zero_point(self)->Tensor: return self.of.zero_point[self.i].round().int()
@@ -46,7 +49,7 @@ class Site:
         return x
     def forward(self, x, cap=None):
         "`x` rounded; clipped at 0 and `cap` if that is given"
-        s,z = self.of.numbers[self.i]
+        s,z = self.numbers
         learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
         return round_tensor(x, s, z, self.spec.grid, learned, grad_factor(x[:1].numel(), self.spec.grid), cap)
     def __repr__(self): return f'Site({self.source}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
@@ -78,6 +81,27 @@ def through_integers(self:Site, x):
     "`x` as integers, and as floats again"
     s,z = (getattr(self.of.model, f'site_{self.i}_{k}') for k in ('scale','zero_point'))
     return dequantize(quantize(x, s, z, self.spec.grid), s, z)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqgate002
+class GateSite(Site):
+    "Where the sigmoid inside a SiLU is rounded: in 8 bits, from 0 to 1"
+    def __init__(self,
+        site:Site # Where the SiLU's result is rounded
+    ):
+        grid = replace(site.spec.grid, bits=8)
+        super().__init__(site.of, f'gate_{grid.hi}', TensorSpec(grid), f'sigmoid of {site.source}', site.touching)
+    @property
+    def numbers(self): return 1/self.spec.grid.hi,0
+    @property
+    def scale(self): return torch.tensor(1/self.spec.grid.hi, device=self.of.scale.device)
+    @property
+    def zero_point(self): return torch.zeros((), dtype=torch.int32, device=self.of.scale.device)
+    def note(self, x, cap=None): return x
+
+def _gates(plan, sites):
+    "A site for the sigmoid of each SiLU between two that are rounded"
+    silus = [o for o in plan.tr.ops if o.name=='silu' and o.key in sites and o.ins[0] in plan.grid]
+    return {o.key:GateSite(sites[o.key]) for o in silus}
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepca5545
 @patch
@@ -112,6 +136,7 @@ class FakeQuant(Attachment):
         self.capped = _capped(plan, site)
         self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
+        self.gates = _gates(plan, self.sites)
         self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
         self.doors = {k:site[k] for k in plan.doors}
         self.layers = {k:self.doors.get(k) or site[plan.grid[vs[0]]] for k,vs in plan.layers.items()}
@@ -144,6 +169,8 @@ class FakeQuant(Attachment):
     def weight_scale(self)->Tensor: return self.model.fake_quant_weight_scale
     @property
     def batches(self)->Tensor: return self.model.fake_quant_batches
+    @property
+    def rounds(self)->bool: return self.ready and self.act not in (Site.as_is, Site.watch, Site.note)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
 def blank(
@@ -230,7 +257,8 @@ class FakeQuantMode(Where):
         if path in r.layers and kinds.get(name)=='layer': args = self.layer_args(path, args)
         site = r.sites.get(key) if r.converted or key not in r.moved else None
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, args[0], cap)
-        out = args[0] if key in r.folded else func(*args, **kwargs)
+        if key in r.gates and r.rounds: out = args[0]*r.act(r.gates[key], args[0].sigmoid())
+        else: out = args[0] if key in r.folded else func(*args, **kwargs)
         if site is None: return out
         each = lambda o: r.act(site, o) if o.is_floating_point() else o
         return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
