@@ -230,7 +230,7 @@ def forward(self:FakeQuant, *args, **kwargs):
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep64046f
 def fake_quant_of(
     model:nn.Module # Any model
-)->Rounding|None: # None if it is not prepared
+)->FakeQuant|None: # None if it is not prepared
     "The `FakeQuant` on `model`"
     return attached(model, FakeQuant)
 

@@ -141,7 +141,7 @@ def watch(
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
 def by_grid(
-    r:Rounding # Of a prepared model
+    r:FakeQuant # Of a prepared model
 )->dict:
     "Rows of the sites of each grid"
     grids = [s.spec.grid for s in r.all]
