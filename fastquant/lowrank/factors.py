@@ -38,7 +38,8 @@ class LowRank(nn.Sequential):
         dense:int # Weights and biases of the layer it stands for
     ):
         super().__init__(*layers)
-        self.kind,self.rank,self.dense = kind,tuple(int(r) for r in rank),dense
+        self.rank = tuple(int(r) for r in rank)
+        self.kind,self.dense = kind,dense
     @property
     def recipe(self)->dict: return dict(kind=self.kind, rank=list(self.rank))
     def get_extra_state(self): return text_to_tensor(json.dumps(self.recipe))
@@ -55,8 +56,6 @@ def is_pointwise(
     "Whether `m` is a convolution that looks at one pixel at a time, which is a matrix"
     return isinstance(m, nn.Conv2d) and m.kernel_size==(1,1) and m.groups==1
 
-def _conv(m, ni, no, k=1, bias=False, **kwargs): return nn.Conv2d(ni, no, k, bias=bias, device=m.weight.device, dtype=m.weight.dtype, **kwargs)
-
 def tails_of(
     s:Tensor # Singular values, the largest first
 )->Tensor: # For each rank from 1 on
@@ -69,20 +68,31 @@ def tails_of(
 @factorisations
 class Svd:
     "Two layers for a linear layer, or for a convolution of 1 pixel"
-    fits,of = staticmethod(lambda m: type(m) is nn.Linear or is_pointwise(m)),'Linear, and Conv2d of 1 pixel'
+    of = 'Linear, and Conv2d of 1 pixel'
+    def fits(m): return type(m) is nn.Linear or is_pointwise(m)
     def full(m): return (min(m.weight.shape[:2]),)
     def spectra(w): return [torch.linalg.svdvals(w.flatten(1))]
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow057609
+def _like(m): return dict(device=m.weight.device, dtype=m.weight.dtype)
+def _conv(m, ni, no, k=1, bias=False, **kwargs): return nn.Conv2d(ni, no, k, bias=bias, **_like(m), **kwargs)
+def _last(m, ni, no): return _conv(m, ni, no, bias=m.bias is not None)
+
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowsvd002
 @patch(cls_method=True)
 def make(cls:Svd, m, rank):
-    (r,),(no,ni),like = rank,m.weight.shape[:2],dict(device=m.weight.device, dtype=m.weight.dtype)
-    if isinstance(m, nn.Linear): return nn.Linear(ni, r, False, **like),nn.Linear(r, no, m.bias is not None, **like)
-    return _conv(m, ni, r, stride=m.stride, padding=m.padding, padding_mode=m.padding_mode),_conv(m, r, no, bias=m.bias is not None)
+    (r,),(no,ni) = rank,m.weight.shape[:2]
+    if isinstance(m, nn.Linear):
+        first = nn.Linear(ni, r, False, **_like(m))
+        return first,nn.Linear(r, no, m.bias is not None, **_like(m))
+    first = _conv(m, ni, r, stride=m.stride, padding=m.padding, padding_mode=m.padding_mode)
+    return first,_last(m, r, no)
 
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowsvd003
 @patch(cls_method=True)
 def factors(cls:Svd, w, rank):
-    u,s,v = with_torch(lambda tl: tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0]))
+    def svd(tl): return tl.tenalg.svd.svd_interface(w.flatten(1), n_eigenvecs=rank[0])
+    u,s,v = with_torch(svd)
     return [s.sqrt()[:,None]*v,u*s.sqrt()]
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowmath01
@@ -92,22 +102,28 @@ import math
 @factorisations
 class Tucker2:
     "Three convolutions for one: fewer channels in, the convolution, more channels out"
-    fits,of = staticmethod(lambda m: type(m) is nn.Conv2d and m.groups==1 and not is_pointwise(m)),'Conv2d of more than 1 pixel without groups'
+    of = 'Conv2d of more than 1 pixel without groups'
+    def fits(m): return type(m) is nn.Conv2d and m.groups==1 and not is_pointwise(m)
     def full(m):
         no,ni,*k = m.weight.shape
-        return min(no, ni*math.prod(k)),min(ni, no*math.prod(k))
-    def spectra(w): return [torch.linalg.svdvals(w.flatten(1)),torch.linalg.svdvals(w.transpose(0, 1).flatten(1))]
+        places = math.prod(k)
+        return min(no, ni*places),min(ni, no*places)
+    def spectra(w): return [torch.linalg.svdvals(x.flatten(1)) for x in (w,w.transpose(0, 1))]
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alow6c3ae8
 @patch(cls_method=True)
 def make(cls:Tucker2, m, rank):
     (ro,ri),(no,ni) = rank,m.weight.shape[:2]
     same = dict(stride=m.stride, padding=m.padding, dilation=m.dilation, padding_mode=m.padding_mode)
-    return _conv(m, ni, ri),_conv(m, ri, ro, m.kernel_size, **same),_conv(m, ro, no, bias=m.bias is not None)
+    first = _conv(m, ni, ri)
+    middle = _conv(m, ri, ro, m.kernel_size, **same)
+    return first,middle,_last(m, ro, no)
 
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowtuc002
 @patch(cls_method=True)
 def factors(cls:Tucker2, w, rank):
-    (core,(uo,ui)),_ = with_torch(lambda tl: tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd'))
+    def tucker(tl): return tl.decomposition.partial_tucker(w, rank=list(rank), modes=[0,1], init='svd')
+    (core,(uo,ui)),_ = with_torch(tucker)
     return [ui.T,core,uo]
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf5b1d5
@@ -118,22 +134,37 @@ class CP:
     def full(m): return (m.weight.numel()//max(m.weight.shape),)
     def spectra(w): return None
 
+# %% ../../nbs/lowrank/00_factors.ipynb #09alow00a0f3
 def _at(v, i, rest): return tuple(v[i] if j==i else rest for j in range(2))
 
-# %% ../../nbs/lowrank/00_factors.ipynb #09alow00a0f3
+def _along(m, r, k, i):
+    "A convolution of `r` channels, each for itself, with the half of `m`'s options that is for side `i`"
+    padding = m.padding if isinstance(m.padding, str) else _at(m.padding, i, 0)
+    stride,dilation = _at(m.stride, i, 1),_at(m.dilation, i, 1)
+    return _conv(m, r, r, k, groups=r, stride=stride, padding=padding, dilation=dilation, padding_mode=m.padding_mode)
+
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowcp0001
 @patch(cls_method=True)
 def make(cls:CP, m, rank):
     (r,),(no,ni,kh,kw) = rank,m.weight.shape
-    along = lambda k, i: dict(k=k, groups=r, padding_mode=m.padding_mode, padding=m.padding if isinstance(m.padding, str) else _at(m.padding, i, 0),
-        stride=_at(m.stride, i, 1), dilation=_at(m.dilation, i, 1))
-    return _conv(m, ni, r),_conv(m, r, r, **along((kh,1), 0)),_conv(m, r, r, **along((1,kw), 1)),_conv(m, r, no, bias=m.bias is not None)
+    first = _conv(m, ni, r)
+    height = _along(m, r, (kh,1), 0)
+    width = _along(m, r, (1,kw), 1)
+    return first,height,width,_last(m, r, no)
 
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowcp0002
 @patch(cls_method=True)
 def factors(cls:CP, w, rank):
-    scale,(o,i,h,v) = with_torch(lambda tl: tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0))
-    return [i.T,h.T[:,None,:,None],v.T[:,None,None,:],o*scale]
+    def parafac(tl): return tl.decomposition.parafac(w, rank=rank[0], init='svd', n_iter_max=60, tol=1e-6, random_state=0)
+    scale,(o,i,h,v) = with_torch(parafac)
+    height = h.T[:,None,:,None]
+    width = v.T[:,None,None,:]
+    return [i.T,height,width,o*scale]
 
+# %% ../../nbs/lowrank/00_factors.ipynb #09alowcp0003
 @patch(cls_method=True)
 def lost(cls:CP, w, rank):
     i,h,v,o = cls.factors(w, rank)
-    return ((w-torch.einsum('or,ri,rh,rw->oihw', o, i, h[:,0,:,0], v[:,0,0,:])).square().sum()/w.square().sum()).item()
+    near = torch.einsum('or,ri,rh,rw->oihw', o, i, h.flatten(1), v.flatten(1))
+    left = (w-near).square().sum()
+    return (left/w.square().sum()).item()

@@ -22,14 +22,18 @@ def digits_of(
     "`n` as a product of `d` numbers, as equal as may be"
     found = []
     for left in range(d, 0, -1):
-        k = min((i for i in range(1, n+1) if n%i==0), key=lambda i: (abs(math.log(i)-math.log(n)/left), i))
+        divisors = [i for i in range(1, n+1) if n%i==0]
+        wanted = math.log(n)/left
+        k = min(divisors, key=lambda i: (abs(math.log(i)-wanted), i))
         found.append(k)
         n //= k
     return sorted(found)
 
 def _cores(rows, cols, rank, **kwargs):
     rank = (1,*rank,1)
-    return nn.ParameterList([nn.Parameter(torch.zeros(rank[k], m, n, rank[k+1], **kwargs)) for k,(m,n) in enumerate(zip(rows, cols))])
+    digits = zip(rows, cols)
+    sizes = [(rank[k],*mn,rank[k+1]) for k,mn in enumerate(digits)]
+    return nn.ParameterList([nn.Parameter(torch.zeros(size, **kwargs)) for size in sizes])
 
 # %% ../../nbs/lowrank/01_tensortrain.ipynb #09alow680a10
 class TTLinear(nn.Module):
@@ -43,15 +47,17 @@ class TTLinear(nn.Module):
         dtype=None      # Likewise
     ):
         super().__init__()
-        self.rows,self.cols,self.ni,self.no = digits_of(no),digits_of(ni),ni,no
+        self.ni,self.no = ni,no
+        self.rows,self.cols = digits_of(no),digits_of(ni)
         self.cores = _cores(self.rows, self.cols, rank, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(no, device=device, dtype=dtype)) if bias else None
     def forward(self, x):
         h = x.reshape(-1, 1, 1, self.ni)
         for c,n in zip(self.cores, self.cols):
-            r,m,_,s = c.shape
-            h = torch.einsum('bmrnx,rkns->bmksx', h.reshape(h.shape[0], -1, r, n, h.shape[-1]//n), c)
-            h = h.reshape(h.shape[0], -1, s, h.shape[-1])
+            r,_,_,s = c.shape
+            left = h.shape[-1]//n
+            h = torch.einsum('bmrnx,rkns->bmksx', h.reshape(h.shape[0], -1, r, n, left), c)
+            h = h.reshape(h.shape[0], -1, s, left)
         h = h.reshape(*x.shape[:-1], self.no)
         return h if self.bias is None else h+self.bias
     @property
@@ -83,40 +89,58 @@ class TTEmbedding(nn.Module):
     def forward(self, idx):
         i,h = idx.reshape(-1),None
         for k,c in enumerate(self.cores):
-            at = i//math.prod(self.rows[k+1:])%self.rows[k]
-            g = c[:,at].movedim(0, 1)
-            h = g if h is None else torch.einsum('bmnr,brks->bmnks', h, g).reshape(len(i), 1, -1, g.shape[-1])
+            below = math.prod(self.rows[k+1:])
+            digit = i//below%self.rows[k]
+            g = c[:,digit].movedim(0, 1)
+            if h is not None:
+                g = torch.einsum('bmnr,brks->bmnks', h, g)
+                g = g.reshape(len(i), 1, -1, g.shape[-1])
+            h = g
         return h.reshape(*idx.shape, -1)
+
+# %% ../../nbs/lowrank/01_tensortrain.ipynb #09alowtt0004
+def _is_table(m):
+    "Whether `m` is an embedding that only looks up rows"
+    if type(m) is not nn.Embedding or m.sparse: return False
+    return m.padding_idx is None and m.max_norm is None
 
 # %% ../../nbs/lowrank/01_tensortrain.ipynb #09alow232f57
 @factorisations
 class TensorTrain:
     "A tensor for each digit of rows and columns"
-    fits = staticmethod(lambda m: type(m) is nn.Linear or type(m) is nn.Embedding and m.padding_idx is None and m.max_norm is None and not m.sparse)
     of,weighs_inputs = 'Linear, and Embedding without a padding index',False
-    def shape(w): return [m*n for m,n in zip(digits_of(w.shape[0]), digits_of(w.shape[1]))]
+    def fits(m): return type(m) is nn.Linear or _is_table(m)
+    def shape(w): return [m*n for m,n in zip(*map(digits_of, w.shape))]
     def full(m):
-        s = TensorTrain.shape(m.weight)
-        return tuple(min(math.prod(s[:k]), math.prod(s[k:])) for k in (1,2))
+        a,b,c = TensorTrain.shape(m.weight)
+        return min(a, b*c),min(a*b, c)
 
 # %% ../../nbs/lowrank/01_tensortrain.ipynb #09alow9c2d96
 @patch(cls_method=True)
 def make(cls:TensorTrain, m, rank):
-    (no,ni),like = m.weight.shape,dict(device=m.weight.device, dtype=m.weight.dtype)
-    return (TTEmbedding(no, ni, rank, **like),) if isinstance(m, nn.Embedding) else (TTLinear(ni, no, rank, m.bias is not None, **like),)
+    no,ni = m.weight.shape
+    like = dict(device=m.weight.device, dtype=m.weight.dtype)
+    if isinstance(m, nn.Embedding): return (TTEmbedding(no, ni, rank, **like),)
+    return (TTLinear(ni, no, rank, m.bias is not None, **like),)
 
+# %% ../../nbs/lowrank/01_tensortrain.ipynb #09alowtt0001
 @patch(cls_method=True)
 def tensor(cls:TensorTrain, w):
-    a,b = digits_of(w.shape[0]),digits_of(w.shape[1])
-    return w.reshape(*a, *b).permute(0,3,1,4,2,5).reshape(TensorTrain.shape(w))
+    rows,cols = map(digits_of, w.shape)
+    by_digit = w.reshape(*rows, *cols).permute(0,3,1,4,2,5)
+    return by_digit.reshape(TensorTrain.shape(w))
 
 # %% ../../nbs/lowrank/01_tensortrain.ipynb #09alow055410
 @patch(cls_method=True)
 def spectra(cls:TensorTrain, w):
     t = TensorTrain.tensor(w)
-    return [torch.linalg.svdvals(t.reshape(math.prod(t.shape[:k]), -1)) for k in (1,2)]
+    cuts = t.flatten(1),t.flatten(0, 1)
+    return [torch.linalg.svdvals(cut) for cut in cuts]
 
+# %% ../../nbs/lowrank/01_tensortrain.ipynb #09alowtt0002
 @patch(cls_method=True)
 def factors(cls:TensorTrain, w, rank):
-    cores = with_torch(lambda tl: tl.decomposition.tensor_train(TensorTrain.tensor(w), rank=[1,*rank,1]))
-    return [c.reshape(c.shape[0], m, n, c.shape[-1]) for c,m,n in zip(cores, digits_of(w.shape[0]), digits_of(w.shape[1]))]
+    t = TensorTrain.tensor(w)
+    cores = with_torch(lambda tl: tl.decomposition.tensor_train(t, rank=[1,*rank,1]))
+    rows,cols = map(digits_of, w.shape)
+    return [c.unflatten(1, mn) for c,mn in zip(cores, zip(rows, cols))]
