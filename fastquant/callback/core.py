@@ -35,8 +35,9 @@ class FitCallback(Callback):
     ):
         "A column in the table that the recorder makes of a fit, before the time; nothing without a recorder"
         if not hasattr(self.learn, 'recorder'): return
-        at = len(self.recorder.metric_names)-self.recorder.add_time
-        self.recorder.metric_names = L([*self.recorder.metric_names[:at],name,*self.recorder.metric_names[at:]])
+        names = self.recorder.metric_names
+        at = len(names)-self.recorder.add_time
+        self.recorder.metric_names = L([*names[:at],name,*names[at:]])
     def log_value(self,
         value:float # Of this epoch, in the columns' order
     ):

@@ -34,7 +34,8 @@ def calibration_dl(
     with no_random(reproducible=False), split(1) if split else nullcontext():
         if isinstance(dl, DataLoader) and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
-            dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=_Idxs([i*dl.n//n for i in range(n)]))
+            spread = _Idxs([i*dl.n//n for i in range(n)])
+            dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=spread)
         yield dl
 
 # %% ../../nbs/callback/01_data.ipynb #18data64bf90
@@ -45,8 +46,10 @@ def inputs(
 )->list: # A tuple of inputs for each
     "Inputs of the first batches of `dl`, where the model is"
     device = next(learn.model.parameters()).device
-    n_inp = lambda b: getattr(learn.dls, 'n_inp', max(1, len(b)-1))
-    return [tuple(to_device(b, device)[:n_inp(b)]) for b in itertools.islice(dl, n)]
+    def inputs_of(b):
+        n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))
+        return tuple(to_device(b, device)[:n_inp])
+    return [inputs_of(b) for b in itertools.islice(dl, n)]
 
 def some_inputs(
     learn:Learner, # Its data, if there is no `dl`

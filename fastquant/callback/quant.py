@@ -122,7 +122,8 @@ def plot_ranges(self:Recorder,
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
     names = [s.source for s in fake_quant_of(get_model(self.model)).all]
-    its,ends = [i for i,_ in self.ranges],torch.stack([e for _,e in self.ranges])
+    its,ends = zip(*self.ranges)
+    ends = torch.stack(ends)
     check_patterns(listify(layers), names)
     ax = ax or subplots(1, 1, figsize=(6,3.5))[1][0]
     for i,k in enumerate(names):

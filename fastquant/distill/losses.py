@@ -36,8 +36,8 @@ def soft_targets(student, teacher, temperature):
 @distill_losses
 def soft_labels(student, teacher, temperature):
     s,t = student/temperature,teacher/temperature
-    each = lambda p, log_p, log_q: p*(log_p-log_q)
-    yes,no = (each((k*t).sigmoid(), F.logsigmoid(k*t), F.logsigmoid(k*s)) for k in (1,-1))
+    def part(s, t): return t.sigmoid()*(F.logsigmoid(t)-F.logsigmoid(s))
+    yes,no = part(s, t),part(-s, -t)
     return temperature**2*(yes+no).mean()
 
 @distill_losses
@@ -67,14 +67,16 @@ def wants(
 @agree('size')
 def attention(student, teacher):
     if student.ndim<3: raise ValueError(f"'attention' compares the places of a picture or sequence, and what is to be compared is {shape_of(student)} an item. Choose a module before places are pooled away, or loss='mse'.")
-    s,t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student,teacher))
+    def places(x): return F.normalize(x.square().mean(1).flatten(1))
+    s,t = places(student),places(teacher)
     return (s-t).square().sum(1).mean()
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist6e01bb
 @distill_losses
 @agree()
 def similarity(student, teacher):
-    s,t = (F.normalize(x@x.T) for x in (student.flatten(1),teacher.flatten(1)))
+    s,t = student.flatten(1),teacher.flatten(1)
+    s,t = F.normalize(s@s.T),F.normalize(t@t.T)
     return (s-t).square().mean()
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist723be7
@@ -107,7 +109,8 @@ def aligned(
     if s.ndim==t.ndim==3 and s.shape[1]==t.shape[1]: s,t = s.movedim(2,1),t.movedim(2,1)
     a,b = s.shape[2:],t.shape[2:]
     if a==b: return s,t
-    pool = (F.adaptive_avg_pool1d,F.adaptive_avg_pool2d,F.adaptive_avg_pool3d)[len(a)-1] if len(a)==len(b)<=3 else None
+    pools = F.adaptive_avg_pool1d,F.adaptive_avg_pool2d,F.adaptive_avg_pool3d
+    pool = pools[len(a)-1] if len(a)==len(b)<=3 else None
     if pool and all(i<=j for i,j in zip(a, b)): return s,pool(t, a)
     if pool and all(i>=j for i,j in zip(a, b)): return pool(s, b),t
     raise ValueError(f"The student's features are {shape_of(student)} an item and the teacher's {shape_of(teacher)}, and there is no way to match these sizes. Choose modules whose outputs have the same size, or one that is a smaller picture of the other; or loss='similarity', which compares items and not places.")
@@ -132,7 +135,8 @@ def modules_at(
 )->list: # Paths, in the model's order
     "The modules that `pattern` means; raises a `ValueError` that lists near misses if there are none"
     names = [k for k,_ in model.named_modules() if k]
-    found = [k for k in names if k.count('.')==pattern.count('.') and fnmatch(k, pattern)]
+    as_deep = [k for k in names if k.count('.')==pattern.count('.')]
+    found = [k for k in as_deep if fnmatch(k, pattern)]
     if not found: raise ValueError(f"{pattern!r} matches no module of {whose}.{near_misses(pattern, names)} Patterns are names as in `model.named_modules()`, with * and ? within each part.")
     return found
 
@@ -151,15 +155,21 @@ class Match:
         find_loss(self.loss)
     def pairs(self, student, teacher)->list: # Of paths
         "Paths in the models `student` and `teacher`"
-        a,b = modules_at(student, self.student, 'the student'),modules_at(teacher, self.teacher or self.student, 'the teacher')
-        if len(a)!=len(b): raise ValueError(f"{self.student!r} matches {len(a)} modules of the student ({', '.join(a)}), but {self.teacher or self.student!r} {len(b)} of the teacher ({', '.join(b)}). They are taken in pairs, so there must be as many.")
-        return list(zip(a, b))
+        theirs = self.teacher or self.student
+        a = modules_at(student, self.student, 'the student')
+        b = modules_at(teacher, theirs, 'the teacher')
+        if len(a)==len(b): return list(zip(a, b))
+        here = f"{self.student!r} matches {len(a)} modules of the student ({', '.join(a)})"
+        there = f"{theirs!r} {len(b)} of the teacher ({', '.join(b)})"
+        raise ValueError(f"{here}, but {there}. They are taken in pairs, so there must be as many.")
 
 def find_matches(
     o # A `Match`, a name or pattern, a dictionary from the student's to the teacher's, a list of these, or None
 )->list: # Of each a `Match`
     "The matches that are meant by `o`"
-    if o is None or isinstance(o, (str,Match)): return [] if o is None else [o if isinstance(o, Match) else Match(o)]
+    if o is None: return []
+    if isinstance(o, Match): return [o]
+    if isinstance(o, str): return [Match(o)]
     if isinstance(o, dict): return [Match(*kv) for kv in o.items()]
     if not isinstance(o, (list,tuple)): raise ValueError(f"features={o!r}: pass a module's name or pattern, a `Match`, a dictionary from the student's to the teacher's, or a list of these.")
     return [m for x in o for m in find_matches(x)]
@@ -172,8 +182,12 @@ def small_head(
 )->nn.Sequential:
     "A classifier on `feature`: a bottleneck, and what predicts from that"
     ni,n = feature.shape[1],feature.ndim-2
-    if n==0: return nn.Sequential(nn.Sequential(nn.Linear(ni, width), nn.BatchNorm1d(width), nn.ReLU()), nn.Linear(width, n_out))
-    conv,norm = ((nn.Conv1d,nn.BatchNorm1d),(nn.Conv2d,nn.BatchNorm2d),(nn.Conv3d,nn.BatchNorm3d))[n-1]
+    if n==0:
+        narrow = nn.Sequential(nn.Linear(ni, width), nn.BatchNorm1d(width), nn.ReLU())
+        return nn.Sequential(narrow, nn.Linear(width, n_out))
+    conv = (nn.Conv1d,nn.Conv2d,nn.Conv3d)[n-1]
+    norm = (nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d)[n-1]
     pool = (nn.AdaptiveAvgPool1d,nn.AdaptiveAvgPool2d,nn.AdaptiveAvgPool3d)[n-1]
     narrow = nn.Sequential(conv(ni, width, 1, bias=False), norm(width), nn.ReLU())
-    return nn.Sequential(narrow, nn.Sequential(pool(1), nn.Flatten(), nn.Linear(width, n_out)))
+    predict = nn.Sequential(pool(1), nn.Flatten(), nn.Linear(width, n_out))
+    return nn.Sequential(narrow, predict)

@@ -30,19 +30,24 @@ def skeleton(
 )->LowRank: # Not filled yet
     "What stands for `m`, with layers of the right sizes; raises `ValueError` if there is no such thing"
     f = factorisations.find(kind)
-    if not f.fits(m): raise ValueError(f"{kind_name(f)!r} cannot factorise {type(m).__name__}: it is for {f.of}.")
+    name = kind_name(f)
+    if not f.fits(m): raise ValueError(f"{name!r} cannot factorise {type(m).__name__}: it is for {f.of}.")
     full = f.full(m)
     rank = tuple(rank) if isinstance(rank, (tuple,list)) else (rank,)*len(full)
-    if len(rank)!=len(full): raise ValueError(f"rank={rank}: {kind_name(f)!r} has {len(full)} ranks here.")
+    if len(rank)!=len(full): raise ValueError(f"rank={rank}: {name!r} has {len(full)} ranks here.")
     for r,top in zip(rank, full):
-        if type(r) is not int or not 1<=r<=top: raise ValueError(f"rank={rank if len(rank)>1 else rank[0]!r}: the ranks of this layer go from 1 to {full if len(full)>1 else full[0]}.")
-    return LowRank(*f.make(m, rank), kind=kind_name(f), rank=rank, dense=sum(p.numel() for p in m.parameters()))
+        if type(r) is int and 1<=r<=top: continue
+        given,most = (rank,full) if len(full)>1 else (rank[0],full[0])
+        raise ValueError(f"rank={given!r}: the ranks of this layer go from 1 to {most}.")
+    dense = sum(p.numel() for p in m.parameters())
+    return LowRank(*f.make(m, rank), kind=name, rank=rank, dense=dense)
 
 def kind_name(
     f # A factorisation
 )->str:
     "What `f` is called in the registry"
-    return next((k for k,v in factorisations.items() if v is f), getattr(f, '__name__', str(f)))
+    own = getattr(f, '__name__', str(f))
+    return next((k for k,v in factorisations.items() if v is f), own)
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowa7a983
 def factorise(
@@ -54,15 +59,23 @@ def factorise(
     "Layers of `rank` that do nearly what `m` does; raises `ValueError` if that cannot be"
     new,f = skeleton(m, kind, rank),factorisations.find(kind)
     if not m.weight.isfinite().all(): raise ValueError("The weight has NaN or infinity in it: training went wrong, or the weights were not loaded whole.")
-    w,(root,back) = m.weight.detach().double().cpu(),roots(moment)
+    root,back = roots(moment)
     if root is not None and not getattr(f, 'weighs_inputs', True): raise ValueError(f"{kind_name(f)!r} cannot weigh errors by inputs. Leave `aware` out, or take another factorisation.")
+    w = m.weight.detach().double().cpu()
     parts = f.factors(w if root is None else weighed(w, root), new.rank)
     if back is not None: parts[0] = (parts[0].flatten(1)@back).reshape(parts[0].shape)
-    with torch.no_grad():
-        for p,t in zip([p for k,p in new.named_parameters() if not k.endswith('bias')], parts, strict=True): p.copy_(t.reshape(p.shape))
-        if getattr(m, 'bias', None) is not None: next(p for k,p in new.named_parameters() if k.endswith('bias')).copy_(m.bias)
+    _fill(new, parts, getattr(m, 'bias', None))
     for p in new.parameters(): p.requires_grad_(m.weight.requires_grad)
     return new.train(m.training)
+
+def _fill(new, parts, bias):
+    "Put `parts` into the weights of `new`, and `bias` into its bias"
+    named = list(new.named_parameters())
+    weights = [p for k,p in named if not k.endswith('bias')]
+    biases = [p for k,p in named if k.endswith('bias')]
+    with torch.no_grad():
+        for p,t in zip(weights, parts, strict=True): p.copy_(t.reshape(p.shape))
+        if bias is not None: biases[0].copy_(bias)
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowc0028b
 def weighed(w, root):
@@ -75,9 +88,11 @@ def roots(
     "Square root of a second moment; a thousandth of its mean is added, for inputs that were never seen"
     if moment is None: return None,None
     c = moment.double().cpu()
-    c = c+1e-3*c.diagonal().mean()*torch.eye(len(c), dtype=c.dtype)
+    little = 1e-3*c.diagonal().mean()
+    c = c+little*torch.eye(len(c), dtype=c.dtype)
     v,q = torch.linalg.eigh(c)
-    return (q*v.sqrt())@q.T,(q*v.rsqrt())@q.T
+    root,back = q*v.sqrt(),q*v.rsqrt()
+    return root@q.T,back@q.T
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowcf3fb8
 default_kinds = ('svd','tucker2') # In this order
@@ -90,15 +105,23 @@ def check_kinds(
     "Raise a `ValueError` if `names`, or a pattern in the dictionary `kinds`, ask for what cannot be"
     if not isinstance(kinds, (str,dict,type(None))): raise ValueError(f"kinds={kinds!r}: pass the name of a factorisation, {', '.join(factorisations)}, or a dictionary of these by module pattern.")
     mods = {k:m for k,m in model.named_modules() if k}
-    asked = [*[(p,None) for p in names],*(kinds.items() if isinstance(kinds, dict) else ())]
+    asked = [(p,None) for p in names]
+    if isinstance(kinds, dict): asked += kinds.items()
     check_patterns([p for p,_ in asked], mods)
-    for p,kind in asked:
-        fs = [factorisations.find(kind)] if kind else list(factorisations.values())
-        leaves = {k:m for k,m in mods.items() if matches(k, p) and not len(list(m.children()))}
-        if not any(f.fits(m) for m in leaves.values() for f in fs):
-            what = ', '.join(sorted({type(m).__name__ for m in leaves.values()})) or type(mods[p]).__name__
-            raise ValueError(f"{p!r} is {what}, which {'cannot be factorised' if kind is None else f'{kind!r} cannot factorise'}: there is {'; '.join(f'{kind_name(f)} for {f.of}' for f in fs)}.")
+    for p,kind in asked: _check_kind(mods, p, kind)
 
+def _check_kind(mods, p, kind):
+    "Raise a `ValueError` if no layer that `p` means can be factorised, by `kind` or at all"
+    fs = [factorisations.find(kind)] if kind else list(factorisations.values())
+    meant = [m for k,m in mods.items() if matches(k, p)]
+    leaves = [m for m in meant if not len(list(m.children()))]
+    if any(f.fits(m) for m in leaves for f in fs): return
+    what = ', '.join(sorted({type(m).__name__ for m in leaves})) or type(mods[p]).__name__
+    cannot = 'cannot be factorised' if kind is None else f'{kind!r} cannot factorise'
+    can = '; '.join(f'{kind_name(f)} for {f.of}' for f in fs)
+    raise ValueError(f"{p!r} is {what}, which {cannot}: there is {can}.")
+
+# %% ../../nbs/lowrank/02_layers.ipynb #09alowfind01
 def find_layers(
     model:nn.Module, # Any model
     *xb,             # A batch of inputs
@@ -109,16 +132,24 @@ def find_layers(
     check_kinds(model, kinds, [])
     if isinstance(kinds, str): factorisations.find(kinds)
     check_patterns(listify(exclude), [k for k,_ in model.named_modules()])
-    tr,found,left = trace(model, *[x[:2] for x in xb]),{},{}
-    owners = Counter(id(p) for _,m in model.named_modules() for p in m._parameters.values() if p is not None)
+    tr = trace(model, *[x[:2] for x in xb])
+    tensors = [p for m in model.modules() for p in m._parameters.values()]
+    owners = Counter(id(p) for p in tensors if p is not None)
+    found,left = {},{}
     for k,m in model.named_modules():
-        asked = kinds if isinstance(kinds, str) else next((v for p,v in (kinds or {}).items() if matches(k, p)), None)
-        f = next((f for f in (*listify(asked),*default_kinds) if factorisations.find(f).fits(m)), None)
+        f = _kind_for(k, m, kinds)
         if not k or (f is None and not isinstance(m, weighted)): continue
         why = _why_not(k, m, f, exclude, owners, tr)
         if why: left[k] = why
         else: found[k] = (m,f)
     return found,left
+
+def _kind_for(k, m, kinds):
+    "The first factorisation that fits `m`, of the one that is asked for and the usual ones; None if there is none"
+    if isinstance(kinds, dict): asked = next((v for p,v in kinds.items() if matches(k, p)), None)
+    else: asked = kinds
+    choices = [*listify(asked),*default_kinds]
+    return next((f for f in choices if factorisations.find(f).fits(m)), None)
 
 def _why_not(k, m, f, exclude, owners, tr):
     if any(matches(k, p) for p in listify(exclude)): return 'excluded'
@@ -139,7 +170,8 @@ def by_pattern(
     found = {}
     for p,r in ranks.items():
         here = [k for k in layers if matches(k, p)]
-        if not here: raise ValueError(f"{p!r} has no layer that can be factorised: {'; '.join(f'{k!r}: {w}' for k,w in left.items() if matches(k, p)) or 'none has a weight'}.")
+        why = '; '.join(f'{k!r}: {w}' for k,w in left.items() if matches(k, p))
+        if not here: raise ValueError(f"{p!r} has no layer that can be factorised: {why or 'none has a weight'}.")
         for k in here:
             try: found[k] = skeleton(*layers[k], r).rank
             except ValueError as e: raise ValueError(f"{k!r}: {e}") from None
@@ -169,10 +201,14 @@ def follow_recipe(
     recipe:dict      # From `factor_recipe`
 )->nn.Module: # `model`, whose new layers are not filled
     "Make `model` ready for weights of a factorised one; raises `ValueError` if it has no such layers"
-    mods,new = dict(model.named_modules(remove_duplicate=False)),{}
+    mods = dict(model.named_modules(remove_duplicate=False))
+    new = {}
     for k,r in recipe.items():
         if k not in mods: raise ValueError(f"The recipe has {k!r}, and this model has no module of that name.{near_misses(k, mods)} Use the model that was factorised.")
-        if not isinstance(mods[k], LowRank): new.setdefault(id(mods[k]), (k,skeleton(mods[k], r['kind'], tuple(r['rank']))))
+        m = mods[k]
+        if isinstance(m, LowRank): continue
+        layers = skeleton(m, r['kind'], tuple(r['rank']))
+        new.setdefault(id(m), (k,layers))
     return put_factors(model, dict(new.values()))
 
 def put_factors(

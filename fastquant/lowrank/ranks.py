@@ -12,7 +12,7 @@ from copy import deepcopy
 from torch import nn, Tensor
 from fastcore.basics import *
 from typing import NamedTuple
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from ..core.model import *
 from ..core.measure import *
 from .factors import *
@@ -41,26 +41,35 @@ def rank_options(
     w = m.weight.detach().double().cpu()
     if not w.isfinite().all(): raise ValueError("The weight has NaN or infinity in it: training went wrong, or the weights were not loaded whole.")
     if moment is not None: w = weighed(w, roots(moment)[0])
-    tails,shadow = f.spectra(w),deepcopy(m).to('meta')
+    tails = f.spectra(w)
+    tried = _by_trial(f, m, w) if tails is None else _by_spectra(tails, n)
+    shadow = deepcopy(m).to('meta')
     if x is not None: x = x.to('meta')
-    if tails is None: tried = [((r,),None) for r in _ladder(f.full(m)[0], m, f)]
-    else:
-        tails = [tails_of(s) for s in tails]
-        at = lambda t, loss: min(len(t), int((t>loss+1e-12).sum())+1)
-        ranks = dict.fromkeys(tuple(at(t, loss) for t in tails) for loss in [0,*torch.logspace(-4, 0, n-1).tolist()])
-        tried = [(r,sum(t[i-1].item() for t,i in zip(tails, r))) for r in ranks]
-    def option(r, loss): return RankOption(r, f.lost(w, r) if loss is None else min(1., loss), *_cost(shadow, kind, r, x))
-    return [option(*o) for o in tried]
+    return [RankOption(r, lost, *_cost(shadow, kind, r, x)) for r,lost in tried]
 
-def _ladder(top, m, f):
-    "Ranks of CP that are worth a try: from where it saves something, each two thirds of the one before"
-    r = min(top, max(1, m.weight.numel()//(sum(m.weight.shape))))
-    return list(dict.fromkeys(max(1, int(r*(2/3)**i)) for i in range(7)))
+def _by_spectra(tails, n):
+    "At most `n` ranks, from one that loses nothing to 1, and what each loses"
+    tails = [tails_of(s) for s in tails]
+    losses = [0,*torch.logspace(-4, 0, n-1).tolist()]
+    def first(t, loss): return min(len(t), int((t>loss+1e-12).sum())+1)
+    ranks = dict.fromkeys(tuple(first(t, loss) for t in tails) for loss in losses)
+    for r in ranks:
+        lost = sum(t[i-1].item() for t,i in zip(tails, r))
+        yield r,min(1., lost)
 
 # %% ../../nbs/lowrank/03_ranks.ipynb #09alowda1ba9
+def _by_trial(f, m, w):
+    "Ranks of CP that are worth a try, from where it saves something, each two thirds of the one before; and what each loses"
+    top = f.full(m)[0]
+    r = min(top, max(1, m.weight.numel()//(sum(m.weight.shape))))
+    ranks = dict.fromkeys(max(1, int(r*(2/3)**i)) for i in range(7))
+    for r in ranks: yield (r,),f.lost(w, (r,))
+
 def _cost(m, kind, rank, x):
+    "Parameters and multiplications of what stands for `m` at a rank"
     new = skeleton(m, kind, rank)
-    return n_params(new),0 if x is None else sum(layer_macs(new, x).values())
+    macs = 0 if x is None else sum(layer_macs(new, x).values())
+    return n_params(new),macs
 
 # %% ../../nbs/lowrank/03_ranks.ipynb #09alow93c2a7
 def by_energy(
@@ -70,10 +79,14 @@ def by_energy(
 )->dict: # Ranks by path
     "For each layer the cheapest rank that keeps `energy`; layers that would grow are not in it"
     if not 0<energy<=1: raise ValueError(f"energy={energy}: pass the share of energy that each layer keeps, above 0 and up to 1.")
-    enough = {k:[o for o in os if o.lost<=1-energy+1e-9] for k,os in rows.items()}
-    best = {k:min(os, key=lambda o: o.params) for k,os in enough.items() if os}
-    return {k:o.rank for k,o in best.items() if o.params<dense[k]}
+    most,found = 1-energy+1e-9,{}
+    for k,os in rows.items():
+        enough = [o for o in os if o.lost<=most]
+        best = min(enough, key=attrgetter('params'), default=None)
+        if best and best.params<dense[k]: found[k] = best.rank
+    return found
 
+# %% ../../nbs/lowrank/03_ranks.ipynb #09alowsha01
 def by_share(
     rows:dict,   # From `rank_options`, by path
     dense:dict,  # Cost of each layer now
@@ -83,22 +96,29 @@ def by_share(
 )->dict: # Ranks by path
     "Ranks that lose least in all, at `share` of the cost; raises `ValueError` if there are none"
     if not 0<share<1: raise ValueError(f"{what}={share}: pass the share of the model's {what} that is to be left, above 0 and below 1.")
-    price_of,as_is = attrgetter(what),RankOption(None, 0., 0)
-    rows = {k:[as_is._replace(**{what:dense[k]}),*[o for o in os if price_of(o)<dense[k]]] for k,os in rows.items()}
-    total = rest+sum(dense.values())
+    price_of,total = attrgetter(what),rest+sum(dense.values())
+    rows = {k:_smaller(os, what, dense[k]) for k,os in rows.items()}
     def cost(chosen): return rest+sum(map(price_of, chosen.values()))
-    def pick(price): return {k:min(os, key=lambda o: (o.lost+price*price_of(o)/total, price_of(o))) for k,os in rows.items()}
+    def pick(price):
+        def loss(o): return o.lost+price*price_of(o)/total,price_of(o)
+        return {k:min(os, key=loss) for k,os in rows.items()}
     least = cost({k:min(os, key=price_of) for k,os in rows.items()})
     if least>share*total: raise ValueError(f"{what}={share} cannot be reached: with all layers at their lowest rank, {least/total:.3g} of the {what} are left. Pass more than that, or let more layers be factorised.")
     lo,hi = 0.,1e12
     for _ in range(100):
         mid = math.sqrt(max(lo, 1e-12)*hi)
-        lo,hi = (lo,mid) if cost(pick(mid))<=share*total else (mid,hi)
+        if cost(pick(mid))<=share*total: hi = mid
+        else: lo = mid
     chosen = pick(hi)
-    while (better := list(_steps_up(rows, chosen, price_of, share*total-cost(chosen)))):
-        _,k,o = max(better, key=lambda b: b[0])
+    while better := list(_steps_up(rows, chosen, price_of, share*total-cost(chosen))):
+        _,k,o = max(better, key=itemgetter(0))
         chosen[k] = o
     return {k:o.rank for k,o in chosen.items() if o.rank is not None}
+
+def _smaller(options, what, dense):
+    "The layer as it is, and the `options` that cost less"
+    as_is = RankOption(None, 0., 0)._replace(**{what:dense})
+    return [as_is,*[o for o in options if getattr(o, what)<dense]]
 
 def _steps_up(rows, chosen, price_of, room):
     "What each affordable step of one layer gains for its price, with the layer and where it leads"
@@ -137,7 +157,9 @@ def moments(
     "Second moments of the inputs of `layers`, over all places and items"
     found,n = {},Counter()
     def add(k, m, x):
-        x = (x.movedim(1, -1) if isinstance(m, nn.Conv2d) else x).reshape(-1, m.weight.shape[1]).double()
-        found[k],n[k] = found.get(k, 0)+x.T@x,n[k]+len(x)
+        if isinstance(m, nn.Conv2d): x = x.movedim(1, -1)
+        x = x.reshape(-1, m.weight.shape[1]).double()
+        found[k] = found.get(k, 0)+x.T@x
+        n[k] += len(x)
     for xb in batches: _entering(model, layers, xb, add)
     return {k:c/n[k] for k,c in found.items()}
