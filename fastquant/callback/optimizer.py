@@ -28,29 +28,45 @@ def _inner(opt): return opt.opt if isinstance(getattr(opt, 'opt', None), Optimiz
 def _state(opt): return inner.opt.state if isinstance(inner:=_inner(opt), OptimWrapper) else inner.state
 def _groups(opt):
     inner = _inner(opt)
-    return list(inner.opt.param_groups) if isinstance(inner, OptimWrapper) else list(zip(inner.param_lists, inner.hypers))
+    if isinstance(inner, OptimWrapper): return list(inner.opt.param_groups)
+    return list(zip(inner.param_lists, inner.hypers))
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19optidddfff
 def _params(group): return group['params'] if isinstance(group, dict) else group[0]
 
+def _slow(opt):
+    "Slow weights by parameter, where `opt` has some"
+    copies = zip(opt.param_lists, getattr(opt, 'slow_weights', None) or [])
+    return {p:s for ps,ss in copies for p,s in zip(ps, ss)}
+
 def _set_groups(opt, groups):
     "Give `opt` other groups; slow weights of parameters it had before stay what they were"
-    inner,slow = _inner(opt),getattr(opt, 'slow_weights', None)
-    known = {p:s for ps,ss in zip(opt.param_lists, slow or []) for p,s in zip(ps, ss)}
+    inner,known = _inner(opt),_slow(opt)
     if isinstance(inner, OptimWrapper): inner.opt.param_groups[:] = groups
     else: inner.param_lists,inner.hypers = map(L, zip(*groups))
-    if slow is not None: opt.slow_weights = L(L(known.get(p, p.detach().clone()) for p in ps) for ps in opt.param_lists)
+    if getattr(opt, 'slow_weights', None) is None: return
+    def slow(p): return known[p] if p in known else p.detach().clone()
+    opt.slow_weights = L(L(ps).map(slow) for ps in opt.param_lists)
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19optic8ccce
+def _spread(v, n):
+    "A value for each of `n` stages, as fastai has it"
+    if v.start: return even_mults(v.start, v.stop, n)
+    return [v.stop/10]*(n-1)+[v.stop]
+
 class StepGroup:
     "What is different about an optimizer whose first groups are `guests`"
-    def _own(self, g, k, v): return 0. if k=='wd' and not g.passing else v*g.lr if k=='lr' else v
+    def _own(self, g, k, v):
+        if k=='wd' and not g.passing: return 0.
+        return v*g.lr if k=='lr' else v
     def set_hyper(self, k, v):
         n = len(self.param_lists)-len(self.guests)
-        if isinstance(v, slice): v = even_mults(v.start, v.stop, n) if v.start else [v.stop/10]*(n-1)+[v.stop]
+        if isinstance(v, slice): v = _spread(v, n)
         v = L(v, use_list=None)
-        v = v*n if len(v)==1 else v[-n:] if n<len(v)<=n+len(self.guests) else v
-        super().set_hyper(k, [*[self._own(g, k, v[-1]) for g in self.guests.values()],*v])
+        if len(v)==1: v = v*n
+        elif n<len(v)<=n+len(self.guests): v = v[-n:]
+        own = [self._own(g, k, v[-1]) for g in self.guests.values()]
+        super().set_hyper(k, [*own,*v])
     def freeze_to(self, n):
         g = len(self.guests)
         super().freeze_to(n+g if n>=0 else n)
@@ -67,21 +83,34 @@ def _alone(self:StepGroup):
     "Without the guests that are only passing"
     guests,groups = self.guests,_groups(self)
     out = {i:groups[i] for i,g in enumerate(guests.values()) if g.passing}
-    state = {p:_state(self).pop(p, {}) for g in out.values() for p in _params(g)}
-    copies = zip(self.param_lists, getattr(self, 'slow_weights', None) or [])
-    slow = {p:s for ps,ss in copies for p,s in zip(ps, ss) if p in state}
+    gone = [p for g in out.values() for p in _params(g)]
+    state = {p:_state(self).pop(p, {}) for p in gone}
+    slow = {p:s for p,s in _slow(self).items() if p in state}
     self.guests = {k:g for k,g in guests.items() if not g.passing}
     _set_groups(self, [g for i,g in enumerate(groups) if i not in out])
-    one = lambda t: (t.detach(),state.get(t, {}),slow.get(t))
-    try: yield {k:[one(t) for t in (*_params(groups[i]),*g.beside)] for i,(k,g) in enumerate(guests.items()) if g.aside}
+    try: yield _set_aside(guests, groups, state, slow)
     finally:
-        groups = _groups(self)
-        for i,g in out.items(): groups.insert(i, g)
-        _set_groups(self, groups)
-        _state(self).update(state)
+        self._put_back(out, state, slow)
         self.guests = guests
-        both = lambda ps,ss: L(slow.get(p, s) for p,s in zip(ps, ss))
-        if slow: self.slow_weights = L(map(both, self.param_lists, self.slow_weights))
+
+def _set_aside(guests, groups, state, slow):
+    "What is saved of guests who want it: for each tensor its values, state and slow weights"
+    found = {}
+    for (name,guest),group in zip(guests.items(), groups):
+        tensors = (*_params(group),*guest.beside)
+        if guest.aside: found[name] = [(t.detach(),state.get(t, {}),slow.get(t)) for t in tensors]
+    return found
+
+@patch
+def _put_back(self:StepGroup, out, state, slow):
+    "Put groups, their state and their slow weights where they were"
+    groups = _groups(self)
+    for i,g in out.items(): groups.insert(i, g)
+    _set_groups(self, groups)
+    _state(self).update(state)
+    if not slow: return
+    def both(ps, ss): return L(slow.get(p, s) for p,s in zip(ps, ss))
+    self.slow_weights = L(map(both, self.param_lists, self.slow_weights))
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19optie9ea10
 @patch
@@ -104,20 +133,30 @@ def keep_passing(
     "Remember the guests in `state` that were only passing, for `own_group` to go on with"
     opt.waiting = state.get('passing', {})
 
+def _like(v, p):
+    "A copy of `v`, where `p` is if it is a tensor"
+    return v.to(p.device, copy=True) if isinstance(v, Tensor) else v
+
 def _go_on(opt, name, params, beside):
-    saved = getattr(opt, 'waiting', {}).pop(name, None)
-    if saved is None or [t.shape for t in (*params,*beside)]!=[t.shape for t,*_ in saved]: return
-    mine = lambda v,p: v.to(p.device, copy=True) if isinstance(v, Tensor) else v
-    for i,(p,(was,state,slow)) in enumerate(zip(params, saved)):
-        p.data.copy_(was)
-        _state(opt)[p] = {k:mine(v, p) for k,v in state.items()}
+    "Fill the tensors of a guest with what was saved of one like it"
+    saved,tensors = getattr(opt, 'waiting', {}).pop(name, None),[*params,*beside]
+    if saved is None or [t.shape for t in tensors]!=[t.shape for t,*_ in saved]: return
+    for t,(was,*_) in zip(tensors, saved): t.data.copy_(was)
+    for i,(p,(_,state,slow)) in enumerate(zip(params, saved)):
+        _state(opt)[p] = {k:_like(v, p) for k,v in state.items()}
         if getattr(opt, 'slow_weights', None) is None: continue
-        opt.slow_weights[0][i] = p.detach().clone() if slow is None else mine(slow, p)
-    for t,(was,*_) in zip(beside, saved[len(params):]): t.data.copy_(was)
+        opt.slow_weights[0][i] = _like(ifnone(slow, p.detach()), p)
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti872ff0
 @lru_cache
 def _with_group(cls): return type(cls.__name__, (StepGroup,cls), {'__doc__':cls.__doc__, '__module__':cls.__module__})
+
+def _has_group(opt, params, name):
+    "Is there a guest of this name, with these parameters?"
+    guests = list(getattr(opt, 'guests', {}))
+    if name not in guests: return False
+    group = opt.param_lists[guests.index(name)]
+    return [*map(id, params)]==[*map(id, group)]
 
 def own_group(
     opt,             # A fastai optimizer, or an `OptimWrapper`; changed in place
@@ -130,11 +169,13 @@ def own_group(
 ):
     "Put these parameters into a group of their own, the first, and take them out of the others"
     if opt is None or not (params or beside): return
-    i = list(getattr(opt, 'guests', {})).index(name) if name in getattr(opt, 'guests', {}) else None
-    if i is not None and [*map(id, params)]!=[*map(id, opt.param_lists[i])]: i = drop_group(opt, name)
-    if i is None: _add_group(opt, params, name)
+    if not _has_group(opt, params, name):
+        drop_group(opt, name)
+        _add_group(opt, params, name)
     opt.guests[name] = Guest(step_lr, passing, aside, tuple(beside))
-    for k in ('lr','wd'): opt.set_hyper(k, L(opt.hypers).attrgot(k)[len(opt.guests):] if k in opt.hypers[-1] else 0.)
+    for k in ('lr','wd'):
+        stages = L(opt.hypers)[len(opt.guests):]
+        opt.set_hyper(k, stages.attrgot(k) if k in stages[-1] else 0.)
     if aside: _go_on(opt, name, params, beside)
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti800db5
@@ -145,7 +186,9 @@ def _add_group(opt, params, name):
     if isinstance(groups[0], dict):
         rest = [{**g, 'params':without(g['params'])} for g in groups]
         groups = [{**groups[-1], 'params':list(params)},*rest]
-    else: groups = [(L(params),dict(groups[-1][1])),*[(L(without(ps)),h) for ps,h in groups]]
+    else:
+        rest = [(L(without(ps)),hypers) for ps,hypers in groups]
+        groups = [(L(params),dict(groups[-1][1])),*rest]
     _set_groups(opt, groups)
     if not isinstance(groups[0], dict):
         for p in params: _state(opt).setdefault(p, {}) # a state that was loaded has no default
