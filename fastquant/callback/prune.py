@@ -37,7 +37,8 @@ class MaskingCallback(FitCallback):
     order = Recorder.order+.5 # it has made its table, which gets a column, and the progress bar has not shown it yet
     run_valid,remove_on_fetch,_only_train_loop = False,True,True
     def before_fit(self):
-        self.to_prune,self.watched,self.reached,self.run = None,{},sparsity(self.net),self.counts
+        self.to_prune,self.watched = None,{}
+        self.reached,self.run = sparsity(self.net),self.counts
         if not self.run or not hasattr(self.learn, 'recorder'): return
         self.recorder.sparsities = []
         self.add_column('sparsity')
@@ -51,9 +52,11 @@ class MaskingCallback(FitCallback):
         self.plan = plan_for(selection)(self.net, selection, *self.xb)
         if r: r.how = how
         self.left_alone = self.plan.left_alone
-        self.to_prune = self.plan.layers if all(m.weight.requires_grad for m in self.plan.layers.values()) else {}
-        new = {k:m for k,m in self.to_prune.items() if not mask_of(m)}
-        set_masks(self.net, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in new.items()})
+        layers = self.plan.layers
+        trained = all(m.weight.requires_grad for m in layers.values())
+        self.to_prune = layers if trained else {}
+        new = {k:m.weight for k,m in self.to_prune.items() if not mask_of(m)}
+        set_masks(self.net, {k:torch.ones_like(w, dtype=torch.bool) for k,w in new.items()})
         self.reached = sparsity(self.net)
     def change(self, keep):
         "Put masks on, and let gradients and optimizer forget what they prune"
@@ -90,8 +93,9 @@ class PruneScheduleCallback(MaskingCallback):
     def start(self): self.find(self.selection)
     def before_step(self): watch_gradients(self.watched, self.to_prune, needs(self.selection.criterion))
     def due(self):
-        every = self.every or max(1, round((self.schedule.end-self.schedule.start)*self.n_steps/100))
-        return self.step%every==0 or self.step==self.schedule.last(self.n_steps)
+        s,step = self.schedule,self.step
+        every = self.every or max(1, round((s.end-s.start)*self.n_steps/100))
+        return step%every==0 or step==s.last(self.n_steps)
     def update(self):
         share = self.schedule(self.step/self.n_steps)
         if not share or not self.due(): return
@@ -125,9 +129,11 @@ class GroupLassoCallback(FitCallback):
         self.groups,_ = channel_groups(self.net, *self.xb, exclude=self.exclude, round_to=1) # again after channels were removed
         self.size = size
     def after_step(self):
-        lrs = {id(p):h['lr'] for ps,h in zip(self.opt.param_lists, self.opt.hypers) for p in ps}
-        trained = {k:p for k,p in self.net.named_parameters() if p.requires_grad and id(p) in lrs}
-        pull_groups(self.groups, self.net, {k:self.reg*lrs[id(p)] for k,p in trained.items()}, self.alpha)
+        groups = zip(self.opt.param_lists, self.opt.hypers)
+        lrs = {id(p):h['lr'] for ps,h in groups for p in ps}
+        trained = {k:id(p) for k,p in self.net.named_parameters() if p.requires_grad}
+        pulls = {k:self.reg*lrs[i] for k,i in trained.items() if i in lrs}
+        pull_groups(self.groups, self.net, pulls, self.alpha)
 
 # %% ../../nbs/callback/04_prune.ipynb #21call232fe9
 class StatisticsCallback(Callback):
@@ -177,18 +183,21 @@ class RigLCallback(MaskingCallback):
     def start(self):
         self.find(Selection(self.amount, exclude=self.exclude, last=self.last))
         fresh = {k:m for k,m in self.to_prune.items() if m.weight_mask.all()}
-        if fresh and len(fresh)==len(self.to_prune): self.change(random_masks(fresh, self.densities(fresh, self.amount)))
+        if not fresh or len(fresh)<len(self.to_prune): return
+        self.change(random_masks(fresh, self.densities(fresh, self.amount)))
     def due(self):
-        every = self.every or max(1, round(self.end*self.n_steps/100))
-        return bool(self.to_prune) and self.step%every==0 and self.step<self.end*self.n_steps
+        end = self.end*self.n_steps
+        every = self.every or max(1, round(end/100))
+        return bool(self.to_prune) and self.step%every==0 and self.step<end
     def before_backward(self):
         for m in self.to_prune.values(): mask_of(m).watching = self.due()
     def before_step(self):
         if not self.due(): return
         share = moving_share(self.alpha, self.step/(self.end*self.n_steps))
-        dense = {k:d for k,m in self.to_prune.items() if (d:=self.dense(m)) is not None}
-        layers = self.to_prune
-        keep = {k:regrow(layers[k].weight, layers[k].weight_mask, d, share) for k,d in dense.items()}
+        keep = {}
+        for k,m in self.to_prune.items():
+            d = self.dense(m)
+            if d is not None: keep[k] = regrow(m.weight, m.weight_mask, d, share)
         self.change(keep)
         raise CancelStepException()
     def dense(self, m):
