@@ -75,7 +75,8 @@ def attachments(
     model:nn.Module # Any model
 )->list: # Pairs of a path and an attachment
     "What sits on `model` and on the modules in it, those that come first first"
-    return sorted(((k,a) for k,m in model.named_modules() for a in _held(m)), key=lambda o: o[1].order)
+    found = [(k,a) for k,m in model.named_modules() for a in _held(m)]
+    return sorted(found, key=lambda o: o[1].order)
 
 # %% ../../nbs/core/04_attach.ipynb #04att0006b
 def detach(
@@ -86,7 +87,8 @@ def detach(
     held = _held(m)
     held[:] = [a for a in held if not isinstance(a, cls)]
     if held: return
-    saving,loading = (m._state_dict_hooks,m._state_dict_pre_hooks),(m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks)
+    saving = m._state_dict_pre_hooks,m._state_dict_hooks
+    loading = m._load_state_dict_pre_hooks,m._load_state_dict_post_hooks
     for hooks in (*saving,*loading):
         for k in [k for k,h in hooks.items() if held is _owner(h)]: del hooks[k]
 
@@ -156,7 +158,9 @@ def steps_in(
     text,before = state.get(prefix+'structure'),state.get(prefix+'channels_left')
     if before is not None: # all that there could be, before there were steps
         return [structure_steps.find('recipe').from_json(tensor_to_text(before))]
-    return [] if text is None else [structure_steps.find(k).from_json(s) for k,s in json.loads(tensor_to_text(text))]
+    if text is None: return []
+    said = json.loads(tensor_to_text(text))
+    return [structure_steps.find(k).from_json(s) for k,s in said]
 
 # %% ../../nbs/core/04_attach.ipynb #04att000fb
 def _lead(mine, theirs):
@@ -219,7 +223,7 @@ def try_first(
     strict:bool=True  # As in `load_state_dict`
 ):
     "Raise what loading `state` into `model` would raise, and leave both alone"
-    sizes = lambda s: {k:v.shape for k,v in s.items() if isinstance(v, Tensor)}
+    def sizes(s): return {k:v.shape for k,v in s.items() if isinstance(v, Tensor)}
     if sizes(model.state_dict())!=sizes(state): put_all(clean_copy(model), state, batch, strict)
 
 def load_attached(

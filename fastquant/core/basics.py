@@ -36,7 +36,8 @@ class Registry(dict):
         "`o` itself, or what is registered under that name; raises `ValueError` where there is nothing"
         if not isinstance(o, str): return o
         if o in self: return self[o]
-        raise ValueError(f"No {self.kind} is called {o!r}.{near_misses(o, self)} Pass one of {', '.join(sorted(self))}, or an object of your own.")
+        near,names = near_misses(o, self),', '.join(sorted(self))
+        raise ValueError(f"No {self.kind} is called {o!r}.{near} Pass one of {names}, or an object of your own.")
 
 # %% ../../nbs/core/00_basics.ipynb #00basi256e36
 def matches(

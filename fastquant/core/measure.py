@@ -22,8 +22,10 @@ def n_bytes(
 )->int:
     "Bytes on disk"
     if isinstance(model, FileModel): return len(model.data)
-    once = {t.data_ptr() or k:(k,t) for k,t in model.state_dict().items() if isinstance(t, Tensor)}
-    return len(save({k:t.detach().contiguous().clone() for k,t in once.values()}))
+    state = {k:t for k,t in model.state_dict().items() if isinstance(t, Tensor)}
+    once = {t.data_ptr() or k:(k,t) for k,t in state.items()}
+    copies = {k:t.detach().contiguous().clone() for k,t in once.values()}
+    return len(save(copies))
 
 # %% ../../nbs/core/03_measure.ipynb #08repod86c4b
 def n_params(
@@ -57,9 +59,10 @@ def layer_macs(
     mods = {k:m for k,m in model.named_modules() if counts(m)}
     with evaluating(model), catching(model, mods) as out: model(*xb)
     def one(m, y):
-        wide,each = (m.out_features,m.macs()) if hasattr(m, 'macs') else (len(m.weight),m.weight.numel())
+        if hasattr(m, 'macs'): wide,each = m.out_features,m.macs()
+        else: wide,each = len(m.weight),m.weight.numel()
         return round(y.numel()/len(y)/wide*each)
-    return {k:one(m, out[k]) for k,m in mods.items() if k in out}
+    return {k:one(mods[k], out[k]) for k in mods if k in out}
 
 # %% ../../nbs/core/03_measure.ipynb #08repode5f90
 def latency(
@@ -69,12 +72,15 @@ def latency(
     seconds:float=10. # Stop early after so many in all
 )->pd.DataFrame: # Median and spread in ms, a row for each name
     "Time `fns` in turns"
-    times,order,start = {k:[] for k in fns},random.Random(42),time.perf_counter()
+    times,order = {k:[] for k in fns},random.Random(42)
+    start = time.perf_counter()
     for i in range(n+warmup):
         for k in order.sample(list(fns), len(fns)):
             t = time.perf_counter()
             fns[k]()
             if i>=warmup: times[k].append((time.perf_counter()-t)*1e3)
         if i>warmup+2 and time.perf_counter()-start>seconds: break
-    def row(t): return dict(median=np.median(t), spread=np.subtract(*np.percentile(t, [75,25])))
+    def row(t):
+        low,high = np.percentile(t, [25,75])
+        return dict(median=np.median(t), spread=high-low)
     return pd.DataFrame({k:row(t) for k,t in times.items()}).T

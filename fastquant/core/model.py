@@ -24,7 +24,8 @@ def tensors(
     "All the tensors in nested lists, tuples and dictionaries"
     if isinstance(o, Tensor): return [o]
     if isinstance(o, dict): o = list(o.values())
-    return [t for x in o for t in tensors(x)] if isinstance(o, (list,tuple)) else []
+    if not isinstance(o, (list,tuple)): return []
+    return [t for x in o for t in tensors(x)]
 
 def floats(
     o # Anything
@@ -76,7 +77,8 @@ def clean_copy(
 )->nn.Module:
     "A copy of `model` without what fastai's hooks have stored in it"
     def several(v): return v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])
-    hooks = [h for m in model.modules() for v in vars(m).values() for h in several(v) if hasattr(h, 'stored')]
+    held = [v for m in model.modules() for v in vars(m).values()]
+    hooks = [h for v in held for h in several(v) if hasattr(h, 'stored')]
     return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
 
 # %% ../../nbs/core/01_model.ipynb #22lear2e7f2e

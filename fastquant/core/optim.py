@@ -17,8 +17,10 @@ def remembered(
     p:nn.Parameter # One of its parameters
 )->list: # Pairs of a container and a key: `box[key]` is the tensor
     "Every tensor that `opt` remembers of `p`"
-    boxes = [getattr(o, 'state', {}).get(p, {}) for o in (opt,getattr(opt, 'opt', None))]
-    found = [(box,k) for box in {id(b):b for b in boxes}.values() for k in box]
+    keepers = opt,getattr(opt, 'opt', None)
+    boxes = [getattr(o, 'state', {}).get(p, {}) for o in keepers]
+    once = {id(b):b for b in boxes}.values()
+    found = [(box,k) for box in once for k in box]
     for slow,ps in zip(getattr(opt, 'slow_weights', None) or (), opt.param_lists if opt else ()):
         found += [(slow,i) for i,q in enumerate(ps) if q is p]
     return [(box,k) for box,k in found if isinstance(box[k], Tensor)]

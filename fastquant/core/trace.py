@@ -24,7 +24,9 @@ def op_name(
     func # As a `TorchFunctionMode` gets it
 )->str:
     "Short name of an operation, the same for its function, method and operator forms"
-    if func not in _names: _names[func] = (resolve_name(func) or func.__name__).removesuffix('.__get__').split('.')[-1]
+    if func not in _names:
+        name = resolve_name(func) or func.__name__
+        _names[func] = name.removesuffix('.__get__').split('.')[-1]
     return _names[func]
 
 # %% ../../nbs/core/02_trace.ipynb #04trac0e3e03
@@ -32,32 +34,41 @@ class Where(TorchFunctionMode):
     "Shows each tensor operation that `model` runs to `see`, together with its key `(module path, name, count)`"
     def __init__(self, model):
         super().__init__()
-        self.paths = {id(vars(m)):k for k,m in reversed(list(model.named_modules()))}
+        named = list(model.named_modules())
+        self.paths = {id(vars(m)):k for k,m in reversed(named)}
         self.stack,self.count = [''],Counter()
     def __enter__(self):
-        before,after = register_module_forward_pre_hook(self.push),register_module_forward_hook(self.pop, always_call=True)
+        before = register_module_forward_pre_hook(self.push)
+        after = register_module_forward_hook(self.pop, always_call=True)
         self.hooks = before,after
         return super().__enter__()
     def __exit__(self, *args):
         for h in self.hooks: h.remove()
         return super().__exit__(*args)
-    def push(self, m, args): self.stack.append(self.paths.get(id(vars(m)), self.stack[-1]))
+    def push(self, m, args):
+        around = self.stack[-1]
+        self.stack.append(self.paths.get(id(vars(m)), around))
     def pop(self, m, args, out): self.stack = self.stack[:-1] or ['']
     def __torch_function__(self, func, types, args=(), kwargs=None):
         place = self.stack[-1],op_name(func)
-        out = self.see((*place,self.count[place]), func, args, kwargs or {})
+        key = *place,self.count[place]
+        out = self.see(key, func, args, kwargs or {})
         if floats(out): self.count[place] += 1
         return out
     def see(self, key, func, args, kwargs): return func(*args, **kwargs)
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
-kinds = {**{k:'layer' for k in ('conv1d','conv2d','conv3d','linear')},
-    **{k:'arith' for k in '''add add_ __add__ __radd__ __iadd__ mul mul_ __mul__ __rmul__ __imul__ cat concat
-        avg_pool2d adaptive_avg_pool2d'''.split()},
-    **{k:'move' for k in '''max_pool1d max_pool2d reshape view flatten unflatten transpose permute squeeze unsqueeze contiguous
+_of_kind = dict(
+    layer='conv1d conv2d conv3d linear',
+    arith='''add add_ __add__ __radd__ __iadd__ mul mul_ __mul__ __rmul__ __imul__ cat concat
+        avg_pool2d adaptive_avg_pool2d''',
+    move='''max_pool1d max_pool2d reshape view flatten unflatten transpose permute squeeze unsqueeze contiguous
         __getitem__ chunk split tensor_split narrow select unbind pad dropout dropout2d pixel_shuffle interpolate upsample
-        channel_shuffle flip roll repeat expand detach as_subclass clone T mT to'''.split()},
-    **{k:'act' for k in ('relu','relu_','relu6','hardtanh','hardtanh_')}, 'batch_norm':'norm'}
+        channel_shuffle flip roll repeat expand detach as_subclass clone T mT to''',
+    act='relu relu_ relu6 hardtanh hardtanh_',
+    norm='batch_norm')
+
+kinds = {name:kind for kind,names in _of_kind.items() for name in names.split()}
 
 # %% ../../nbs/core/02_trace.ipynb #04trac3c4da6
 def kind_of(
@@ -95,7 +106,9 @@ class Tracer(Where):
     "Writes down all operations on activations"
     def __init__(self, model):
         super().__init__(model)
-        self.model,self.ops,self.vals,self.keep,self.ran,self.users = model,[],{},[],set(),WeakTensorKeyDictionary()
+        self.model,self.ops,self.ran = model,[],set()
+        self.vals,self.keep = {},[]
+        self.users = WeakTensorKeyDictionary()
     def push(self, m, args):
         super().push(m, args)
         self.ran.add(self.stack[-1])
@@ -104,6 +117,9 @@ class Tracer(Where):
         self.keep.append(t)
         self.vals[id(t)] = len(self.keep)-1
         return self.vals[id(t)]
+    def known(self, ts):
+        "The values of those of `ts` that have one"
+        return [self.vals[id(t)] for t in ts if id(t) in self.vals]
     def owns(self, path, kind, args):
         "Whether a layer's weight, or a batchnorm's mean, is the module's own, and not computed"
         m = self.model.get_submodule(path)
@@ -112,14 +128,17 @@ class Tracer(Where):
         return len(args)>1 and own is not None and args[1] is own
     def see(self, key, func, args, kwargs):
         given = floats((args,kwargs))
-        acts = [self.vals[id(t)] for t in given if id(t) in self.vals]
+        acts = self.known(given)
         for t in given: self.users.setdefault(t, key)
         out = func(*args, **kwargs)
-        kind = kind_of(key[1], len(acts), len(given)-len(acts), args, kwargs)
-        if kind in ('layer','norm') and not self.owns(key[0], kind, args): kind = 'float'
-        same = kind=='move' and any(o is i for o in floats(out) for i in given)
         made = floats(out)
-        if acts and made and not same: self.ops.append(Op(key, tuple(acts), tuple(map(self.value, made)), kind, made[0].ndim))
+        path,name,_ = key
+        kind = kind_of(name, len(acts), len(given)-len(acts), args, kwargs)
+        if kind in ('layer','norm') and not self.owns(path, kind, args): kind = 'float'
+        same = kind=='move' and any(o is i for o in made for i in given)
+        if acts and made and not same:
+            outs = tuple(map(self.value, made))
+            self.ops.append(Op(key, tuple(acts), outs, kind, made[0].ndim))
         return out
 
 # %% ../../nbs/core/02_trace.ipynb #04trac99e51e
@@ -145,4 +164,5 @@ def trace(
     t = Tracer(model)
     inputs = [t.value(x) for x in floats(xb)]
     with parametrize.cached(), evaluating(model), t: out = model(*xb)
-    return Trace(t.ops, inputs, {t.vals[id(o)] for o in floats(out) if id(o) in t.vals}, t.ran, t.users)
+    outputs = set(t.known(floats(out)))
+    return Trace(t.ops, inputs, outputs, t.ran, t.users)
