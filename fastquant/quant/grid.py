@@ -37,9 +37,11 @@ def qparams(
 )->tuple: # Scale (float) and zero point (int32), shaped like `lo`
     "Scale and zero point that put the floats `lo..hi` on `grid`, and 0. exactly on an integer (Jacob et al. 2018, eq. 12 and 13)"
     lo,hi = lo.clamp(max=0),hi.clamp(min=0)
-    s = torch.maximum(lo/grid.lo, hi/grid.hi) if grid.signed else hi/grid.hi-lo/grid.hi
+    if grid.signed: s = torch.maximum(lo/grid.lo, hi/grid.hi)
+    else: s = hi/grid.hi-lo/grid.hi
     s = torch.where(s>1e-30, s, torch.ones_like(s))
-    z = torch.zeros_like(s) if grid.signed else (-lo/s).round().clamp(grid.lo, grid.hi)
+    if grid.signed: z = torch.zeros_like(s)
+    else: z = (-lo/s).round().clamp(grid.lo, grid.hi)
     return s,z.int()
 
 # %% ../../nbs/quant/00_grid.ipynb #01affibb72f3
@@ -49,17 +51,22 @@ def along(
     axis:int=0 # Dimension of `x` that they lie along
 )->Tensor: # To be used with `x`
     "`s` shaped so that it varies along `axis` of `x`, or as it is if there is one for the whole tensor"
-    return s if not s.ndim else s.reshape([-1 if i==axis else 1 for i in range(x.ndim)])
+    if not s.ndim: return s
+    shape = [1]*x.ndim
+    shape[axis] = -1
+    return s.reshape(shape)
 
 # %% ../../nbs/quant/00_grid.ipynb #01affi682150
 @torch.library.custom_op('fastquant::quantize', mutates_args=())
 def _quantize(x:Tensor, scale:Tensor, zero_point:Tensor, lo:int, hi:int, axis:int=0)->Tensor:
-    q = (x/along(scale, x, axis)).round_().add_(along(zero_point, x, axis))
+    s,z = along(scale, x, axis),along(zero_point, x, axis)
+    q = (x/s).round_().add_(z)
     return q.clamp_(lo, hi).to(zero_point.dtype)
 
 @torch.library.custom_op('fastquant::dequantize', mutates_args=())
 def _dequantize(q:Tensor, scale:Tensor, zero_point:Tensor, axis:int=0)->Tensor:
-    return (q.to(scale.dtype)-along(zero_point, q, axis).to(scale.dtype))*along(scale, q, axis)
+    s,z = along(scale, q, axis),along(zero_point, q, axis)
+    return (q.to(s.dtype)-z.to(s.dtype))*s
 
 # %% ../../nbs/quant/00_grid.ipynb #01affi9c90eb
 @_quantize.register_fake
@@ -88,11 +95,14 @@ def dequantize(
     return torch.ops.fastquant.dequantize(q, scale, zero_point, axis)
 
 # %% ../../nbs/quant/00_grid.ipynb #01affie90cec
-def _flat(t): return (t.permute(0,2,3,1) if t.ndim==4 and not t.is_contiguous() else t).reshape(-1)
+def _flat(t):
+    if t.ndim==4 and not t.is_contiguous(): t = t.permute(0,2,3,1)
+    return t.reshape(-1)
 
 def _dot(a, b):
     if a.dtype.itemsize<4: return (a*b).sum(dtype=torch.float)
-    return torch.dot(_flat(a), _flat(b)) if a.stride()==b.stride() else (a*b).sum()
+    if a.stride()!=b.stride(): return (a*b).sum()
+    return torch.dot(_flat(a), _flat(b))
 
 class _FakeQuant(torch.autograd.Function):
     "Rounding of `x` to multiples of `s` from `lo` to `hi`, with a gradient for `x` and one, `k` times as large as it is, for `scale`"
@@ -109,10 +119,13 @@ class _FakeQuant(torch.autograd.Function):
         x,*y = ctx.saved_tensors
         if g.stride()!=x.stride(): g = torch.empty_like(x, dtype=g.dtype).copy_(g)
         one = not isinstance(ctx.s, Tensor)
-        dx = torch.ops.aten.hardtanh_backward(g, x if one else x/ctx.s, *ctx.inside)
+        at = x if one else x/ctx.s
+        dx = torch.ops.aten.hardtanh_backward(g, at, *ctx.inside)
         if not y: return dx,*[None]*7
         if one: ds = (_dot(g, y[0])-_dot(dx, x))/ctx.s
-        else: ds = ((g*y[0]-dx*x).flatten(1).sum(1)/ctx.s.flatten())
+        else:
+            each = (g*y[0]-dx*x).flatten(1)
+            ds = each.sum(1)/ctx.s.flatten()
         return dx,ds.float()*ctx.k,*[None]*6
 
 # %% ../../nbs/quant/00_grid.ipynb #01affifb836a
@@ -136,7 +149,8 @@ def round_channels(
 )->Tensor:
     "`fake_quant` with a scale for each channel, on a grid around 0"
     s = along(scale.detach(), x)
-    return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, (grid.lo-.5, grid.hi+.5), k, fit)
+    inside = grid.lo-.5,grid.hi+.5
+    return _FakeQuant.apply(x, scale, s, grid.lo, grid.hi, inside, k, fit)
 
 def round_tensor(
     x:Tensor,  # Floats
@@ -150,5 +164,6 @@ def round_tensor(
 )->Tensor:
     "`fake_quant` with scale and zero point as numbers, of `x` clipped at 0 and `cap` if that is given"
     lo,hi = grid.lo-z,grid.hi-z
-    inside = ((lo-.5)*s, (hi+.5)*s) if cap is None else (0., min((hi+.5)*s, cap))
+    inside = (lo-.5)*s,(hi+.5)*s
+    if cap is not None: inside = 0.,min(inside[1], cap)
     return _FakeQuant.apply(x, scale, s, lo, hi, inside, k, fit)

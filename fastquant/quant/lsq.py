@@ -39,4 +39,5 @@ def first_qparams(
 )->tuple: # Scale and zero point, shaped like `lo`
     "Scale and zero point to start learning from, for values of both signs too"
     _,z = qparams(lo, hi, grid)
-    return _step(mean, torch.maximum(grid.hi-z, z-grid.lo).float()),z
+    n = torch.maximum(grid.hi-z, z-grid.lo)
+    return _step(mean, n.float()),z

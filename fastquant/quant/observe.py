@@ -40,7 +40,9 @@ def min_max_of(
     x:Tensor # A row for each channel
 )->tuple: # One of each for each row
     "Smallest and largest value of each row; one row is a full reduction, which is faster"
-    return [o[None] for o in x.aminmax()] if len(x)==1 else x.aminmax(dim=1)
+    if len(x)!=1: return x.aminmax(dim=1)
+    lo,hi = x.aminmax()
+    return lo[None],hi[None]
 
 @observers
 class MinMax(Observer):
@@ -79,14 +81,15 @@ class Histogram(Observer):
     def width(self): return ((self.hi-self.lo)/self.bins)[:,None]
     def centers(self)->Tensor:
         "The middle of each bin, a row for each channel"
-        return self.lo[:,None]+(torch.arange(self.bins, device=self.lo.device)+.5)*self.width
+        i = torch.arange(self.bins, device=self.lo.device)
+        return self.lo[:,None]+(i+.5)*self.width
     def count(self, x, by):
         "Add `by` to the bin of each of `x`"
-        i = ((x-self.lo[:,None])/self.width.clamp(min=1e-30)).nan_to_num(0).clamp(0, self.bins-1).long()
+        i = (x-self.lo[:,None])/self.width.clamp(min=1e-30)
+        i = i.nan_to_num(0).clamp(0, self.bins-1).long()
         self.hist.scatter_add_(1, i, by)
-    def forward(self, x):
-        lo,hi = min_max_of(x)
-        lo,hi = torch.minimum(self.lo, lo),torch.maximum(self.hi, hi)
+    def widen(self, lo, hi):
+        "Let the bins reach from `lo` to `hi`, with what was counted so far"
         old = (self.centers(),self.hist.clone()) if self.hist.any() else None
         grows = bool(((lo<self.lo)|(hi>self.hi)).any())
         self.lo.copy_(lo)
@@ -94,7 +97,11 @@ class Histogram(Observer):
         if old and grows:
             self.hist.zero_()
             self.count(*old)
-        x = x[:,::max(1, x.shape[1]//self.sample)|1]
+    def forward(self, x):
+        lo,hi = min_max_of(x)
+        self.widen(torch.minimum(self.lo, lo), torch.maximum(self.hi, hi))
+        step = max(1, x.shape[1]//self.sample)|1
+        x = x[:,::step]
         self.count(x, torch.ones_like(x))
 
 # %% ../../nbs/quant/03_observe.ipynb #02obseb8256e
@@ -109,7 +116,9 @@ class Percentile(Histogram):
         self.share = share
     def range(self, grid):
         below = self.hist.cumsum(1)/self.hist.sum(1, keepdim=True)
-        at = lambda o: self.centers().gather(1, o.float().argmax(1, keepdim=True))[:,0]
+        def at(o):
+            i = o.float().argmax(1, keepdim=True)
+            return self.centers().gather(1, i)[:,0]
         return at(below>1-self.share),at(below>=self.share)
 
 # %% ../../nbs/quant/03_observe.ipynb #02obsec5deb2
@@ -118,26 +127,38 @@ def _shrunk(obs, grid, n=16, smallest=.3):
     ends = torch.stack([obs.lo,obs.hi])
     share,best = torch.ones_like(ends),obs.err(*ends, grid)
     for moved in ([[0,1]] if grid.signed else [[1],[0]]*2):
-        mid,half = torch.full_like(obs.lo, (1+smallest)/2),(1-smallest)/2
+        mid = torch.full_like(obs.lo, (1+smallest)/2)
+        half = (1-smallest)/2
         for _ in range(2):
             for step in torch.linspace(-half, half, n).tolist():
                 trial = share.clone()
                 trial[moved] = (mid+step).clamp(max=1)
                 e = obs.err(*(ends*trial), grid)
-                share,best = torch.where(e<best, trial, share),torch.minimum(e, best)
+                share = torch.where(e<best, trial, share)
+                best = torch.minimum(e, best)
             mid,half = share[moved[0]],2*half/(n-1)
     return tuple(ends*share)
+
+def _rounded(x, s, z, grid): return ((x/s).round()+z).clamp(grid.lo, grid.hi)
 
 @observers
 class MSE(Histogram):
     "The range on which rounding makes the smallest mean squared error"
     def err(self, lo, hi, grid):
         "Sum of squared errors of each row, were the range `lo..hi`"
-        c,(s,z) = self.centers(),(o[:,None] for o in qparams(lo, hi, grid))
-        return ((((c/s).round()+z).clamp(grid.lo, grid.hi).sub(z)*s-c)**2*self.hist).sum(1)
+        s,z = (o[:,None] for o in qparams(lo, hi, grid))
+        c = self.centers()
+        lost = _rounded(c, s, z, grid).sub(z)*s-c
+        return (lost**2*self.hist).sum(1)
     def range(self, grid): return _shrunk(self, grid)
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse02a0af
+def _divergence(p, q):
+    p = p/p.sum(1, keepdim=True)
+    q = q/q.sum(1, keepdim=True).clamp(min=1e-30)
+    ratio = p/q.clamp(min=1e-10)
+    return torch.where(p>0, p*ratio.log(), 0.).sum(1)
+
 @observers
 class Entropy(Histogram):
     "The range that keeps most information in the sense of Kullback and Leibler (Migacz 2017); it can clip far too much"
@@ -146,12 +167,15 @@ class Entropy(Histogram):
         s,z = (o[:,None] for o in qparams(lo, hi, grid))
         c = self.centers()
         inside = (c>=lo[:,None])&(c<=hi[:,None])
-        step = ((c/s).round()+z).clamp(grid.lo, grid.hi).sub(grid.lo).long()
-        total = lambda o: torch.zeros(len(c), grid.hi-grid.lo+1, device=c.device).scatter_add_(1, step, o).gather(1, step)
+        step = _rounded(c, s, z, grid).sub(grid.lo).long()
+        def total(o):
+            sums = torch.zeros(len(c), grid.hi-grid.lo+1, device=c.device)
+            return sums.scatter_add_(1, step, o).gather(1, step)
         kept = self.hist*inside
-        edge = ((step==step.amin(1, keepdim=True))|(step==step.amax(1, keepdim=True)))&inside
-        p = kept+edge*(total(self.hist*~inside)/total(edge.float()).clamp(min=1))
-        q = total(kept)/total((kept>0).float()).clamp(min=1)*(kept>0)
-        p,q = p/p.sum(1, keepdim=True),q/q.sum(1, keepdim=True).clamp(min=1e-30)
-        return torch.where(p>0, p*(p/q.clamp(min=1e-10)).log(), 0.).sum(1)
+        filled = kept>0
+        first,last = step.amin(1, keepdim=True),step.amax(1, keepdim=True)
+        edge = ((step==first)|(step==last))&inside
+        clipped = total(self.hist*~inside)/total(edge.float()).clamp(min=1)
+        even = total(kept)/total(filled.float()).clamp(min=1)
+        return _divergence(kept+edge*clipped, even*filled)
     def range(self, grid): return _shrunk(self, grid)

@@ -40,8 +40,14 @@ def _fit(rows):
     b -= over-half
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia70s0f
-def _across(w): return w.ndim>2 and w.shape[1]%2==1 # do pairs reach from one position of the kernel to the next?
-def _halved(w): return 256<w[0].numel()<1536 and w[0].numel()%4 in (1,2) # may a second half begin within a pair?
+def _across(w):
+    "Do pairs reach from one position of the kernel to the next?"
+    return w.ndim>2 and w.shape[1]%2==1
+
+def _halved(w):
+    "May a second half begin within a pair?"
+    n = w[0].numel()
+    return 256<n<1536 and n%4 in (1,2)
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia70s1f
 def fit_pairs(
@@ -91,9 +97,14 @@ def portable_scale(
 )->Tensor: # Like `s`
     "The scale from .8 to 2 times `s` at which rounding to integers that fit does least to the output"
     n = max(1, 2**18//w[0].numel())
-    if len(s)>1 and len(w)>n: return torch.cat([portable_scale(*o, grid) for o in zip(w.split(n), s.split(n))])
-    best = _best_of(w, grid, torch.stack([s, torch.full_like(s, torch.inf)]), [s*k for k in torch.linspace(.8, 2, 13).tolist()])
-    return _best_of(w, grid, best, [best[0]+s*k for k in torch.linspace(-.1, .1, 12).tolist()])[0]
+    if len(s)>1 and len(w)>n:
+        parts = zip(w.split(n), s.split(n))
+        return torch.cat([portable_scale(*o, grid) for o in parts])
+    coarse = torch.linspace(.8, 2, 13).tolist()
+    fine = torch.linspace(-.1, .1, 12).tolist()
+    first = torch.stack([s, torch.full_like(s, torch.inf)])
+    best = _best_of(w, grid, first, [s*k for k in coarse])
+    return _best_of(w, grid, best, [best[0]+s*k for k in fine])[0]
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaifolw02
 def largest_pair(
@@ -102,8 +113,11 @@ def largest_pair(
     "The largest sum of neighbours, either way, in the orders of all kernels"
     rows = w.movedim(1, -1)
     flat = rows.flatten(1)
-    orders = [rows, *[flat]*_across(w), *[flat[:,1:]]*_halved(w)]
-    sums = torch.cat([(a+b).flatten(1) for a,b in map(_pairs, orders)], 1)
+    orders = [rows]
+    if _across(w): orders.append(flat)
+    if _halved(w): orders.append(flat[:,1:])
+    sums = [(a+b).flatten(1) for a,b in map(_pairs, orders)]
+    sums = torch.cat(sums, 1)
     return sums.abs().amax(1) if sums.shape[1] else sums.new_zeros(len(w))
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia7001f

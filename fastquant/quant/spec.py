@@ -122,8 +122,10 @@ def low_bits(
     act:int     # Bits of an activation that goes into a layer
 )->Spec:
     "Learned step sizes (Esser et al. 2020), a scale for each output channel, 8 bits for the first and last layer and for what is added, joined or pooled"
-    return Spec(weight=TensorSpec(Grid(weight), 'mse', PerChannel(), learned=True),
-        act=TensorSpec(Grid(act, signed=False), 'mse', learned=True), stream=TensorSpec(Grid(8, signed=False), 'mse'), ends=Spec())
+    weights = TensorSpec(Grid(weight), 'mse', PerChannel(), learned=True)
+    acts = TensorSpec(Grid(act, signed=False), 'mse', learned=True)
+    stream = TensorSpec(Grid(8, signed=False), 'mse')
+    return Spec(weights, acts, stream, ends=Spec())
 
 for w,a in (4,8),(4,4),(3,8),(3,3),(2,8),(2,4),(2,2): specs[f'w{w}a{a}'] = bind(low_bits, w, a)
 
@@ -138,15 +140,21 @@ def find_spec(
     raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {o!r}.")
 
 # %% ../../nbs/quant/04_spec.ipynb #03specyet02
+def _not_yet(s):
+    "What of `s` itself no engine is given yet"
+    parts = [o for o in (s.weight,s.act,s.stream) if o]
+    if s.act is None: yield 'act=None, weights only'
+    if isinstance(s.weight.granularity, PerGroup): yield 'PerGroup'
+    if any(o.dynamic for o in parts): yield 'dynamic=True'
+    if any(o.half for o in parts): yield 'half precision'
+
 def check_lowered(
     spec:Spec # What is wanted
 ):
     "Raise a `NotImplementedError` that names what of `spec`, or of its exceptions, no engine is given yet"
-    for s in [spec,*filter(None, [spec.ends,*(o for _,o in spec.overrides)])]:
-        parts = [o for o in (s.weight,s.act,s.stream) if o]
-        wants = {'act=None, weights only':s.act is None, 'PerGroup':isinstance(s.weight.granularity, PerGroup),
-            'dynamic=True':any(o.dynamic for o in parts), 'half precision':any(o.half for o in parts)}
-        if (found:=[k for k,yes in wants.items() if yes]): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8' or 'w4a8', or leave layers in float with `exclude`.")
+    others = [spec.ends,*(o for _,o in spec.overrides)]
+    for s in [spec,*filter(None, others)]:
+        if (found:=list(_not_yet(s))): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8' or 'w4a8', or leave layers in float with `exclude`.")
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76979
 def _in_words(o):
@@ -173,15 +181,17 @@ def _granularity(word):
 
 def _tensor_spec(d):
     if not d: return d
-    grid = getattr(torch, d['grid']) if isinstance(d['grid'], str) else Grid(**d['grid'])
+    grid = d['grid']
+    grid = getattr(torch, grid) if isinstance(grid, str) else Grid(**grid)
     how = dict(granularity=_granularity(d['granularity'])) if 'granularity' in d else {} # else it says `per_channel`
     return TensorSpec(**{**d, **how, 'grid':grid})
 
 def _spec(d):
     if not d: return d
-    parts = dict(weight=_tensor_spec(d['weight']), act=_tensor_spec(d['act']), stream=_tensor_spec(d['stream']))
-    rest = dict(ends=_spec(d['ends']), overrides=tuple((p,_spec(s)) for p,s in d['overrides']))
-    return Spec(**{**_before_pairs, **d, **parts, **rest})
+    parts = {k:_tensor_spec(d[k]) for k in ('weight','act','stream')}
+    parts['ends'] = _spec(d['ends'])
+    parts['overrides'] = tuple((p,_spec(s)) for p,s in d['overrides'])
+    return Spec(**{**_before_pairs, **d, **parts})
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76s19
 def spec_from_json(
