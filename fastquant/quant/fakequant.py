@@ -6,8 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
-import math, torch
-import torch.distributed as dist
+import math, torch, torch.distributed as dist
 from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
@@ -34,7 +33,8 @@ class Site:
         source:str,      # Path of the module whose output this is
         touching=()      # Paths of the modules that make or use it in int8
     ):
-        self.of,self.i,self.spec,self.source,self.touching,self.observer = of,i,spec,source,list(touching),None
+        self.of,self.i,self.spec = of,i,spec
+        self.source,self.touching,self.observer = source,list(touching),None
     @property
     def numbers(self)->tuple: return self.of.numbers[self.i]
     @property
@@ -50,8 +50,10 @@ class Site:
     def forward(self, x, cap=None):
         "`x` rounded; clipped at 0 and `cap` if that is given"
         s,z = self.numbers
+        grid = self.spec.grid
         learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
-        return round_tensor(x, s, z, self.spec.grid, learned, grad_factor(x[:1].numel(), self.spec.grid), cap)
+        k = grad_factor(x[:1].numel(), grid)
+        return round_tensor(x, s, z, grid, learned, k, cap)
     def __repr__(self): return f'Site({self.source}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep4d4d58
@@ -69,17 +71,21 @@ def distributed()->bool:
 @patch
 def note(self:Site, x, cap=None):
     "Remember the extremes of `x`, and of values that will be a step's to learn also how large they are on average"
-    t,r = x.detach().as_subclass(Tensor),self.of
-    lo,hi = (torch.zeros((), device=x.device),t.amax().float().clamp(0, cap)) if cap else (t.amin().float(),t.amax().float())
-    mean = t.abs().mean(dtype=torch.float32) if self.spec.learned and not r.ready else torch.full_like(lo, torch.nan)
-    r.seen.setdefault(self.i, []).append(torch.stack([lo, hi, mean]))
+    t = x.detach().as_subclass(Tensor)
+    hi = t.amax().float()
+    if cap: lo,hi = torch.zeros((), device=x.device),hi.clamp(0, cap)
+    else: lo = t.amin().float()
+    if self.spec.learned and not self.of.ready: mean = t.abs().mean(dtype=torch.float32)
+    else: mean = torch.full_like(lo, torch.nan)
+    self.of.seen.setdefault(self.i, []).append(torch.stack([lo, hi, mean]))
     return x
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepd091c6
 @patch
 def through_integers(self:Site, x):
     "`x` as integers, and as floats again"
-    s,z = (getattr(self.of.model, f'site_{self.i}_{k}') for k in ('scale','zero_point'))
+    model,name = self.of.model,f'site_{self.i}'
+    s,z = getattr(model, f'{name}_scale'),getattr(model, f'{name}_zero_point')
     return dequantize(quantize(x, s, z, self.spec.grid), s, z)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqgate002
@@ -113,12 +119,6 @@ def wanted_range(self:Site)->tuple:
     return lo[0],hi[0]
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
-def _capped(plan, site):
-    "Rows of sites whose values the model itself clips, and whose steps are learned"
-    clipping = [o for o in plan.tr.ops if o.name in ('relu6','hardtanh','hardtanh_')]
-    ends = {plan.grid[v] for o in clipping for v in o.outs if v in plan.grid}
-    return [s.i for g,s in site.items() if g in ends and s.spec.learned]
-
 @restorable
 class FakeQuant(Attachment):
     "What is rounded in a prepared model, where, and how"
@@ -129,36 +129,40 @@ class FakeQuant(Attachment):
         floats:dict      # Why other layers do not
     ):
         self.model,self.spec,self.float_layers = model,plan.spec,floats
-        ids = [*(v for v in plan.source if v in plan.grid.values()),*plan.doors]
-        make = lambda i,g: Site(self, i, plan.at(g).act, g, [g]) if g in plan.doors else Site(self, i, plan.tensor_spec(g), plan.source[g], plan.touching(g))
-        self.all = [make(i, g) for i,g in enumerate(ids)]
-        site = dict(zip(ids, self.all))
-        self.capped = _capped(plan, site)
-        self.sites = {o.key:site[plan.grid[v]] for o in plan.tr.ops for v in o.outs if v in plan.grid}
-        self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
-        self.gates = _gates(plan, self.sites)
-        self.inputs = {i:site[plan.grid[v]] for i,v in enumerate(plan.tr.inputs) if v in plan.grid}
-        self.doors = {k:site[k] for k in plan.doors}
-        self.layers = {k:self.doors.get(k) or site[plan.grid[vs[0]]] for k,vs in plan.layers.items()}
-        self.weights = {k:plan.at(k).weight for k in self.layers}
-        fits = lambda k,w: plan.at(k).portable and w.grid.bits==8 and adds_pairs(model.get_submodule(k))
-        self.paired = {k for k,w in self.weights.items() if fits(k, w)}
-        self.float_bias = {k for k in self.layers if plan.at(k).float_bias}
-        self.norms = {layer[0]:norm for layer,norm in plan.norms.items() if layer in plan.int8}
-        self.how,self.only,self.act,self.ready,self.converted = None,None,Site.as_is,False,False
-        self.folded,self.seen = set(),{}
+        self.set_sites(plan)
+        self.set_layers(plan)
         self.lay_out()
+        self.how,self.only,self.act = None,None,Site.as_is
+        self.ready,self.converted = False,False
+        self.folded,self.seen = set(),{}
+    def set_sites(self, plan):
+        "Make the sites, and say where in a forward pass they are"
+        site = {k:Site(self, i, *o) for i,(k,o) in enumerate(plan.places().items())}
+        at = {v:site[g] for v,g in plan.grid.items()}
+        self.all = list(site.values())
+        self.inputs = {i:at[v] for i,v in enumerate(plan.tr.inputs) if v in at}
+        self.sites = {o.key:at[v] for o in plan.tr.ops for v in o.outs if v in at}
+        self.gates = _gates(plan, self.sites)
+        self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
+        self.doors = {k:site[k] for k in plan.doors}
+        self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
+        clipped = plan.clipped()
+        self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
+    def set_layers(self, plan):
+        "Say how each layer that runs in int8 does so"
+        spec = {k:plan.at(k) for k in self.layers}
+        self.weights = {k:s.weight for k,s in spec.items()}
+        self.float_bias = {k for k,s in spec.items() if s.float_bias}
+        portable = [k for k,s in spec.items() if s.portable and s.weight.grid.bits==8]
+        self.paired = {k for k in portable if adds_pairs(self.model.get_submodule(k))}
+        self.norms = {k[0]:norm for k,norm in plan.norms.items() if k in plan.int8}
     def lay_out(self):
         "See which scales belong to which weight; again, after channels were removed"
         self.slices,n = {},0
         for k,w in self.weights.items():
             size = len(self.model.get_submodule(k).weight) if w.by_channel else 1
-            self.slices[k],n = slice(n, n+size),n+size
-    def fit(self,
-        path:str # Of a layer
-    ): # A function of integers as floats, or None
-        "What makes the integers of a weight fit to every processor, if that is wanted"
-        return fit_pairs if path in self.paired else None
+            self.slices[k] = slice(n, n+size)
+            n += size
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
     @property
@@ -178,16 +182,22 @@ def blank(
     device      # Where to
 )->dict:
     "The tensors of a model that rounds nothing yet"
-    n,fill = len(r.all),partial(torch.full, device=device)
+    n = len(r.all)
     m = sum(s.stop-s.start for s in r.slices.values())
-    return dict(fake_quant_scale=fill((n,), 1.), fake_quant_zero_point=fill((n,), -1.), fake_quant_range=fill((n,3), torch.nan),
-        fake_quant_weight_scale=fill((m,), 1.), fake_quant_batches=fill((), 0.))
+    fill,new = partial(torch.full, device=device),{}
+    new['fake_quant_scale'] = fill((n,), 1.)
+    new['fake_quant_zero_point'] = fill((n,), -1.)
+    new['fake_quant_range'] = fill((n,3), torch.nan)
+    new['fake_quant_weight_scale'] = fill((m,), 1.)
+    new['fake_quant_batches'] = fill((), 0.)
+    return new
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepf4bea2
 @patch
 def refresh(self:FakeQuant):
     "Read what the model's tensors say"
-    self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), self.zero_point.tolist())]
+    pairs = zip(self.scale.tolist(), self.zero_point.tolist())
+    self.numbers = [(max(s, 1e-30),round(z)) for s,z in pairs]
     self.ready = all(z>=0 for _,z in self.numbers)
 
 @patch
@@ -199,16 +209,27 @@ def check_range(self:FakeQuant, site, lo, hi, where):
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepc64db7
 @patch
+def fit(self:FakeQuant,
+    path:str # Of a layer
+): # A function of integers as floats, or None
+    "What makes the integers of a weight fit to every processor, if that is wanted"
+    return fit_pairs if path in self.paired else None
+
+@patch
 def round_weight(self:FakeQuant, path, w):
     "The weight `w` of the layer at `path`, rounded if it is time to"
-    if not (self.ready and self.act not in (Site.as_is, Site.watch) if self.only is None else path in self.only):
-        tie = self.act is Site.follow and self.weights[path].learned and distributed()
+    spec,fit = self.weights[path],self.fit(path)
+    if self.only is not None: now = path in self.only
+    else: now = self.ready and self.act not in (Site.as_is, Site.watch)
+    if not now:
+        tie = self.act is Site.follow and spec.learned and distributed()
         return w+0*self.weight_scale.sum() if tie else w
-    spec,s = self.weights[path],self.weight_scale[self.slices[path]].clamp(min=1e-30)
+    s = self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()
-    k,fit = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid),self.fit(path)
+    k = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid)
     if spec.by_channel: return round_channels(w, s, spec.grid, k, fit)
-    return round_tensor(w, s.item(), 0, spec.grid, s[0] if spec.learned else None, k, fit=fit)
+    learned = s[0] if spec.learned else None
+    return round_tensor(w, s.item(), 0, spec.grid, learned, k, fit=fit)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep2a9fe4
 @patch
@@ -217,7 +238,9 @@ def forward(self:FakeQuant, *args, **kwargs):
     (how,self.how),self.seen = (self.how,None),{}
     if not self.converted: self.refresh()
     if how is Site.follow and not self.model.training: how = None
-    self.act = how or (Site.through_integers if self.converted else Site.forward if self.ready else Site.as_is)
+    usual = Site.forward if self.ready else Site.as_is
+    if self.converted: usual = Site.through_integers
+    self.act = how or usual
     args,n = list(args),0
     for i,x in enumerate(args):
         if not isinstance(x, Tensor) or not x.is_floating_point(): continue
@@ -260,12 +283,13 @@ class FakeQuantMode(Where):
         if key in r.gates and r.rounds: out = args[0]*r.act(r.gates[key], args[0].sigmoid())
         else: out = args[0] if key in r.folded else func(*args, **kwargs)
         if site is None: return out
-        each = lambda o: r.act(site, o) if o.is_floating_point() else o
+        def each(o): return r.act(site, o) if o.is_floating_point() else o
         return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
     def clips(self, site, cap):
         "Whether rounding at `site` clips at 0 and `cap` already"
-        if cap is None or self.fake_quant.act not in (Site.forward, Site.follow) or not self.fake_quant.ready: return False
-        (s,z),grid = self.fake_quant.numbers[site.i],site.spec.grid
+        r,grid = self.fake_quant,site.spec.grid
+        if cap is None or r.act not in (Site.forward, Site.follow) or not r.ready: return False
+        s,z = r.numbers[site.i]
         return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
     def layer_args(self, path, args):
         "What the layer at `path` computes with"
@@ -279,7 +303,8 @@ class FakeQuantMode(Where):
         m = self.model.get_submodule(path)
         def of(k):
             q = getattr(m, k)
-            return q if q is None or q.is_floating_point() else dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
+            if q is None or q.is_floating_point(): return q
+            return dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
         return of('weight'),of('bias')
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep56d4c9
@@ -289,4 +314,5 @@ def pop(self:FakeQuantMode, m, args, out):
     if not isinstance(m, nn.SyncBatchNorm): return None
     key = self.paths.get(id(vars(m)), ''),'batch_norm',0
     site = self.fake_quant.sites.get(key)
-    return self.fake_quant.act(site, out) if site and not self.count[key[:2]] else None
+    if site is None or self.count[key[:2]]: return None
+    return self.fake_quant.act(site, out)

@@ -23,16 +23,18 @@ class Plan:
         tr:Trace, # What the model does
         spec:Spec # What is wanted
     ):
-        self.tr,self.spec,self.norms,self.inner,self.int8,self.source,self.grid = tr,spec,{},set(),set(),{},{}
-        self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
-        self.ends = {o.key: self.chain(o) for o in tr.ops if o.kind in ('layer','arith')}
-        made = {self.ends[o.key] for o in tr.ops if o.kind=='layer' and spec.at(o.path)}
-        for o in reversed(tr.ops):
-            if spec.at(o.path) and (o.kind=='layer' or o.kind=='arith' and (self.wanted(self.ends[o.key]) or self.pools(o, made))): self.int8.add(o.key)
+        self.tr,self.spec = tr,spec
+        self.norms,self.inner = {},set()
+        self.int8,self.source,self.grid = set(),{},{}
+        back = tr.ops[::-1]
+        self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(back, 'outs', 'ins')
+        starts = [o for o in tr.ops if o.kind in ('layer','arith')]
+        self.ends = {o.key:self.chain(o) for o in starts}
+        self.choose()
         for i,v in enumerate(tr.inputs): self.place(v, f'input {i}', self.wanted(v))
         for o in tr.ops: self.place_results(o)
         self.share()
-        self.doors = [k for k,vs in self.layers.items() if any(self.tensor_spec(self.grid[v]).grid!=self.at(k).act.grid for v in vs)]
+        self.doors = [k for k,vs in self.layers.items() if self.regrids(k, vs)]
     def first(self, ops, ins, outs):
         "Paths of the layers that no other layer comes before, in the order of `ops`"
         after,found = set(),set()
@@ -41,7 +43,6 @@ class Plan:
             if o.kind=='layer' and not behind: found.add(o.path)
             if o.kind=='layer' or behind: after.update(getattr(o, outs))
         return found
-    def pools(self, o, made): return 'pool' in o.name and o.ins[0] in made
     def chain(self, o):
         "The value at the end of the chain that starts with `o`"
         v = o.outs[0]
@@ -55,7 +56,8 @@ class Plan:
         return v
     def wanted(self, v):
         "Whether anything that runs in int8 uses `v`, as it is or moved about"
-        return any(any(map(self.wanted, c.outs)) if c.kind=='move' else c.key in self.int8 for c in self.tr.consumers[v])
+        def wants(c): return any(map(self.wanted, c.outs)) if c.kind=='move' else c.key in self.int8
+        return any(map(wants, self.tr.consumers[v]))
     def place(self, v, source, here):
         if here and v not in self.inner: self.grid[v],self.source[v] = v,source
     def place_results(self, o):
@@ -63,9 +65,21 @@ class Plan:
             for v in filter(self.wanted, o.outs): self.grid[v] = self.grid[o.ins[0]]
         elif o.key in self.int8:
             end = self.ends[o.key]
-            self.place(end, o.path, o.name!='linear' or end!=o.outs[0] or self.wanted(end))
+            bare = o.name=='linear' and end==o.outs[0]
+            self.place(end, o.path, not bare or self.wanted(end))
         for v in o.outs:
             if v not in self.grid: self.place(v, o.path, self.wanted(v))
+
+# %% ../../nbs/quant/05_plan.ipynb #04tracchoos1
+@patch
+def choose(self:Plan):
+    "Find what runs in int8: layers, what something in int8 uses, and averages of what layers made"
+    asked = [o for o in self.tr.ops if self.spec.at(o.path)]
+    made = {self.ends[o.key] for o in asked if o.kind=='layer'}
+    def averages(o): return 'pool' in o.name and o.ins[0] in made
+    def joins(o): return self.wanted(self.ends[o.key]) or averages(o)
+    for o in reversed(asked):
+        if o.kind=='layer' or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac4b7361
 @patch(as_prop=True)
@@ -80,8 +94,16 @@ def layers(self:Plan)->dict:
 def share(self:Plan):
     "Give all inputs of a layer the grid of the first"
     for first,*others in self.layers.values():
-        same = {self.grid[v] for v in others}-{self.grid[first]}
-        self.grid = {v:self.grid[first] if g in same else g for v,g in self.grid.items()}
+        mine = self.grid[first]
+        same = {self.grid[v] for v in others}
+        for v,g in self.grid.items():
+            if g in same: self.grid[v] = mine
+
+@patch
+def regrids(self:Plan, path, vals)->bool:
+    "Whether the layer at `path` wants another grid than one of its inputs `vals` has"
+    own = self.at(path).act.grid
+    return any(self.tensor_spec(self.grid[v]).grid!=own for v in vals)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
 @patch
@@ -94,26 +116,50 @@ def at(self:Plan, path)->Spec|None:
 def tensor_spec(self:Plan, grid)->TensorSpec:
     "How the values of `grid` are rounded"
     own = self.spec.at(self.source[grid]) or self.spec
-    vals = [v for v,g in self.grid.items() if g==grid]
-    users = [c for v in vals for c in self.tr.consumers[v] if c.kind!='move']
-    acts = [self.at(c.path).act for c in users if c.kind=='layer' and c.key in self.int8]
     stream = own.stream or own.act
-    shared = len(acts)<len(users) or not self.tr.outputs.isdisjoint(vals)
-    return acts[0] if acts and len({a.grid for a in acts}|({stream.grid} if shared else set()))==1 else stream
+    vals = [v for v,g in self.grid.items() if g==grid]
+    users = [c for v in vals for c in self.tr.consumers[v]]
+    users = [c for c in users if c.kind!='move']
+    layers = [c for c in users if c.kind=='layer' and c.key in self.int8]
+    acts = [self.at(c.path).act for c in layers]
+    grids = {a.grid for a in acts}
+    shared = len(layers)<len(users) or not self.tr.outputs.isdisjoint(vals)
+    if acts and shared: grids.add(stream.grid)
+    return acts[0] if len(grids)==1 else stream
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac12fd01
 @patch
 def folds(self:Plan, o, norm)->bool:
     "Whether the batchnorm `norm` can be folded into the layer `o`"
-    return all(sum(p.path==q.path for p in self.tr.ops)==1 for q in (o,norm)) and (o.name!='linear' or o.ndim==2)
+    paths = [p.path for p in self.tr.ops]
+    once = all(paths.count(q.path)==1 for q in (o,norm))
+    return once and (o.name!='linear' or o.ndim==2)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac4450fe
 @patch
 def touching(self:Plan, grid)->list:
     "Paths of the modules that make or use a value of `grid` in int8"
     vals = {v for v,g in self.grid.items() if g==grid}
-    ops = [o for o in self.tr.ops if o.key in self.int8 and (self.ends[o.key] in vals or vals.intersection(o.ins))]
+    def touches(o): return self.ends[o.key] in vals or vals.intersection(o.ins)
+    ops = [o for o in self.tr.ops if o.key in self.int8 and touches(o)]
     return list(dict.fromkeys(o.path for o in ops))
+
+# %% ../../nbs/quant/05_plan.ipynb #04tracplac01
+@patch
+def places(self:Plan)->dict:
+    "What gets a site, in order, each grid and each door: how it rounds, whose output that is, who touches it"
+    used,found = set(self.grid.values()),{}
+    for g in self.source:
+        if g in used: found[g] = self.tensor_spec(g),self.source[g],self.touching(g)
+    for k in self.doors: found[k] = self.at(k).act,k,[k]
+    return found
+
+@patch
+def clipped(self:Plan)->set:
+    "The grids of values that the model itself clips at both sides"
+    clipping = [o for o in self.tr.ops if o.name in ('relu6','hardtanh','hardtanh_')]
+    vals = [v for o in clipping for v in o.outs]
+    return {self.grid[v] for v in vals if v in self.grid}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
 def float_layers(
@@ -130,4 +176,6 @@ def float_layers(
         if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it comes from a floating-point input'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
-    return {k:why(k, m) for k,m in model.named_modules() if isinstance(m, weighted) and k not in plan.layers}
+    in_int8 = plan.layers
+    mods = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
+    return {k:why(k, m) for k,m in mods.items() if k not in in_int8}
