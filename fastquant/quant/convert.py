@@ -35,12 +35,17 @@ def integer_weight(
 )->tuple: # Integers and scale of the weight, integers and scale of the bias
     "The integers that a layer computes with"
     q,s = shifted(w, s, grid, fit)
-    if k is not None: q,s = q*along(k.sign().to(torch.int8), q),s*k.abs()
+    if k is not None:
+        sign = k.sign().to(torch.int8)
+        q,s = q*along(sign, q),s*k.abs()
     if s.ndim: s = torch.where((q==0).flatten(1).all(1), 0., s)
     need = 0.*s if b is None else b.abs()/(sx*2**30)
     if not s.ndim: need = need.max()
-    new = torch.where(s.maximum(need)>0, s.maximum(need), torch.ones_like(s))
-    if (new>s).any(): q,s = (q*along(s/new, q)).round().to(grid.dtype),new.expand_as(need)
+    new = s.maximum(need)
+    new = torch.where(new>0, new, torch.ones_like(s))
+    if (new>s).any():
+        q = q*along(s/new, q)
+        q,s = q.round().to(grid.dtype),new.expand_as(need)
     if b is None: return q,s,None,None
     sb = (sx*s).expand(len(b)).contiguous()
     return q,s,(b.double()/sb).round().to(torch.int32),sb
@@ -58,6 +63,15 @@ def shifted(
     return q*room(grid),s/room(grid)
 
 # %% ../../nbs/quant/09_convert.ipynb #06conva820d5
+def _convert_layer(r, path, sx, w, b, k):
+    m,spec = r.model.get_submodule(path),r.weights[path]
+    s = r.weight_scale[r.slices[path]]
+    if not spec.by_channel: s = s[0]
+    q,s,qb,sb = integer_weight(w, b, sx, s, spec.grid, k, r.fit(path))
+    set_integers(m, 'weight', q, s)
+    if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
+    elif b is not None: m.bias = nn.Parameter(b.detach())
+
 @torch.no_grad()
 def convert(
     model:nn.Module # A prepared model with ranges; changed in place, so pass a copy
@@ -69,15 +83,13 @@ def convert(
     r.refresh()
     if not r.ready: raise ValueError("The model has no ranges yet: let it watch some batches and call `set_ranges`, or train it with `QuantAwareCallback`.")
     for path,site in r.layers.items():
-        m,k = model.get_submodule(path),None
-        w,b,s = m.weight,m.bias,r.weight_scale[r.slices[path]]
-        if path in r.norms and r.norms[path] not in r.folded:
-            _,b,k = folded(w, b, model.get_submodule(r.norms[path][0]))
-            r.folded.add(r.norms[path])
-        q,s,qb,sb = integer_weight(w, b, site.scale, s if r.weights[path].by_channel else s[0], r.weights[path].grid, k, r.fit(path))
-        set_integers(m, 'weight', q, s)
-        if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
-        elif b is not None: m.bias = nn.Parameter(b.detach())
+        m = model.get_submodule(path)
+        w,b,k = m.weight,m.bias,None
+        norm = r.norms.get(path)
+        if norm and norm not in r.folded:
+            _,b,k = folded(w, b, model.get_submodule(norm[0]))
+            r.folded.add(norm)
+        _convert_layer(r, path, site.scale, w, b, k)
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()
@@ -113,5 +125,6 @@ def computed_no_more(
 ):
     "Make `name` of `m` an ordinary parameter with the value it has, and leave copies of `m` as they are"
     c = type(m)
-    m.__class__ = type(c.__name__, c.__bases__, {k:v for k,v in vars(c).items() if k not in ('__dict__','__weakref__')})
+    own = {k:v for k,v in vars(c).items() if k not in ('__dict__','__weakref__')}
+    m.__class__ = type(c.__name__, c.__bases__, own)
     parametrize.remove_parametrizations(m, name)

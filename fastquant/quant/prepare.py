@@ -34,7 +34,8 @@ def folded(
     k = (bn.running_var+bn.eps).rsqrt()
     if bn.weight is not None: k = k*bn.weight
     b = k*((0 if b is None else b)-bn.running_mean)
-    return w*k.view(-1,*[1]*(w.ndim-1)), b if bn.bias is None else b+bn.bias, k
+    if bn.bias is not None: b = b+bn.bias
+    return w*along(k, w),b,k
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepc9a22f
 def check_finite(
@@ -49,7 +50,8 @@ def check_finite(
 
 def norms_of(model):
     "Paths and modules of batchnorms that have statistics"
-    return [(k,m) for k,m in model.named_modules() if isinstance(m, batchnorms) and m.running_mean is not None]
+    norms = [(k,m) for k,m in model.named_modules() if isinstance(m, batchnorms)]
+    return [(k,m) for k,m in norms if m.running_mean is not None]
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep4cbd4d
 def check_trained(
@@ -68,10 +70,10 @@ def put_on(
     fold:bool        # Write batchnorms into the weights before them?
 ):
     "Do to `model` what `prepare` has settled"
+    of = dict(fake_quant_scale=[s.spec for s in r.all], fake_quant_weight_scale=r.weights.values())
+    learned = [k for k,specs in of.items() if any(s.learned for s in specs)]
     for k,v in blank(r, device).items():
-        of = dict(fake_quant_scale=[s.spec for s in r.all], fake_quant_weight_scale=r.weights.values())
-        learned = any(o.learned for o in of.get(k, ()))
-        if learned: model.register_parameter(k, nn.Parameter(v))
+        if k in learned: model.register_parameter(k, nn.Parameter(v))
         else: model.register_buffer(k, v)
     for path,norm in r.norms.items() if fold else ():
         m = model.get_submodule(path)
@@ -119,8 +121,10 @@ def cut(self:FakeQuant, path, recipe):
     left,n = [],0
     for k,w in self.weights.items():
         key,rows = (f'{k}.weight' if k else 'weight'),self.slices[k]
-        size = recipe.shapes[key][0] if w.by_channel and key in recipe.shapes else rows.stop-rows.start
-        stay = recipe.left.get(key, {}).get(0) if w.by_channel else None
+        size,stay = rows.stop-rows.start,None
+        if w.by_channel:
+            if key in recipe.shapes: size = recipe.shapes[key][0]
+            stay = recipe.left.get(key, {}).get(0)
         left += [n+i for i in stay or range(size)]
         n += size
     if len(left)==n: return recipe
@@ -144,8 +148,9 @@ def by_grid(
     r:FakeQuant # Of a prepared model
 )->dict:
     "Rows of the sites of each grid"
-    grids = [s.spec.grid for s in r.all]
-    return {g:[i for i,o in enumerate(grids) if o==g] for g in dict.fromkeys(grids)}
+    found = {}
+    for i,s in enumerate(r.all): found.setdefault(s.spec.grid, []).append(i)
+    return found
 
 def put_rows(
     r:FakeQuant,       # Changed in place
@@ -170,6 +175,11 @@ def set_qparams(
     r.refresh()
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep005576
+@patch
+def each_weight(self:FakeQuant):
+    "Of each layer: its weight, how that is rounded, and whether neighbours have to fit"
+    for k,w in self.weights.items(): yield self.model.get_submodule(k).weight,w,k in self.paired
+
 @torch.no_grad()
 def set_ranges(
     model:nn.Module # A prepared model that has watched some batches
@@ -177,11 +187,13 @@ def set_ranges(
     "Set all ranges of `model` to what its observers saw, and round from now on; raises `ValueError` if one of them saw nothing, or NaN"
     check_trained(model)
     r = fake_quant_of(model)
-    try: lo,hi = map(torch.stack, zip(*[s.wanted_range() for s in r.all]))
+    try: found = [s.wanted_range() for s in r.all]
     finally:
         for s in r.all: s.observer = None
-    weights = torch.cat([weight_range(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
-    set_qparams(r, lo, hi, torch.stack([lo, hi, torch.full_like(lo, torch.nan)], 1), weights)
+    lo,hi = map(torch.stack, zip(*found))
+    seen = torch.stack([lo, hi, torch.full_like(lo, torch.nan)], 1)
+    weights = torch.cat([weight_range(*o) for o in r.each_weight()])
+    set_qparams(r, lo, hi, seen, weights)
 
 def weight_range(
     w:Tensor,         # A weight, output channels first
@@ -189,7 +201,8 @@ def weight_range(
     paired:bool=False # Do its neighbours have to fit every processor?
 )->Tensor:
     "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
-    o,w = spec.watcher(len(w)).to(w.device),w.detach()
+    w = w.detach()
+    o = spec.watcher(len(w)).to(w.device)
     o(w.flatten(1) if spec.by_channel else w.reshape(1,-1))
     s,_ = qparams(*o.range(spec.grid), spec.grid)
     return portable_scale(w, s, spec.grid) if paired else s
@@ -222,11 +235,13 @@ def prepare(
     if (r:=fake_quant_of(model)):
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
-    check_patterns([p for p,_ in spec.overrides], [k for k,_ in model.named_modules()])
+    paths = [k for k,_ in model.named_modules()]
+    check_patterns([p for p,_ in spec.overrides], paths)
     check_finite(model)
     plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
-    put_on(model, FakeQuant(model, plan, float_layers(model, plan)), floats(xb)[0].device, fold)
+    r = FakeQuant(model, plan, float_layers(model, plan))
+    put_on(model, r, floats(xb)[0].device, fold)
     return model

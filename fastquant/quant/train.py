@@ -26,7 +26,8 @@ def joined(
 )->Tensor: # Those over all processes
     "What all processes of a data parallel training have seen"
     if not distributed(): return seen
-    ends,mean = torch.stack([-seen[:,0],seen[:,1]]),seen[:,2].clone()
+    ends = torch.stack([-seen[:,0],seen[:,1]])
+    mean = seen[:,2].clone()
     dist.all_reduce(ends, dist.ReduceOp.MAX)
     dist.all_reduce(mean)
     return torch.stack([-ends[0], ends[1], mean/dist.get_world_size()], 1)
@@ -43,16 +44,23 @@ def follow(
     found,r.seen = r.seen,{}
     if not found: return
     seen = torch.full_like(r.range, torch.nan)
-    for i,rows in found.items(): seen[i] = rows[0] if len(rows)==1 else _both(torch.stack(rows))
+    for i,rows in found.items(): seen[i] = _both(rows)
     seen = joined(seen)
     if not seen[list(found),:2].isfinite().all():
-        for i in found: r.check_range(r.all[i], seen[i,0], seen[i,1], where)
+        for i in found:
+            lo,hi,_ = seen[i]
+            r.check_range(r.all[i], lo, hi, where)
     m = mom if r.ready else max(mom, 1/(r.batches.item()+1))
-    r.range.copy_(torch.where(seen.isnan(), r.range, torch.where(r.range.isnan(), seen, r.range.lerp(seen, m))))
+    new = torch.where(r.range.isnan(), seen, r.range.lerp(seen, m))
+    r.range.copy_(torch.where(seen.isnan(), r.range, new))
     r.batches.add_(1)
     if r.ready: move_grids(r, mom)
 
-def _both(rows): return torch.stack([rows[:,0].amin(), rows[:,1].amax(), rows[:,2].mean()])
+def _both(rows):
+    "What was seen in all of several passes"
+    if len(rows)==1: return rows[0]
+    lo,hi,mean = torch.stack(rows).T
+    return torch.stack([lo.amin(), hi.amax(), mean.mean()])
 
 # %% ../../nbs/quant/08_train.ipynb #05atra6e4a25
 def move_grids(
@@ -60,13 +68,16 @@ def move_grids(
     mom:float   # Share of the way that a scale of a weight goes
 ):
     "Put scales and zero points where the ranges of `r` are, and let those of weights follow the weights"
+    lo,hi,_ = r.range.T
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if not r.all[i].spec.learned]
-        if rows: put_rows(r, rows, *qparams(r.range[rows,0], r.range[rows,1], g))
+        if rows: put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
     for k,spec in r.weights.items():
         if spec.learned: continue
-        s = largest(r.model.get_submodule(k).weight, spec, k in r.paired)/spec.grid.hi
-        r.weight_scale.data[r.slices[k]].lerp_(torch.where(s>1e-30, s, r.weight_scale[r.slices[k]]), mom)
+        most = largest(r.model.get_submodule(k).weight, spec, k in r.paired)
+        s = most/spec.grid.hi
+        old = r.weight_scale.data[r.slices[k]]
+        old.lerp_(torch.where(s>1e-30, s, old), mom)
 
 def largest(
     w:Tensor,         # A weight, output channels first
@@ -93,7 +104,8 @@ def steps(
 )->list: # No, one or two parameters
     "The learned step sizes of `model`"
     r = fake_quant_of(model)
-    return [p for p in (r.scale,r.weight_scale) if isinstance(p, nn.Parameter)] if r else []
+    if r is None: return []
+    return [p for p in (r.scale,r.weight_scale) if isinstance(p, nn.Parameter)]
 
 @torch.no_grad()
 def limit_change(
@@ -107,8 +119,10 @@ def limit_change(
 def stay_inside(r):
     "Let steps of values that the model itself clips reach no further than what was seen of them"
     if not r.capped or not r.ready: return
-    most = r.range[r.capped,1]/torch.tensor([r.all[i].spec.grid.hi for i in r.capped], device=r.range.device)
-    r.scale.data[r.capped] = r.scale.data[r.capped].minimum(torch.where(most>1e-30, most, torch.inf))
+    his = [r.all[i].spec.grid.hi for i in r.capped]
+    most = r.range[r.capped,1]/torch.tensor(his, device=r.range.device)
+    most = torch.where(most>1e-30, most, torch.inf)
+    r.scale.data[r.capped] = r.scale.data[r.capped].minimum(most)
 
 # %% ../../nbs/quant/08_train.ipynb #05atra21b15d
 def first_scale(w, spec, paired=False):
@@ -117,14 +131,15 @@ def first_scale(w, spec, paired=False):
         most = largest(w, spec, paired)
         return qparams(-most, most, spec.grid)[0]
     w = w.detach().abs()
-    return first_step(w.flatten(1).mean(1) if spec.by_channel else w.mean()[None], spec.grid)
+    mean = w.flatten(1).mean(1) if spec.by_channel else w.mean()[None]
+    return first_step(mean, spec.grid)
 
 def first_scales(
     model:nn.Module # A prepared model
 )->Tensor: # One row for all weights
     "Scales that the weights of `model` start training with"
     r = fake_quant_of(model)
-    return torch.cat([first_scale(model.get_submodule(k).weight, w, k in r.paired) for k,w in r.weights.items()])
+    return torch.cat([first_scale(*o) for o in r.each_weight()])
 
 @torch.no_grad()
 def start(
@@ -138,7 +153,9 @@ def start(
     set_qparams(r, lo, hi, r.range.clone(), first_scales(model))
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if r.all[i].spec.learned]
-        if rows: put_rows(r, rows, *first_qparams(lo[rows], hi[rows], mean[rows], g))
+        if not rows: continue
+        s,z = first_qparams(lo[rows], hi[rows], mean[rows], g)
+        put_rows(r, rows, s, z)
     stay_inside(r)
     r.refresh()
 
@@ -152,9 +169,12 @@ def guess(
     r = fake_quant_of(model)
     r.how = Site.note
     with evaluating(model): model(*[x[:8] for x in xb])
-    seen,r.seen = {i:_both(torch.stack(rows)) for i,rows in r.seen.items()},{}
-    for i,(lo,hi,mean) in seen.items():
-        s,_ = first_qparams(lo, hi, mean, r.all[i].spec.grid) if r.all[i].spec.learned else qparams(lo, hi, r.all[i].spec.grid)
+    seen,r.seen = r.seen,{}
+    for i,rows in seen.items():
+        lo,hi,mean = _both(rows)
+        spec = r.all[i].spec
+        if spec.learned: s,_ = first_qparams(lo, hi, mean, spec.grid)
+        else: s,_ = qparams(lo, hi, spec.grid)
         if s.isfinite(): r.scale.data[i] = s
     r.weight_scale.data.copy_(first_scales(model))
 
@@ -167,8 +187,10 @@ def ends(
     r = fake_quant_of(model)
     r.refresh()
     if not r.ready: return r.range[:,:2].cpu().clone()
-    side = lambda k: torch.tensor([getattr(s.spec.grid, k) for s in r.all])
-    return torch.stack([(side(k)-r.zero_point.cpu())*r.scale.detach().cpu() for k in ('lo','hi')], 1)
+    s,z = r.scale.detach().cpu(),r.zero_point.cpu()
+    grids = [o.spec.grid for o in r.all]
+    integers = torch.tensor([(g.lo,g.hi) for g in grids])
+    return (integers-z[:,None])*s[:,None]
 
 # %% ../../nbs/quant/08_train.ipynb #05atra84724b
 def freeze_norms(
