@@ -60,7 +60,9 @@ def needs(
     "What has to be watched for `criterion`; raises `ValueError` where that is nothing we can watch"
     asked = list(inspect.signature(criteria.find(criterion)).parameters)[1:]
     odd = [o for o in asked if o not in statistics]
-    if odd: raise ValueError(f"The criterion {criterion!r} asks for {odd[0]!r}.{near_misses(odd[0], statistics)} A criterion gets the weights, and of these what it names: {', '.join(statistics)}.")
+    if odd:
+        near,known = near_misses(odd[0], statistics),', '.join(statistics)
+        raise ValueError(f"The criterion {criterion!r} asks for {odd[0]!r}.{near} A criterion gets the weights, and of these what it names: {known}.")
     return asked
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun773213
@@ -78,7 +80,8 @@ def input_squares(
     "Sum of the squares of all inputs that each weight of `m` is multiplied with"
     with torch.enable_grad():
         w = torch.zeros_like(m.weight, requires_grad=True)
-        return torch.autograd.grad(functional_call(_Plain(m), {'m.weight':w}, (x.detach()**2,)).sum(), w)[0]
+        y = functional_call(_Plain(m), {'m.weight':w}, (x.detach()**2,))
+        return torch.autograd.grad(y.sum(), w)[0]
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun6e9257
 def watch_inputs(
@@ -88,7 +91,9 @@ def watch_inputs(
 )->dict: # A tensor shaped like its weight for each layer that ran
     "`input_squares` of each of `layers` while `model` runs on `xb`"
     found,paths = {},{m:k for k,m in layers.items()}
-    def see(m, args): found[paths[m]] = found.get(paths[m], 0)+input_squares(m, args[0])
+    def see(m, args):
+        k = paths[m]
+        found[k] = found.get(k, 0)+input_squares(m, args[0])
     hooks = [m.register_forward_pre_hook(see) for m in paths]
     try:
         with evaluating(model): model(*xb)
@@ -107,4 +112,6 @@ def watch_gradients(
     for k,m in layers.items():
         if (g:=m.weight.grad) is None: continue
         for o,v in (('grad',g), ('moved',-g*m.weight)):
-            if o in names: watched.setdefault(o, {})[k] = watched.get(o, {}).get(k, 0)+v
+            if o not in names: continue
+            seen = watched.setdefault(o, {})
+            seen[k] = seen.get(k, 0)+v
