@@ -129,16 +129,20 @@ def groups(
 )->tuple: # Layers by path; and why the other layers are left alone, by path
     "The layers of `model` that may be pruned; raises `ValueError` if there are none, or a pattern matches nothing"
     structure,only,exclude = find_structure(structure),listify(only),listify(exclude)
-    names = [k for k,m in model.named_modules() if isinstance(m, weighted)]
+    layers = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
-    ends = set() if last else last_layers(model, trace(model, *[x[:2] for x in xb]))
+    ends = set()
+    if not last: ends = last_layers(model, trace(model, *[x[:2] for x in xb]))
+    ends -= set(only)
     seen,why,found = {},{},{}
-    for k in names:
-        why[k] = reason(model.get_submodule(k), k, structure, only, exclude, ends-set(only), seen)
-        if not why[k]: found[k] = model.get_submodule(k)
+    for k,m in layers.items():
+        why[k] = reason(m, k, structure, only, exclude, ends, seen)
+        if not why[k]: found[k] = m
     refused = [k for k in only if why.get(k)]
     if refused: raise ValueError(f"{refused[0]!r} cannot be pruned: {why[refused[0]]}. Leave it out.")
-    if not found: raise ValueError(f"There is nothing to prune in {type(model).__name__}: {'; '.join(f'{k!r}: {v}' for k,v in why.items()) or 'it has no convolution and no linear layer'}.")
+    if not found:
+        reasons = '; '.join(f'{k!r}: {v}' for k,v in why.items()) or 'it has no convolution and no linear layer'
+        raise ValueError(f"There is nothing to prune in {type(model).__name__}: {reasons}.")
     return found,{k:v for k,v in why.items() if v}
 
 # %% ../../nbs/prune/01_structures.ipynb #11prunee8a9e
