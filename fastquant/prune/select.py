@@ -68,9 +68,12 @@ def pools(
 )->list: # Pairs of an amount and paths
     "Which of `layers` compete with each other; a layer that several patterns mean belongs to the last"
     owner = {k:p for p in selection.amounts for k in layers if matches(k, p)}
-    found = [(a,[k for k in layers if owner.get(k)==p]) for p,a in selection.amounts.items()]
-    if selection.scope=='local': found = [(a,[k]) for a,ks in found for k in ks]
-    return [(a,ks) for a,ks in found if ks]
+    found = []
+    for p,a in selection.amounts.items():
+        mine = [k for k in layers if owner.get(k)==p]
+        if selection.scope=='local': found += [(a,[k]) for k in mine]
+        elif mine: found.append((a,mine))
+    return found
 
 # %% ../../nbs/prune/02_select.ipynb #12prun06d8d8
 def lowest(
@@ -83,7 +86,9 @@ def lowest(
     gone = torch.zeros_like(scores, dtype=torch.bool)
     if n<=0 or not len(at): return gone
     s,size = scores[at],sizes[at]
-    if (size==size[0]).all(): least = s.topk(min(round(n/size[0].item()), len(at)), largest=False, sorted=False).indices
+    if (size==size[0]).all():
+        k = min(round(n/size[0].item()), len(at))
+        least = s.topk(k, largest=False, sorted=False).indices
     else:
         order = s.argsort(stable=True)
         total = size[order].cumsum(0)
@@ -115,9 +120,11 @@ def score(
     names = needs(criterion)
     for o in names:
         if path not in watched.get(o, ()): raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and {path!r} has none: it did not run, or is frozen. Exclude it, or use a criterion like 'magnitude'.")
-    w,*more = [cut(m, t.detach(), structure) for t in (m.weight, *(watched[o][path] for o in names))]
-    s = criteria.find(criterion)(*(t.reshape(-1, t.shape[-1]) for t in (w,*more)))
-    if s.shape!=(w[...,0].numel(),): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {w[...,0].numel()} rows, and gave a tensor of shape {tuple(s.shape)}.")
+    w = cut(m, m.weight.detach(), structure)
+    more = [cut(m, watched[o][path].detach(), structure) for o in names]
+    rows = [t.reshape(-1, t.shape[-1]) for t in (w,*more)]
+    s,n = criteria.find(criterion)(*rows),len(rows[0])
+    if s.shape!=(n,): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {n} rows, and gave a tensor of shape {tuple(s.shape)}.")
     if s.isnan().any(): raise ValueError(f"The scores of {path!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")
     return s.view(w.shape[:-1])
 
@@ -132,18 +139,24 @@ def select(
 )->dict: # What stays then, by path
     "Decide what stays; what is pruned already stays so. Raises `ValueError` if a layer would be pruned entirely"
     s = find_structure(selection.structure)
-    scores = {k:score(k, m, s, selection.criterion, watched) for k,m in layers.items()}
-    left = {k:cut(m, masks[k], s).sum(-1) for k,m in layers.items()}
-    if isinstance(s, NM): gone = {k:lowest_of_runs(scores[k], left[k]==0, share*s.amount) for k in layers}
-    else: gone = {k:v for amount,ks in pools(selection, layers) for k,v in _from_pool(ks, scores, left, masks, amount*share).items()}
-    keep = {k:masks[k]&join(m, ~gone[k], s) for k,m in layers.items() if k in gone}
+    scores,left,gone,keep = {},{},{},{}
+    for k,m in layers.items():
+        scores[k] = score(k, m, s, selection.criterion, watched)
+        left[k] = cut(m, masks[k], s).sum(-1)
+    if isinstance(s, NM):
+        for k in layers: gone[k] = lowest_of_runs(scores[k], left[k]==0, share*s.amount)
+    else:
+        for amount,ks in pools(selection, layers): gone |= _from_pool(ks, scores, left, masks, amount*share)
+    for k in [k for k in layers if k in gone]: keep[k] = masks[k]&join(layers[k], ~gone[k], s)
     for k,mask in keep.items():
         if not mask.any(): raise ValueError(f"Nothing would be left of {k!r}. Prune less, exclude it, or let each layer give the same share with scope='local'.")
     return keep
 
 def _from_pool(paths, scores, left, masks, amount):
     n = sum(masks[k].numel() for k in paths)
-    flat = lambda d: torch.cat([d[k].flatten() for k in paths])
     have = n-sum(masks[k].sum().item() for k in paths)
-    gone = lowest(flat(scores), flat(left), round(amount*n)-have)|(flat(left)==0)
-    return {k:v.view(scores[k].shape) for k,v in zip(paths, gone.split([scores[k].numel() for k in paths]))}
+    flat = lambda d: torch.cat([d[k].flatten() for k in paths])
+    sizes = flat(left)
+    gone = lowest(flat(scores), sizes, round(amount*n)-have)|(sizes==0)
+    each = gone.split([scores[k].numel() for k in paths])
+    return {k:v.view_as(scores[k]) for k,v in zip(paths, each)}
