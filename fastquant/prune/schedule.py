@@ -31,7 +31,10 @@ def cosine(pos): return (1-math.cos(math.pi*pos))/2
 def one_shot(pos): return 1.
 
 @schedules
-def one_cycle(pos, a=14, b=6): return (1+math.exp(b-a))/(1+math.exp(b-a*pos)) if pos else 0.
+def one_cycle(pos, a=14, b=6):
+    if not pos: return 0.
+    end = 1+math.exp(b-a)
+    return end/(1+math.exp(b-a*pos))
 
 # %% ../../nbs/prune/03_schedule.ipynb #13prun50998c
 @schedules
@@ -64,7 +67,9 @@ class Schedule:
     )->float:
         "The share of the amount to be pruned at `t`"
         if t<self.start: return 0.
-        return 1. if t>=self.end else float(self.find()((t-self.start)/(self.end-self.start)))
+        if t>=self.end: return 1.
+        pos = (t-self.start)/(self.end-self.start)
+        return float(self.find()(pos))
     def last(self,
         n:int # Steps of the fit
     )->int: # From 1
@@ -79,7 +84,9 @@ def plot_schedules(
     "A line for each schedule"
     ax = ax or plt.subplots(figsize=(6,3))[1]
     at = [i/400 for i in range(401)]
-    for o in names or schedules: ax.plot(at, [Schedule(o)(t) for t in at], label=o if isinstance(o, str) else str(o))
+    for o in names or schedules:
+        s = Schedule(o)
+        ax.plot(at, [s(t) for t in at], label=str(o))
     ax.set(xlabel='position in the schedule', ylabel='share of the amount')
     ax.legend(fontsize='small')
     return ax
