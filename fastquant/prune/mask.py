@@ -23,7 +23,10 @@ __all__ = ['Mask', 'pack_bits', 'unpack_bits', 'mask_of', 'mask_now', 'set_mask'
 class Mask(Attachment):
     "Keeps pruned weights of the layer `m` at zero"
     order = 20
-    def __init__(self, m): self.m,self.version,self.dense,self.watching,self.seen = m,None,None,False,False
+    def __init__(self, m):
+        self.m = m
+        self.version = self.dense = None
+        self.watching = self.seen = False
     @property
     def weight(self): return own_weight(self.m)
     def zero(self):
@@ -72,8 +75,9 @@ def pack_bits(
     mask:Tensor # Of any shape
 )->Tensor: # Bytes, the first weight in the lowest bit of the first
     "Eight booleans in a byte"
-    b = nn.functional.pad(mask.flatten().to(torch.uint8), (0,-mask.numel()%8))
-    return (b.view(-1,8)*_bits.to(b.device)).sum(1, dtype=torch.uint8)
+    b = mask.flatten().to(torch.uint8)
+    eights = nn.functional.pad(b, (0,-len(b)%8)).view(-1,8)
+    return (eights*_bits.to(b.device)).sum(1, dtype=torch.uint8)
 
 def unpack_bits(
     data:Tensor, # From `pack_bits`
@@ -81,8 +85,10 @@ def unpack_bits(
 )->Tensor:
     "The booleans in `data`; raises `ValueError` if it holds more or fewer"
     n = torch.Size(shape).numel()
-    if data.dtype!=torch.uint8 or data.shape!=(-(-n//8),): raise ValueError(f"A mask of {n} weights is {-(-n//8)} bytes, not {tuple(data.shape)} of {data.dtype}.")
-    return (data[:,None]&_bits.to(data.device)).bool().flatten()[:n].view(shape)
+    size = -(-n//8)
+    if data.dtype!=torch.uint8 or data.shape!=(size,): raise ValueError(f"A mask of {n} weights is {size} bytes, not {tuple(data.shape)} of {data.dtype}.")
+    eights = (data[:,None]&_bits.to(data.device)).bool()
+    return eights.flatten()[:n].view(shape)
 
 # %% ../../nbs/prune/04_mask.ipynb #14prundf7c4f
 @patch
@@ -104,7 +110,9 @@ def loaded(self:Mask, m): self.zero()
 def cut(self:Mask, path, recipe):
     weight,mask = (f'{path}.{o}'.lstrip('.') for o in ('weight','weight_mask'))
     if weight not in recipe.left: return recipe
-    return replace(recipe, left={**recipe.left, mask:recipe.left[weight]}, shapes={**recipe.shapes, mask:recipe.shapes[weight]})
+    left = {**recipe.left, mask:recipe.left[weight]}
+    shapes = {**recipe.shapes, mask:recipe.shapes[weight]}
+    return replace(recipe, left=left, shapes=shapes)
 
 # %% ../../nbs/prune/04_mask.ipynb #14prunrest2
 @patch(cls_method=True)
@@ -173,8 +181,10 @@ def sparsity(
     "Share of weights that are pruned and zero, of those in layers with masks; 0 if there are none"
     n = gone = 0
     for m in masked(model).values():
-        zero = ~m.weight_mask if mask_of(m).weight is None else (m.weight==0)&~m.weight_mask
-        n,gone = n+zero.numel(),gone+zero.sum().item()
+        zero = ~m.weight_mask
+        if mask_of(m).weight is not None: zero = (m.weight==0)&zero
+        n += zero.numel()
+        gone += zero.sum().item()
     return gone/max(1, n)
 
 def set_masks(
