@@ -20,13 +20,16 @@ def erk(
 )->dict: # Amount for each layer, by path; 0 for one that stays dense
     "Erdős–Rényi-kernel amounts, so that together `amount` is pruned"
     check_amount(amount)
-    size = {k:m.weight.numel() for k,m in layers.items()}
-    raw = {k:sum(m.weight.shape)/size[k] for k,m in layers.items()}
-    dense = set()
+    size,raw,dense = {},{},set()
+    for k,m in layers.items():
+        size[k] = m.weight.numel()
+        raw[k] = sum(m.weight.shape)/size[k]
+    stays = (1-amount)*sum(size.values())
     while True:
-        left = (1-amount)*sum(size.values())-sum(size[k] for k in dense)
-        e = left/sum(raw[k]*size[k] for k in layers if k not in dense)
-        over = {k for k in layers if k not in dense and e*raw[k]>1}
+        sparse = [k for k in layers if k not in dense]
+        left = stays-sum(size[k] for k in dense)
+        e = left/sum(raw[k]*size[k] for k in sparse)
+        over = {k for k in sparse if e*raw[k]>1}
         if not over: return {k:0. if k in dense else 1-e*raw[k] for k in layers}
         dense |= over
 
@@ -45,8 +48,10 @@ def random_masks(
 )->dict: # Masks by path
     "Random masks with exactly these amounts, at least one weight left in each"
     def one(w, a):
-        order = torch.rand(w.numel(), device=w.device).argsort()
-        return (order>=min(round(a*w.numel()), w.numel()-1)).view_as(w)
+        n = w.numel()
+        gone = min(round(a*n), n-1)
+        order = torch.rand(n, device=w.device).argsort()
+        return (order>=gone).view_as(w)
     return {k:one(m.weight, amounts[k]) for k,m in layers.items()}
 
 # %% ../../nbs/prune/05_regrow.ipynb #16prun741c26
@@ -65,8 +70,10 @@ def regrow(
     share:float  # Of what is left, to be moved
 )->Tensor: # A mask with as many weights left
     "Prune the smallest, and let as many grow where the gradient is largest"
-    k = min(int(share*mask.sum().item()), (~mask).sum().item())
-    drop = w.abs().masked_fill(~mask, torch.inf).flatten().topk(k, largest=False).indices
+    there,gone = mask.sum().item(),(~mask).sum().item()
+    k = min(int(share*there), gone)
+    sizes = w.abs().masked_fill(~mask, torch.inf)
+    drop = sizes.flatten().topk(k, largest=False).indices
     left = mask.flatten().clone()
     left[drop] = False
     grow = grad.abs().flatten().masked_fill(left, -1).topk(k).indices
