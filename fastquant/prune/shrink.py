@@ -39,26 +39,31 @@ class Recipe:
 
 def _check_positions(name, dim, idx, shape):
     if not 0<=dim<len(shape): raise ValueError(f"The recipe cuts {name!r} along dimension {dim}, and its shape is {list(shape)}.")
-    rising = all(isinstance(i, int) for i in idx) and all(a<b for a,b in zip(idx, idx[1:]))
+    rising = all(isinstance(i, int) for i in idx) and list(idx)==sorted(set(idx))
     if not idx or not rising or idx[0]<0 or idx[-1]>=shape[dim]: raise ValueError(f"What the recipe leaves of {name!r} along dimension {dim} is no rising list of positions below {shape[dim]}.")
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprucc5726
 @patch
 def to_json(self:Recipe)->str:
     "`self` as text"
-    lists = list(dict.fromkeys(tuple(i) for dims in self.left.values() for i in dims.values()))
-    at = {l:i for i,l in enumerate(lists)}
-    tensors = {k:[list(self.shapes[k]), {d:at[tuple(i)] for d,i in sorted(dims.items())}] for k,dims in sorted(self.left.items())}
+    all_ = [i for dims in self.left.values() for i in dims.values()]
+    lists = list(dict.fromkeys(map(tuple, all_)))
+    at,tensors = {l:i for i,l in enumerate(lists)},{}
+    for k,dims in sorted(self.left.items()):
+        left = {d:at[tuple(i)] for d,i in sorted(dims.items())}
+        tensors[k] = [list(self.shapes[k]),left]
     return json.dumps(dict(lists=lists, tensors=tensors), separators=(',',':'))
 
 def recipe_from_json(
     text:str # From `Recipe.to_json`
 )->Recipe:
     "The recipe again; raises `ValueError` if `text` is none"
+    left,shapes = {},{}
     try:
         d = json.loads(text)
-        left = {k:{int(i):list(d['lists'][n]) for i,n in dims.items()} for k,(_,dims) in d['tensors'].items()}
-        shapes = {k:tuple(s) for k,(s,_) in d['tensors'].items()}
+        for k,(shape,dims) in d['tensors'].items():
+            left[k] = {int(i):list(d['lists'][n]) for i,n in dims.items()}
+            shapes[k] = tuple(shape)
     except (KeyError,IndexError,TypeError,ValueError,AttributeError) as e: raise ValueError(f"This is no recipe of what was cut, or it is damaged: {e}. Save it again.") from e
     return Recipe(left, shapes)
 
@@ -68,29 +73,42 @@ def then(self:Recipe,
     other:Recipe # What is done to the smaller tensors
 )->Recipe:
     "`self` and `other` as one"
-    keys = dict.fromkeys([*self.left, *other.left])
-    def both(k):
-        a,b = self.left.get(k, {}),other.left.get(k, {})
-        return {d:[a[d][i] for i in b[d]] if d in a and d in b else a.get(d, b.get(d)) for d in sorted({*a,*b})}
-    return Recipe({k:both(k) for k in keys}, {k:self.shapes.get(k, other.shapes.get(k)) for k in keys})
+    left,shapes = {},{}
+    for k in dict.fromkeys([*self.left, *other.left]):
+        left[k] = _both(self.left.get(k, {}), other.left.get(k, {}))
+        shapes[k] = self.shapes.get(k, other.shapes.get(k))
+    return Recipe(left, shapes)
 
+def _both(first, second):
+    "Positions that stay, by dimension, after two cuts of a tensor"
+    left = {**first, **second}
+    for d in first.keys()&second.keys(): left[d] = [first[d][i] for i in second[d]]
+    return dict(sorted(left.items()))
+
+# %% ../../nbs/prune/06_shrink.ipynb #14apruinside1
 @patch
 def inside(self:Recipe,
     wider:Recipe # Of the same model, with at least as much left
 )->Recipe:
     "What leads from `wider` to `self`; raises `ValueError` if nothing does"
-    def steps(k, d):
-        was = wider.left.get(k, {}).get(d) or range(self.shapes[k][d])
-        at = {j:i for i,j in enumerate(was)}
-        return [at.get(j) for j in self.left[k][d]]
     no = ValueError("The two were cut differently: what is left of one is no part of what is left of the other.")
-    if any(d not in self.left.get(k, {}) or self.shapes[k]!=wider.shapes[k] for k,dims in wider.left.items() for d in dims): raise no
-    left = {k:{d:steps(k, d) for d in dims} for k,dims in self.left.items()}
-    if any(None in i for dims in left.values() for i in dims.values()): raise no
-    size = lambda k,d,n: len(wider.left.get(k, {}).get(d) or range(n))
-    shapes = {k:tuple(size(k, d, n) for d,n in enumerate(self.shapes[k])) for k in left}
-    left = {k:{d:i for d,i in dims.items() if len(i)<shapes[k][d]} for k,dims in left.items()}
-    return Recipe({k:dims for k,dims in left.items() if dims}, {k:shapes[k] for k,dims in left.items() if dims})
+    for k,dims in wider.left.items():
+        for d in dims:
+            if d not in self.left.get(k, {}) or self.shapes[k]!=wider.shapes[k]: raise no
+    left,shapes = {},{}
+    for k,dims in self.left.items():
+        before = wider.left.get(k, {})
+        was = [before.get(d) or range(n) for d,n in enumerate(self.shapes[k])]
+        steps = {d:_where(was[d], i) for d,i in dims.items()}
+        if any(None in i for i in steps.values()): raise no
+        less = {d:i for d,i in steps.items() if len(i)<len(was[d])}
+        if less: left[k],shapes[k] = less,tuple(map(len, was))
+    return Recipe(left, shapes)
+
+def _where(places, idx):
+    "At which of `places` each of `idx` is; None for one that is at none"
+    at = {j:i for i,j in enumerate(places)}
+    return [at.get(j) for j in idx]
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprucedd9c
 def cut_tensor(
@@ -105,7 +123,8 @@ def cut_tensor(
 # %% ../../nbs/prune/06_shrink.ipynb #14apru1fb385
 def _replace(p, t):
     "Let the parameter `p` hold `t`"
-    p.data = torch.empty(0, dtype=torch.float32 if p.dtype==torch.float64 else torch.float64, device=p.device)
+    other = torch.float32 if p.dtype==torch.float64 else torch.float64
+    p.data = torch.empty(0, dtype=other, device=p.device)
     p.data = t
 
 def cut_param(
@@ -136,7 +155,8 @@ def is_attention(
 
 @refit.register
 def _(m:conv_layers):
-    o,i = m.weight.shape[:2][::-1] if m.transposed else m.weight.shape[:2]
+    o,i = m.weight.shape[:2]
+    if m.transposed: o,i = i,o
     if 1<m.groups==m.out_channels: m.groups = m.in_channels = o
     else: m.in_channels = i*m.groups
     m.out_channels = o
@@ -215,10 +235,12 @@ def beyond(self:Recipe, before): return self.inside(before)
 def adapt(self:Recipe, model, state, prefix):
     todo = with_attached(self, model)
     for k,left in todo.left.items():
-        t,was = state.get(prefix+k),torch.Size(todo.shapes[k])
-        if t is None: continue
+        if (t:=state.get(prefix+k)) is None: continue
+        was = torch.Size(todo.shapes[k])
         if t.shape==was: state[prefix+k] = cut_tensor(t, left)
-        elif k.split('.')[-1]=='weight_mask': state[prefix+k] = pack_bits(cut_tensor(unpack_bits(t, was), left))
+        elif k.split('.')[-1]=='weight_mask':
+            mask = cut_tensor(unpack_bits(t, was), left)
+            state[prefix+k] = pack_bits(mask)
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apruecd964
 def recipe_of(
@@ -238,7 +260,9 @@ def channel_counts(
     recipe,found = recipe_of(model),{}
     for k,m in model.named_modules():
         if not isinstance(m, prunable) or own_weight(m) is None: continue
-        key,dim = (f'{k}.weight' if k else 'weight'),int(getattr(m, 'transposed', False))
+        dim = int(getattr(m, 'transposed', False))
         each = m.groups if dim else 1
-        found[k] = dict(before=recipe.shapes.get(key, m.weight.shape)[dim]*each, after=m.weight.shape[dim]*each)
+        now = m.weight.shape
+        was = recipe.shapes.get(f'{k}.weight' if k else 'weight', now)
+        found[k] = dict(before=was[dim]*each, after=now[dim]*each)
     return found
