@@ -37,14 +37,18 @@ def _torch_pruning():
     except ImportError as e: raise ImportError("Removing channels takes Torch-Pruning, which finds out which of them belong together: pip install torch-pruning") from e
     return torch_pruning
 
+def _has_grad(ts): return any(t.requires_grad for t in ts)
+
 class _Severed(Where):
     "Finds the operation behind which nothing knows of the model's parameters any more, and the largest dimension of a tensor"
     at,largest = None,1
     def see(self, key, func, args, kwargs):
         out = func(*args, **kwargs)
-        lost = any(t.requires_grad for t in floats((args,kwargs))) and tensors(out) and not any(t.requires_grad for t in tensors(out))
+        made = tensors(out)
+        lost = made and _has_grad(floats((args,kwargs))) and not _has_grad(made)
         if lost: self.at = self.at or key
-        self.largest = max([self.largest, *(n for t in tensors(out) for n in t.shape)])
+        sizes = [n for t in made for n in t.shape]
+        self.largest = max([self.largest, *sizes])
         return out
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun5f8c11
@@ -64,7 +68,8 @@ def _groups_of(graph, most):
         except _lost as e: wrong[m] = f'Torch-Pruning cannot follow where its channels go: {e}'
         else:
             found.append(g)
-            seen.update(d.target.module for d,_ in g if graph.is_out_channel_pruning_fn(d.handler))
+            makers = [d.target.module for d,_ in g if graph.is_out_channel_pruning_fn(d.handler)]
+            seen.update(makers)
     return found,wrong
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun84c0d7
@@ -89,7 +94,7 @@ def graph_of(
     tp = _torch_pruning()
     model.eval().requires_grad_()
     with torch.enable_grad(), _Severed(model) as where: out = model(*xb)
-    if not any(t.requires_grad for t in tensors(out)):
+    if not _has_grad(tensors(out)):
         path,name,_ = where.at or ('','forward',0)
         raise ValueError(f"{type(model).__name__} cannot be traced: behind {name!r} in {path or 'its forward pass'!r} no gradient leads back to the parameters, so there is no telling which channels belong together.")
     run = lambda m,x: [t for t in tensors(m(*x)) if t.requires_grad]
@@ -106,13 +111,17 @@ _norms = batchnorms,nn.modules.instancenorm._InstanceNorm
 
 def _places(m, path, out):
     "Tensors of the layer `m`, each with the dimension along which its outputs, or its inputs, lie; None if it is of a kind that cannot be cut"
-    key = lambda k: f'{path}.{k}' if path else k
-    own = lambda *ks: {(key(k),0):None for k in ks if isinstance(getattr(m, k, None), Tensor)}
+    prefix = f'{path}.' if path else ''
+    def own(*ks):
+        there = [k for k in ks if isinstance(getattr(m, k, None), Tensor)]
+        return [(prefix+k,0) for k in there]
     if isinstance(m, nn.Linear) or isinstance(m, conv_layers) and (m.groups==1 or not m.transposed):
-        first = out!=getattr(m, 'transposed', False) or getattr(m, 'groups', 1)==m.weight.shape[0]
-        return {(key('weight'),0 if first else 1):None, **(own('bias') if out else {})}
+        transposed,groups = getattr(m, 'transposed', False),getattr(m, 'groups', 1)
+        first = out!=transposed or groups==m.weight.shape[0]
+        weight = prefix+'weight',0 if first else 1
+        return [weight,*own('bias')] if out else [weight]
     if isinstance(m, _norms) and own('weight','running_mean'): return own('weight','bias','running_mean','running_var')
-    if isinstance(m, nn.PReLU): return own('weight') if m.num_parameters>1 else {}
+    if isinstance(m, nn.PReLU): return own('weight') if m.num_parameters>1 else []
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun038fa3
 class Obstacle(ValueError):
@@ -136,22 +145,28 @@ def from_graph(
     "A `ChannelGroup` from one of Torch-Pruning's; raises `Obstacle` if it cannot be one"
     tp,names = _torch_pruning(),{m:k for k,m in model.named_modules()}
     convs = [d.target.module for d,_ in group if isinstance(d.target.module, conv_layers)]
-    each = max([1, *(m.groups for m in convs if m.groups<m.out_channels)])
+    each = max((m.groups for m in convs if m.groups<m.out_channels), default=1)
     n = len(group[0].idxs)//each
     parts,layers = {},[]
     for i,(dep,idxs) in enumerate(group):
         m,roots = dep.target.module,group[i].root_idxs
         if isinstance(m, tp.ops._OutputOp): raise Obstacle('it reaches the output')
         if type(m).__module__==tp.ops.__name__: continue
-        if isinstance(m, nn.Parameter): places = {(graph._param_to_name[m],dep.target.pruning_dim%m.ndim):None}
-        else: places = _places(m, names[m], out:=graph.is_out_channel_pruning_fn(dep.handler))
+        out = graph.is_out_channel_pruning_fn(dep.handler)
+        if isinstance(m, nn.Parameter): places = [(graph._param_to_name[m],dep.target.pruning_dim%m.ndim)]
+        else: places = _places(m, names[m], out)
         if places is None: raise Obstacle(f'it goes through {names[m]!r}, a {type(m).__name__}')
         if None in roots: raise Obstacle('its channels are repeated')
         if isinstance(m, prunable) and out: layers.append(names[m])
         for key,dim in places:
-            size = model.get_parameter(key).shape[dim] if key.endswith(('weight','bias')) or isinstance(m, nn.Parameter) else model.get_buffer(key).shape[dim]
+            size = _tensor(model, key, m).shape[dim]
             _add(parts, (key,dim), [j%size for j in idxs], [r%n for r in roots], n)
     return ChannelGroup(layers[0], tuple(layers), parts, each)
+
+def _tensor(model, key, m):
+    "The tensor `key` of `model`: the parameter `m`, or one of the layer `m`"
+    if isinstance(m, nn.Parameter): return m
+    return model.get_parameter(key) if key.endswith(('weight','bias')) else model.get_buffer(key)
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun1f2c6c
 def head_group(
@@ -159,8 +174,10 @@ def head_group(
     path:str     # Where it is
 )->ChannelGroup:
     "The heads of `m`"
-    h,d = m.num_heads,m.head_dim
-    at = torch.arange(h*d).view(h,d)
-    qkv = torch.cat([at+i*h*d for i in range(3)], 1)
-    keys = [f'{path}.qkv.{k}' for k in ('weight','bias') if getattr(m.qkv, k) is not None]
-    return ChannelGroup(f'{path}.qkv', (f'{path}.qkv',), {**{(k,0):qkv for k in keys}, (f'{path}.proj.weight',1):at}, d, True)
+    name,n = f'{path}.qkv',m.num_heads*m.head_dim
+    at = torch.arange(n).view(m.num_heads,m.head_dim)
+    qkv = torch.cat([at,at+n,at+2*n], 1)
+    own = [k for k in ('weight','bias') if getattr(m.qkv, k) is not None]
+    parts = {(f'{name}.{k}',0):qkv for k in own}
+    parts[f'{path}.proj.weight',1] = at
+    return ChannelGroup(name, (name,), parts, each=m.head_dim, heads=True)
