@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/channels/check.html.md"""
 # %% ../../../nbs/prune/channels/01_check.ipynb #17chkefca06c
 from __future__ import annotations
 import torch
+from collections import defaultdict
 from fastcore.all import listify
 from torch import nn, Tensor
 from ...quant.prepare import unprepare
@@ -45,13 +46,19 @@ def positions_left(
     model:nn.Module # The model they are of
 )->Recipe:
     "The recipe for keeping what `keep` says"
-    gone,shapes = {},{}
-    for g in groups:
-        for (k,d),idx in g.parts.items():
-            if (i:=idx[~keep[g.name].cpu()].flatten()).numel(): gone.setdefault(k, {}).setdefault(d, []).append(i)
-    for k in gone: shapes[k] = tuple(tensor_at(model, k).shape)
-    left = {k:{d:_others(torch.cat(i), shapes[k][d]) for d,i in dims.items()} for k,dims in gone.items()}
+    gone,left,shapes = {},{},{}
+    for k,d,idx in _gone(groups, keep):
+        if len(idx): gone.setdefault(k, {}).setdefault(d, []).append(idx)
+    for k,dims in gone.items():
+        shapes[k] = tuple(tensor_at(model, k).shape)
+        left[k] = {d:_others(torch.cat(o), shapes[k][d]) for d,o in dims.items()}
     return Recipe(left, shapes)
+
+def _gone(groups, keep):
+    "Each tensor that `groups` lie in, a dimension of it, and the positions along that which do not stay"
+    for g in groups:
+        gone = ~keep[g.name].cpu()
+        for (k,d),idx in g.parts.items(): yield k,d,idx[gone].flatten()
 
 def _others(idx, n):
     stays = torch.ones(n, dtype=torch.bool)
@@ -67,11 +74,11 @@ def channel_masks(
 )->dict: # Masks shaped like the weights, by layer
     "The weights that stay if channels do"
     masks = {}
-    for g in groups:
-        for (k,d),idx in g.parts.items():
-            if not is_weight(model, k): continue
-            m = masks.setdefault(k.rpartition('.')[0], torch.ones_like(tensor_at(model, k), dtype=torch.bool))
-            m.index_fill_(d, idx[~keep[g.name].cpu()].flatten().to(m.device), False)
+    for k,d,idx in _gone(groups, keep):
+        if not is_weight(model, k): continue
+        full = torch.ones_like(tensor_at(model, k), dtype=torch.bool)
+        m = masks.setdefault(k.rpartition('.')[0], full)
+        m.index_fill_(d, idx.to(m.device), False)
     return masks
 
 def _zeroed(model, groups, keep):
@@ -110,17 +117,25 @@ def misfit(
     try:
         small = shrink(clean_copy(model), positions_left(groups, keep, model))
         out,ref = _outputs(small, xb),_outputs(_zeroed(model, groups, keep), xb)
-    except _errors as e: return f'without some of its channels, {type(model).__name__} fails: {str(e).strip().splitlines()[0]}' if str(e).strip() else type(e).__name__
+    except _errors as e: return _failure(model, e)
     if [t.shape for t in out]!=[t.shape for t in ref]: return 'the output would have another shape'
-    far = lambda a,b: (a.float()-b.float()).abs().max()>tol*b.float().abs().max().clamp(min=1e-6)
-    if any(a.numel() and far(a, b) for a,b in zip(out, ref)): return 'removing channels is not the same as setting them to zero'
+    if any(a.numel() and _far(a.float(), b.float(), tol) for a,b in zip(out, ref)): return 'removing channels is not the same as setting them to zero'
     if trains and not runs_in_training(small, xb): return 'what runs in training only would lose channels it needs'
+
+def _failure(model, e):
+    lines = str(e).strip().splitlines()
+    return f'without some of its channels, {type(model).__name__} fails: {lines[0]}' if lines else type(e).__name__
+
+def _far(a, b, tol):
+    largest = b.abs().max().clamp(min=1e-6)
+    return (a-b).abs().max()>tol*largest
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prunee663b
 def _halves(groups):
     "A random half of the channels of each group, the same every time"
     gen = torch.Generator().manual_seed(0)
-    return {g.name:torch.randperm(len(g), generator=gen)>=len(g)//2 for g in groups}
+    half = lambda n: torch.randperm(n, generator=gen)>=n//2
+    return {g.name:half(len(g)) for g in groups}
 
 def _sound(model, groups, xb):
     "Those of `groups` that can be cut, and what is wrong with the others"
@@ -151,15 +166,20 @@ def channel_groups(
     found,why = _found(model, xb)
     good = []
     for g in found:
-        why[g.name] = _unwanted(g, only, exclude) or (f'it has {len(g)*g.each} channels, and round_to={round_to} leaves no fewer' if len(g)<=g.step(round_to) else None)
+        why[g.name] = _unwanted(g, only, exclude, round_to)
         if not why[g.name]: good.append(g)
     good,wrong = _sound(model, good, xb)
     why.update(wrong)
-    why = {k:why[k] for k,_ in model.named_modules() if why.get(k)}
+    paths = [k for k,_ in model.named_modules()]
+    why = {k:why[k] for k in paths if why.get(k)}
     for p in only:
         if not any(is_in(g, p) for g in good): raise ValueError(f"No channels of {p!r} can be removed: {_reason(p, why)}. Leave it out.")
-    if not good: raise ValueError(f"No channels can be removed from {type(model).__name__}: {'; '.join(f'{k!r}: {v}' for k,v in why.items()) or 'it has no convolution and no linear layer'}.")
+    if not good:
+        reasons = _listed(why) or 'it has no convolution and no linear layer'
+        raise ValueError(f"No channels can be removed from {type(model).__name__}: {reasons}.")
     return good,why
+
+def _listed(why): return '; '.join(f'{k!r}: {v}' for k,v in why.items())
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun9657bd
 def is_in(
@@ -169,30 +189,36 @@ def is_in(
     "Whether `pattern` means one of the layers of `g`"
     return any(matches(k, pattern) for k in g.layers)
 
-def _reason(p, why): return '; '.join(f'{k!r}: {v}' for k,v in why.items() if matches(k, p)) or 'its channels belong to another layer, or it has none'
-def _unwanted(g, only, exclude):
+def _reason(p, why):
+    meant = {k:v for k,v in why.items() if matches(k, p)}
+    return _listed(meant) or 'its channels belong to another layer, or it has none'
+
+def _unwanted(g, only, exclude, round_to):
     if any(is_in(g, p) for p in exclude): return 'excluded'
     if only and not any(is_in(g, p) for p in only): return 'not asked for'
+    if len(g)<=g.step(round_to): return f'it has {len(g)*g.each} channels, and round_to={round_to} leaves no fewer'
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun931d38
 def _found(model, xb):
     "All groups that are not out of the question, in the order of the model's layers, and what is wrong with the others"
-    ends,order = last_layers(model, trace(model, *xb)),[k for k,_ in model.named_modules()]
+    ends,shared = last_layers(model, trace(model, *xb)),_shared(model)
     scratch = clean_copy(model)
     graph,all_,lost = graph_of(scratch, *xb)
-    heads = {k:head_group(m, k) for k,m in model.named_modules() if is_attention(m) and m.num_heads>1 and _plain(m)}
-    names,shared = {m:k for k,m in scratch.named_modules()},_shared(model)
-    found,why = list(heads.values()),{names[m]:e for m,e in lost.items()}
+    found = [head_group(m, k) for k,m in model.named_modules() if _has_heads(m)]
+    of_heads = {g.name for g in found}
+    names = {m:k for k,m in scratch.named_modules()}
+    why = {names[m]:e for m,e in lost.items()}
     for o in all_:
         name = names[o[0].dep.target.module]
-        if any(name==f'{k}.qkv' for k in heads): continue
+        if name in of_heads: continue
         try: g = from_graph(o, graph, scratch)
         except Obstacle as e: why[name] = str(e)
         else:
-            twice = next((f'{k!r} is used twice under different names' for k,_ in g.parts if k in shared), None)
-            why[g.name] = 'it reaches the output' if ends&set(g.layers) else twice or _computed(g, model)
+            why[g.name] = _no_group(g, model, ends, shared)
             if not why[g.name]: found.append(g)
-    return _disjoint(sorted(found, key=lambda g: order.index(g.name)), model, why),why
+    order = [k for k,_ in model.named_modules()]
+    found.sort(key=lambda g: order.index(g.name))
+    return _disjoint(found, why),why
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prunf04c3c
 def _shared(model):
@@ -201,20 +227,30 @@ def _shared(model):
     for k,p in model.named_parameters(remove_duplicate=False): names.setdefault(id(p), []).append(k)
     return {k for ks in names.values() if len(ks)>1 for k in ks}
 
-def _plain(m): return m.qkv.out_features==3*m.proj.in_features==3*m.num_heads*m.head_dim
+def _has_heads(m):
+    "Whether `m` is an attention with several heads that have all its width"
+    if not is_attention(m) or m.num_heads<2: return False
+    width = m.num_heads*m.head_dim
+    return m.proj.in_features==width and m.qkv.out_features==3*width
 
-def _computed(g, model):
+def _no_group(g, model, ends, shared):
+    "Why the channels of `g` cannot be removed, as far as that is known before it is tried"
+    if ends&set(g.layers): return 'it reaches the output'
     own = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    return next((f'{k!r} is computed' for k,_ in g.parts if k not in own), None)
+    for k,_ in g.parts:
+        if k in shared: return f'{k!r} is used twice under different names'
+    for k,_ in g.parts:
+        if k not in own: return f'{k!r} is computed'
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun748e99
-def _disjoint(groups, model, why):
+def _disjoint(groups, why):
     "Those of `groups` that share no position with one before"
-    taken,good = {},[]
+    taken,good = defaultdict(set),[]
     for g in groups:
-        both = next((k for (k,d),idx in g.parts.items() if taken.get((k,d), set())&set(idx.flatten().tolist())), None)
-        if both: why[g.name] = f'it shares channels of {both!r} with another group'
+        mine = {at:set(idx.flatten().tolist()) for at,idx in g.parts.items()}
+        both = [k for (k,d),idx in mine.items() if idx&taken[k,d]]
+        if both: why[g.name] = f'it shares channels of {both[0]!r} with another group'
         else:
             good.append(g)
-            for at,idx in g.parts.items(): taken.setdefault(at, set()).update(idx.flatten().tolist())
+            for at,idx in mine.items(): taken[at] |= idx
     return good
