@@ -20,8 +20,8 @@ from .graph import *
 from .check import *
 
 # %% auto #0
-__all__ = ['rows_of', 'score_group', 'gamma_of', 'comparable', 'round_count', 'group_pools', 'select_channels', 'channels_now',
-           'take_out', 'as_float', 'remove_masked']
+__all__ = ['rows_of', 'score_group', 'gamma_of', 'comparable', 'round_count', 'highest', 'group_pools', 'select_channels',
+           'channels_now', 'take_out', 'as_float', 'remove_masked']
 
 # %% ../../../nbs/prune/channels/02_select.ipynb #17prunacbcfd
 def rows_of(
@@ -31,7 +31,9 @@ def rows_of(
     "What belongs to each channel, of all tensors that `get` has something for"
     found = []
     for (k,d),idx in group.parts.items():
-        if (t:=get(k)) is not None: found.append(t.detach().movedim(d, 0)[idx.to(t.device)].flatten(1).float())
+        if (t:=get(k)) is None: continue
+        rows = t.detach().movedim(d, 0)[idx.to(t.device)]
+        found.append(rows.flatten(1).float())
     return torch.cat(found, 1) if found else None
 
 def score_group(
@@ -44,7 +46,9 @@ def score_group(
     weight = lambda k: tensor_at(model, k) if is_weight(model, k) else None
     def stat(o):
         if o=='gamma': return rows_of(group, lambda k: gamma_of(model, k))
-        got = {k:watched.get(o, {}).get(k.rpartition('.')[0]) for k,_ in group.parts if is_weight(model, k)}
+        seen = watched.get(o, {})
+        weights = [k for k,_ in group.parts if is_weight(model, k)]
+        got = {k:seen.get(k.rpartition('.')[0]) for k in weights}
         return None if any(v is None for v in got.values()) else rows_of(group, got.get)
     stats = {o:stat(o) for o in needs(criterion)}
     for o,v in stats.items():
@@ -70,7 +74,8 @@ def comparable(
 )->dict:
     "`scores` that can be compared between groups"
     if 'grad' in needs(criterion): return scores
-    return {k:s/s.abs().mean().clamp(min=1e-30) for k,s in scores.items()}
+    size = lambda s: s.abs().mean().clamp(min=1e-30)
+    return {k:s/size(s) for k,s in scores.items()}
 
 def round_count(
     n:int,    # How many there are
@@ -78,7 +83,15 @@ def round_count(
     step:int, # Of what the count shall be a multiple
 )->int:
     "The number nearest to `k` that may be left: a multiple of `step`, or all"
-    return min([*range(step, n, step), n], key=lambda o: (abs(o-k),o))
+    counts = [*range(step, n, step),n]
+    return min(counts, key=lambda o: (abs(o-k),o))
+
+def highest(
+    scores:Tensor, # Of each channel
+    n:int          # How many of them to keep
+)->Tensor: # Which ones those are
+    "The `n` channels with the highest scores"
+    return torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, scores.topk(n).indices, True)
 
 # %% ../../../nbs/prune/channels/02_select.ipynb #17prun108372
 def group_pools(
@@ -87,9 +100,12 @@ def group_pools(
 )->list: # Pairs of an amount and groups
     "Which groups compete with each other; a group that several patterns mean belongs to the last"
     owner = {g.name:p for p in selection.amounts for g in groups if is_in(g, p)}
-    found = [(a,[g for g in groups if owner.get(g.name)==p]) for p,a in selection.amounts.items()]
-    if selection.scope=='local': found = [(a,[g]) for a,gs in found for g in gs]
-    return [(a,gs) for a,gs in found if gs]
+    found = []
+    for p,a in selection.amounts.items():
+        mine = [g for g in groups if owner.get(g.name)==p]
+        if selection.scope=='local': found += [(a,[g]) for g in mine]
+        elif mine: found.append((a,mine))
+    return found
 
 @torch.no_grad()
 def select_channels(
@@ -101,14 +117,18 @@ def select_channels(
     spare:bool=False # Leave something of a group that would lose all its channels, instead of raising a `ValueError`?
 )->dict: # Whether each channel stays, by name
     "Decide what stays; what is gone already stays so"
-    keep,scores = {},{k:s.cpu().masked_fill(~now[k].cpu(), -torch.inf) for k,s in scores.items()}
+    keep,round_to = {},find_structure(selection.structure).round_to
+    now = {k:v.cpu() for k,v in now.items()}
+    scores = {k:s.cpu().masked_fill(~now[k], -torch.inf) for k,s in scores.items()}
     for amount,gs in group_pools(groups, selection):
         all_ = torch.cat([scores[g.name] for g in gs])
-        gone = lowest(all_, torch.ones_like(all_, dtype=torch.long), round(amount*share*len(all_)))
+        ones = torch.ones_like(all_, dtype=torch.long)
+        gone = lowest(all_, ones, round(amount*share*len(all_)))
         for g,o in zip(gs, gone.split([len(g) for g in gs])):
             if o.all() and not spare: raise ValueError(f"Nothing would be left of the channels of {g.name!r}. Prune less, exclude it, or let each group give the same share with scope='local'.")
-            n = round_count(len(g), (~o).sum().item(), g.step(find_structure(selection.structure).round_to))
-            keep[g.name] = torch.zeros(len(g), dtype=torch.bool).index_fill_(0, scores[g.name].topk(n).indices, True)&now[g.name].cpu()
+            left = (~o).sum().item()
+            n = round_count(len(g), left, g.step(round_to))
+            keep[g.name] = highest(scores[g.name], n)&now[g.name]
     return keep
 
 # %% ../../../nbs/prune/channels/02_select.ipynb #17prun8caaf4
