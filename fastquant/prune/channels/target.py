@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/channels/target.html.md"""
 from __future__ import annotations
 import torch
 from dataclasses import replace
+from fastcore.all import store_attr
 from torch import nn, Tensor
 from ...core.basics import *
 from ...core.model import *
@@ -43,6 +44,56 @@ def latency(model, *xb):
         if xb[0].is_cuda: torch.cuda.synchronize()
     return in_turns({'':run}, n=15)['median'].item()
 
+# %% ../../../nbs/prune/channels/03_target.ipynb #17tgtsearch0
+class _Search:
+    "Choices of channels, and how near they come to the target of `selection`"
+    def __init__(self, groups, scores, model, xb, selection):
+        store_attr()
+        (name,self.goal), = selection.target.items()
+        self.measure,self.seen = targets.find(name),{}
+        self.base = self.measure(model, *xb)
+        self.there = {k:s>-torch.inf for k,s in scores.items()}
+        self.round_to = find_structure(selection.structure).round_to
+    def choose(self, amount):
+        "What stays if so much goes"
+        selection = replace(self.selection, amount=max(amount, 1e-9), target=None)
+        return select_channels(self.groups, self.scores, self.there, selection, spare=True)
+    def left(self, keep):
+        "The share that is left with `keep`"
+        n = _counts(keep)
+        if n not in self.seen:
+            small = shrink(clean_copy(self.model), positions_left(self.groups, keep, self.model))
+            self.seen[n] = self.measure(small, *self.xb)/self.base
+        return self.seen[n]
+    def off(self, keep): return abs(self.left(keep)-self.goal)
+
+def _counts(keep): return tuple(k.sum().item() for k in keep.values())
+
+# %% ../../../nbs/prune/channels/03_target.ipynb #17tgtnudge01
+def _nudged(search, keep, enough, beam=6, rounds=8):
+    "What is nearest of `keep` and what can be had from it by steps of single groups, each from one of the nearest so far"
+    near,best = [keep],keep
+    for _ in range(rounds):
+        if search.off(best)<=enough: break
+        once = {_counts(m):m for o in near for m in _moves(search, o)}
+        near = sorted(once.values(), key=search.off)[:beam]
+        best = min([best,*near], key=search.off)
+    return best
+
+def _moves(search, keep):
+    "`keep` with another choice of one group's channels, for each group the next smaller and the next larger"
+    for g in search.groups:
+        for k in _steps(g, keep[g.name], search.scores[g.name], g.step(search.round_to)): yield {**keep, g.name:k}
+
+def _steps(g, keep, scores, step):
+    "The next smaller and the next larger choice of a group's channels"
+    counts = [*range(step, len(g), step),len(g)]
+    n = keep.sum().item()
+    most = (scores>-torch.inf).sum().item()
+    smaller = [c for c in counts if c<n][-1:]
+    larger = [c for c in counts if n<c<=most][:1]
+    return [highest(scores, c) for c in smaller+larger]
+
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prun4bab27
 def to_target(
     groups, # Groups
@@ -53,40 +104,18 @@ def to_target(
     tol:float=.02 # How far from the share is near enough
 )->dict: # Whether each channel stays, by group
     "What to keep for the target; raises `ValueError` that says what could be reached if that cannot be"
-    (name,goal), = selection.target.items()
-    measure,seen = targets.find(name),{}
-    base = measure(model, *xb)
-    def left(keep):
-        n = tuple(k.sum().item() for k in keep.values())
-        if n not in seen: seen[n] = measure(shrink(clean_copy(model), positions_left(groups, keep, model)), *xb)/base
-        return seen[n]
-    there = {k:s>-torch.inf for k,s in scores.items()}
-    choose = lambda a: select_channels(groups, scores, there, replace(selection, amount=max(a, 1e-9), target=None), spare=True)
+    search = _Search(groups, scores, model, xb, selection)
     lo,hi = 0.,1-1e-6
-    if (least:=left(choose(hi)))>goal+tol: raise ValueError(f"target={selection.target}: with everything removed that can be, {least:.3g} would be left. Pass more than that, or leave fewer layers out.")
-    while hi-lo>1e-3: lo,hi = (mid,hi) if left(choose(mid:=(lo+hi)/2))>=goal else (lo,mid)
-    off = lambda keep: abs(left(keep)-goal)
-    best = _nudged(min(choose(lo), choose(hi), key=off), groups, scores, find_structure(selection.structure).round_to, off, tol/4)
-    if off(best)>tol: raise ValueError(f"target={selection.target}: the nearest that can be had with multiples of {find_structure(selection.structure).round_to} is {left(best):.3g}. Pass that, or a finer structure=Channel(round_to=1).")
+    least = search.left(search.choose(hi))
+    if least>search.goal+tol: raise ValueError(f"target={selection.target}: with everything removed that can be, {least:.3g} would be left. Pass more than that, or leave fewer layers out.")
+    while hi-lo>1e-3:
+        mid = (lo+hi)/2
+        if search.left(search.choose(mid))>=search.goal: lo = mid
+        else: hi = mid
+    best = min(search.choose(lo), search.choose(hi), key=search.off)
+    best = _nudged(search, best, tol/4)
+    if search.off(best)>tol: raise ValueError(f"target={selection.target}: the nearest that can be had with multiples of {search.round_to} is {search.left(best):.3g}. Pass that, or a finer structure=Channel(round_to=1).")
     return best
-
-def _nudged(keep, groups, scores, round_to, off, enough, beam=6, rounds=8):
-    "What is nearest of `keep` and what can be had from it by steps of single groups, each from one of the nearest so far"
-    near,best = [keep],keep
-    for _ in range(rounds):
-        if off(best)<=enough: break
-        moves = [{**o, g.name:k} for o in near for g in groups for k in _steps(g, o[g.name], scores[g.name], g.step(round_to))]
-        once = {tuple(k.sum().item() for k in m.values()):m for m in moves}
-        near = sorted(once.values(), key=off)[:beam]
-        best = min([best,*near], key=off)
-    return best
-
-def _steps(g, keep, scores, step):
-    "The next smaller and the next larger choice of a group's channels"
-    counts = [*range(step, len(g), step),len(g)]
-    n,most = keep.sum().item(),(scores>-torch.inf).sum().item()
-    near = [max((c for c in counts if c<n), default=None),min((c for c in counts if c>n), default=None)]
-    return [torch.zeros_like(keep).index_fill_(0, scores.topk(c).indices, True) for c in near if c and c<=most]
 
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prun4efb17
 @torch.no_grad()
@@ -99,12 +128,16 @@ def pull_groups(
     "Draw the channels of each group towards zero, those most that matter least (Fang et al. 2023, eq. 4)"
     for g in groups:
         s = score_group(g, model, 'l2')
-        pull = 2**(alpha*(s.max()-s)/(s.max()-s.min()).clamp(min=1e-12))
+        spread = (s.max()-s.min()).clamp(min=1e-12)
+        pull = 2**(alpha*(s.max()-s)/spread)
         for (k,d),idx in g.parts.items():
             t = tensor_at(model, k)
             if k not in rates or not (is_weight(model, k) or gamma_of(model, k) is not None): continue
-            far = torch.zeros(t.shape[d], device=t.device).index_put_((idx.to(t.device),), (rates[k]*pull)[:,None].to(t.device).expand(idx.shape))
-            t.mul_((1-far.clamp(max=1)).view(-1, *[1]*(t.ndim-1-d)))
+            rate = (rates[k]*pull).to(t.device)
+            far = torch.zeros(t.shape[d], device=t.device)
+            far[idx.to(t.device)] = rate[:,None].expand(idx.shape)
+            behind = [1]*(t.ndim-1-d)
+            t.mul_((1-far.clamp(max=1)).view(-1, *behind))
 
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prunfd956d
 class MaskPlan:
@@ -127,7 +160,8 @@ class MaskPlan:
         "Raise a `ValueError` if more is pruned already than is wanted"
         masks = self.masks()
         for a,ks in pools(self.selection, self.layers):
-            gone,n = sum((~masks[k]).sum().item() for k in ks),sum(masks[k].numel() for k in ks)
+            gone = sum((~masks[k]).sum().item() for k in ks)
+            n = sum(masks[k].numel() for k in ks)
             if gone>round(a*n): raise ValueError(f"amount={a}: {gone/n:.3g} of the weights are pruned already. Prune more, leave `amount` out to take them as they are, or start again with `remove_masks(learn.model)`.")
     def settle(self, opt=None): "Make what was chosen permanent: the masks do"
 
@@ -139,10 +173,13 @@ class ChannelPlan:
         selection:Selection, # What is wanted
         *xb                  # A batch of inputs
     ):
-        self.model,self.selection,self.xb,self.counts = model,selection,[x[:2].detach().as_subclass(Tensor) for x in xb],None
+        self.model,self.selection = model,selection
+        self.xb = [x[:2].detach().as_subclass(Tensor) for x in xb]
+        self.counts = None # channels that each group has in the end, once that is settled
         s,round_to = selection,find_structure(selection.structure).round_to
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
-        names = dict.fromkeys(k.rpartition('.')[0] for g in self.groups for k,_ in g.parts if is_weight(model, k))
+        weights = [k for g in self.groups for k,_ in g.parts if is_weight(model, k)]
+        names = dict.fromkeys(k.rpartition('.')[0] for k in weights)
         self.layers = {k:model.get_submodule(k) for k in names}
         self.lent = [k for k,m in self.layers.items() if not mask_of(m)] # masks that are there for channels only
     def choose(self,
@@ -151,18 +188,24 @@ class ChannelPlan:
     )->dict: # Masks by layer
         "What stays"
         s = self.selection
-        scores = comparable({g.name:score_group(g, self.model, s.criterion, watched) for g in self.groups}, s.criterion)
+        scores = {g.name:score_group(g, self.model, s.criterion, watched) for g in self.groups}
+        scores = comparable(scores, s.criterion)
         now = channels_now(self.groups, self.model)
-        keep = self.to_target(scores, now, share) if s.target else select_channels(self.groups, scores, now, s, share)
-        return {k:mask&mask_now(self.layers[k]) for k,mask in channel_masks(self.groups, keep, self.model).items()}
+        if s.target: keep = self.to_target(scores, now, share)
+        else: keep = select_channels(self.groups, scores, now, s, share)
+        masks = channel_masks(self.groups, keep, self.model)
+        return {k:mask&mask_now(self.layers[k]) for k,mask in masks.items()}
     def to_target(self, scores, now, share):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
         if self.counts is None:
             keep = to_target(self.groups, scores, as_float(self.model), self.xb, self.selection)
             self.counts = {k:v.sum().item() for k,v in keep.items()}
-        n = {k:len(v)-round(share*(len(v)-self.counts[k])) for k,v in scores.items()}
-        return {k:torch.zeros_like(now[k]).index_fill_(0, v.topk(n[k]).indices, True)&now[k] for k,v in scores.items()}
+        keep = {}
+        for k,v in scores.items():
+            n = len(v)-round(share*(len(v)-self.counts[k]))
+            keep[k] = highest(v, n)&now[k]
+        return keep
     def check(self): "Channels that are gone are none that could be pruned"
     def settle(self, opt=None):
         take_out(self.model, self.groups, self.xb, opt)
