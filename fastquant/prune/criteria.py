@@ -52,7 +52,8 @@ def fpgm(w):
     return torch.cdist(w, w).mean(1)
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prund934d9
-statistics = dict(grad="the loss's gradient", moved='the gradient over many steps of training', sqr_in='the inputs of each layer', gamma='the scale of a batchnorm')
+statistics = dict(grad="the loss's gradient", moved='the gradient over many steps of training',
+    sqr_in='the inputs of each layer', gamma='the scale of a batchnorm')
 
 def needs(
     criterion # A criterion, or the name of one

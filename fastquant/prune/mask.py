@@ -149,8 +149,8 @@ def set_mask(
         attach(m, Mask(m))
         m.register_forward_pre_hook(mask_of(m).before)
     mask = mask_of(m)
-    hooks = () if around is None else around._forward_pre_hooks.values()
-    if around is not None and not any(_is_of(mask, h) for h in hooks): around.register_forward_pre_hook(mask.before_around)
+    if around is not None and not any(_is_of(mask, h) for h in around._forward_pre_hooks.values()):
+        around.register_forward_pre_hook(mask.before_around)
     m.weight_mask.copy_(keep)
     mask.zero()
     mask.hold()

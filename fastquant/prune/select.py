@@ -49,7 +49,8 @@ class Selection:
         if self.target is None: return
         if not isinstance(s, Channel): raise ValueError(f"target={self.target}: zeros change no target, since tensors stay as large as they are. Pass structure='channel', or an amount.")
         if self.amount is not None: raise ValueError(f"amount={self.amount} and target={self.target}: one of the two says how much to prune. Leave the other out.")
-        if not isinstance(self.target, dict) or len(self.target)!=1 or not all(isinstance(v, float) and 0<v<1 for v in self.target.values()):
+        one = isinstance(self.target, dict) and len(self.target)==1
+        if not one or not all(isinstance(v, float) and 0<v<1 for v in self.target.values()):
             raise ValueError(f"target={self.target}: pass one measure, and the share of it that shall be left, above 0 and below 1, as in {{'macs':.5}}.")
     @property
     def amounts(self)->dict:

@@ -119,7 +119,8 @@ def misfit(
         out,ref = _outputs(small, xb),_outputs(_zeroed(model, groups, keep), xb)
     except _errors as e: return _failure(model, e)
     if [t.shape for t in out]!=[t.shape for t in ref]: return 'the output would have another shape'
-    if any(a.numel() and _far(a.float(), b.float(), tol) for a,b in zip(out, ref)): return 'removing channels is not the same as setting them to zero'
+    if any(a.numel() and _far(a.float(), b.float(), tol) for a,b in zip(out, ref)):
+        return 'removing channels is not the same as setting them to zero'
     if trains and not runs_in_training(small, xb): return 'what runs in training only would lose channels it needs'
 
 def _failure(model, e):

@@ -147,8 +147,8 @@ class MaskPlan:
         selection:Selection, # What is wanted
         *xb                  # A batch of inputs
     ):
-        self.model,self.selection = model,selection
-        self.layers,self.left_alone = groups(model, selection.structure, *xb, only=selection.only, exclude=selection.exclude, last=selection.last)
+        self.model,self.selection,s = model,selection,selection
+        self.layers,self.left_alone = groups(model, s.structure, *xb, only=s.only, exclude=s.exclude, last=s.last)
     def masks(self): return {k:mask_now(m) for k,m in self.layers.items()}
     def choose(self,
         watched:dict, # Statistics that the criterion needs
