@@ -18,16 +18,19 @@ from ..quant.fakequant import fake_quant_of
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
-           'layer_nodes', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two']
+           'layer_nodes', 'nodes_of', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two']
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo483e03
-INT4,INT8,UINT8,INT32,INT64 = (getattr(onnx.TensorProto, k) for k in ('INT4','INT8','UINT8','INT32','INT64'))
+_of = onnx.TensorProto
+INT4,INT8,UINT8 = _of.INT4,_of.INT8,_of.UINT8
+INT32,INT64 = _of.INT32,_of.INT64
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo914d5b
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
     q = op.QuantizeLinear(x, scale, zero_point, axis=axis)
     if (lo,hi) in ((0,255),(-128,127)): return q
-    end = lambda v: op.Constant(value=onnx.helper.make_tensor('', INT8 if lo<0 else UINT8, (), [v]))
+    dtype = INT8 if lo<0 else UINT8
+    end = lambda v: op.Constant(value=onnx.helper.make_tensor('', dtype, (), [v]))
     return op.Clip(q, end(lo), end(hi))
 def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
@@ -68,7 +71,8 @@ def to_onnx(
 )->onnx.ModelProto:
     "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done"
     if min(len(x) for x in xb)<2: xb = [torch.cat([x,x]) for x in xb]
-    xb = tuple(x[:2].detach().as_subclass(Tensor).cpu().contiguous() for x in xb)
+    plain = lambda x: x.detach().as_subclass(Tensor).cpu().contiguous()
+    xb = tuple(plain(x[:2]) for x in xb)
     batch = {'xb':tuple({0:torch.export.Dim('batch')} for _ in xb)}
     try:
         with quiet():
@@ -80,7 +84,9 @@ def to_onnx(
         why = (str(root).strip() or type(root).__name__).splitlines()[0]
         raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
             "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
-    return pack(keep_float(tidy(proto)), {k:w.grid for k,w in r.weights.items()} if (r:=fake_quant_of(model)) else {})
+    r = fake_quant_of(model)
+    grids = {k:w.grid for k,w in r.weights.items()} if r else {}
+    return pack(keep_float(tidy(proto)), grids)
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo73d649
 def tidy(
@@ -101,10 +107,13 @@ def tidy(
 
 def name_ends(g, ends, name):
     "Call the graph's inputs or outputs `name`, with a number if there are several"
-    new = {o.name:f'{name}_{i}' if len(ends)>1 else name for i,o in enumerate(ends)}
+    n = len(ends)
+    names = [f'{name}_{i}' for i in range(n)] if n>1 else [name]
+    new = {o.name:k for o,k in zip(ends, names)}
     if set(new.values())&{v for n in g.node for v in n.output}: return
     for o in ends: o.name = new[o.name]
-    for n in g.node: n.input[:],n.output[:] = ([new.get(i, i) for i in o] for o in (n.input,n.output))
+    for n in g.node:
+        for o in n.input,n.output: o[:] = [new.get(i, i) for i in o]
 
 unpacking = set('DequantizeLinear Transpose Cast Mul Add Sub Unsqueeze BitShift BitwiseAnd Slice Reshape'.split())
 
@@ -118,16 +127,26 @@ def layer_nodes(
     def use(name):
         n = users[name][0] if name in users else None
         return use(n.output[0]) if n is not None and n.op_type in unpacking else n
-    found = {i.name.removesuffix('.weight'):use(i.name) for i in proto.graph.initializer if i.name.endswith('.weight')}
-    return {k:n for k,n in found.items() if n is not None and n.op_type in ('Conv','Gemm','MatMul')}
+    weights = [i.name for i in proto.graph.initializer if i.name.endswith('.weight')]
+    found = {k.removesuffix('.weight'):use(k) for k in weights}
+    computes = lambda n: n is not None and n.op_type in ('Conv','Gemm','MatMul')
+    return {k:n for k,n in found.items() if computes(n)}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
+def nodes_of(
+    graph:onnx.GraphProto, # Any
+    *kinds                 # Operators, as ONNX calls them
+)->list:
+    "Nodes of `graph` with these operators, in order"
+    return [n for n in graph.node if n.op_type in kinds]
+
 def put_before(
     graph:onnx.GraphProto, # Changed in place
     new:dict               # Lists of nodes, by the position of the node that they are to come before
 ):
     "Put nodes in front of others"
-    nodes = [n for i,o in enumerate(graph.node) for n in (*new.get(i, ()), o)]
+    nodes = []
+    for i,n in enumerate(graph.node): nodes += [*new.get(i, ()),n]
     del graph.node[:]
     graph.node.extend(nodes)
 
@@ -135,12 +154,15 @@ def keep_float(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Keep engines from rounding the weights of layers that are in float"
-    g,floats,new = proto.graph,{i.name for i in proto.graph.initializer if i.data_type==onnx.TensorProto.FLOAT},{}
-    integer = {o for n in g.node if n.op_type=='DequantizeLinear' for o in n.output}
+    g,new = proto.graph,{}
+    floats = {i.name for i in g.initializer if i.data_type==_of.FLOAT}
+    integer = {o for n in nodes_of(g, 'DequantizeLinear') for o in n.output}
     for i,n in enumerate(g.node):
         if n.op_type not in ('Conv','ConvTranspose','Gemm') or n.input[0] not in integer or n.input[1] not in floats: continue
-        new[i] = [onnx.helper.make_node('Max', [n.input[0]], [f'{n.input[0]}_of_{i}'])]
-        n.input[0] = new[i][0].output[0]
+        x = n.input[0]
+        own = f'{x}_of_{i}'
+        new[i] = [onnx.helper.make_node('Max', [x], [own])]
+        n.input[0] = own
     put_before(g, new)
     return proto
 
@@ -156,9 +178,11 @@ def pack(
         if not i.name.endswith('.weight') or i.data_type!=INT8 or grid.bits>4: continue
         q,n = onnx.numpy_helper.to_array(i).astype(np.int32),room(grid)
         if (q%n).any(): continue
-        small,nodes = (packed_two if grid.bits==2 else packed_four)(i.name, q//n, n)
+        packed = packed_two if grid.bits==2 else packed_four
+        small,nodes = packed(i.name, q//n, n)
         i.CopyFrom(small)
-        for n in g.node: n.input[:] = [f'{i.name}_int8' if v==i.name else v for v in n.input]
+        new = {i.name:f'{i.name}_int8'}
+        for o in g.node: o.input[:] = [new.get(v, v) for v in o.input]
         front += nodes
     if not front: return proto
     put_before(g, {0:front})
@@ -167,14 +191,25 @@ def pack(
     return proto
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo6e2f03
-def _constant(name, dtype, dims, values):
-    t = onnx.helper.make_tensor(name, dtype, dims, values)
+def _constant(name, dtype, value):
+    "A node that puts out `value`, a number or a list of them"
+    a = np.array(value)
+    t = onnx.helper.make_tensor(name, dtype, a.shape, a.flatten().tolist())
     return onnx.helper.make_node('Constant', [], [name], value=t)
 
-def _steps(name, first, *steps):
-    "Nodes for `(operator, second input, attributes)` one after the other, from `first` to the int8 weight"
-    names = [first,*(f'{name}_{i}' for i in range(len(steps)-1)),f'{name}_int8']
-    return [onnx.helper.make_node(o, [a]+([second] if second else []), [b], **attrs) for (o,second,attrs),a,b in zip(steps, names, names[1:])]
+def _step(kind, *consts, **attrs):
+    "What makes a node for the weight `name`, from `a` to `b`; its other inputs are constants of that weight"
+    def node(name, a, b):
+        second = [f'{name}_{k}' for k in consts]
+        return onnx.helper.make_node(kind, [a,*second], [b], **attrs)
+    return node
+
+def _nodes(name, *steps):
+    "Nodes for the steps one after the other, from the initializer `name` to the int8 weight"
+    between = [f'{name}_{i}' for i in range(len(steps)-1)]
+    names = [name,*between,f'{name}_int8']
+    ends = zip(names, names[1:])
+    return [step(name, *o) for step,o in zip(steps, ends)]
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo2aca79
 def packed_four(
@@ -183,9 +218,12 @@ def packed_four(
     room:int  # What they are multiplied by in a byte
 )->tuple: # An initializer, and a list of nodes
     "An initializer of 4-bit integers, and the nodes that make int8 of it"
-    u = np.pad(q.flatten(), (0, q.size%2)).astype(np.uint8)&15
-    small = onnx.helper.make_tensor(name, INT4, q.shape, (u[::2]|u[1::2]<<4).tobytes(), raw=True)
-    return small,[_constant(f'{name}_room', INT8, (), [room]),*_steps(name, name, ('Cast', None, dict(to=INT8)), ('Mul', f'{name}_room', {}))]
+    even = np.pad(q.flatten(), (0, q.size%2))
+    u = even.astype(np.uint8)&15
+    pairs = u[::2]|u[1::2]<<4
+    small = onnx.helper.make_tensor(name, INT4, q.shape, pairs.tobytes(), raw=True)
+    nodes = _nodes(name, _step('Cast', to=INT8), _step('Mul', 'room'))
+    return small,[_constant(f'{name}_room', INT8, room),*nodes]
 
 def packed_two(
     name:str, # Of the weight
@@ -193,13 +231,16 @@ def packed_two(
     room:int  # What they are multiplied by in a byte
 )->tuple: # An initializer, and a list of nodes
     "An initializer of bytes that hold four 2-bit integers each, and the nodes that make int8 of it"
-    u = np.pad(q.flatten()+1, (0, -q.size%4)).reshape(-1,4)
-    small = onnx.numpy_helper.from_array((u<<[0,2,4,6]).sum(1).astype(np.uint8), name)
-    values = dict(axis=(INT64, (1,), [1]), shifts=(UINT8, (4,), [0,2,4,6]), mask=(UINT8, (), [3]), one=(INT32, (), [1]), room=(INT32, (), [room]),
-        flat=(INT64, (1,), [-1]), zero=(INT64, (1,), [0]), size=(INT64, (1,), [q.size]), shape=(INT64, (q.ndim,), q.shape))
-    v = {k:f'{name}_{k}' for k in values}
-    nodes = _steps(name, name, ('Unsqueeze', v['axis'], {}), ('BitShift', v['shifts'], dict(direction='RIGHT')), ('BitwiseAnd', v['mask'], {}),
-        ('Cast', None, dict(to=INT32)), ('Sub', v['one'], {}), ('Mul', v['room'], {}), ('Reshape', v['flat'], {}), ('Slice', v['zero'], {}),
-        ('Reshape', v['shape'], {}), ('Cast', None, dict(to=INT8)))
-    nodes[7].input.append(v['size'])
-    return small,[*(_constant(v[k], *o) for k,o in values.items()),*nodes]
+    whole = np.pad(q.flatten()+1, (0, -q.size%4))
+    fours = whole.reshape(-1,4)<<[0,2,4,6]
+    small = onnx.numpy_helper.from_array(fours.sum(1).astype(np.uint8), name)
+    of_bits = dict(axis=(INT64,[1]), shifts=(UINT8,[0,2,4,6]), mask=(UINT8,3))
+    of_values = dict(one=(INT32,1), room=(INT32,room))
+    of_shape = dict(flat=(INT64,[-1]), zero=(INT64,[0]), size=(INT64,[q.size]), shape=(INT64,q.shape))
+    consts = {**of_bits, **of_values, **of_shape}
+    bits = _step('Unsqueeze', 'axis'),_step('BitShift', 'shifts', direction='RIGHT'),_step('BitwiseAnd', 'mask')
+    values = _step('Cast', to=INT32),_step('Sub', 'one'),_step('Mul', 'room')
+    shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape')
+    nodes = _nodes(name, *bits, *values, *shape, _step('Cast', to=INT8))
+    made = [_constant(f'{name}_{k}', *o) for k,o in consts.items()]
+    return small,made+nodes
