@@ -40,11 +40,12 @@ class Report:
     portable:bool|None=None # Is it the same on every processor? None in files from before that was known
     sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
     def __str__(self):
-        rest = ', '.join(f'{k} ({why})' for k,why in self.float_layers.items())
+        reasons = [f'{k} ({why})' for k,why in self.float_layers.items()]
+        rest = f"; in float: {', '.join(reasons)}" if reasons else ''
         share,whom = (self.agrees_rounded,'the model that rounds') if self.trained else (self.agrees_float,'float')
         same = '' if share is None else f', {share:.1%} of {self.n_items} predictions equal to {whom}'
         whole = ', the whole range of weights: not for a plain session on x86 without VNNI' if self.portable is False else ''
-        return f"{self.n_int8} of {self.n_layers} layers quantized{f'; in float: {rest}' if rest else ''}{same}{whole}"
+        return f'{self.n_int8} of {self.n_layers} layers quantized{rest}{same}{whole}'
     __repr__ = _repr_markdown_ = __str__
 
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
@@ -69,7 +70,9 @@ class Engine(FileModel):
     def kernels(data:bytes)->dict: return layer_kernels(data)
     @staticmethod
     def in_integers(kernel:str)->bool: return kernel in integer_kernels
-    def __getstate__(self): return {**{k:v for k,v in self.__dict__.items() if k not in ('_opened','_threads')}, 'data':self.get_extra_state()}
+    def __getstate__(self):
+        kept = {k:v for k,v in self.__dict__.items() if k not in ('_opened','_threads')}
+        return {**kept, 'data':self.get_extra_state()}
     def __setstate__(self, state): super().__setstate__({**state, 'data':_as_bytes(state['data'])})
     def get_extra_state(self): return torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
     def set_extra_state(self, state):
@@ -81,14 +84,18 @@ class Engine(FileModel):
         n = torch.get_num_threads()
         if self.__dict__.get('_threads')!=n or '_opened' not in self.__dict__:
             g = _graph(self.data)
-            ends = {i.name:_arrays[i.type.tensor_type.elem_type] for i in g.input},[o.name for o in g.output]
-            self._opened,self._threads = (self.open(as_run(self.data), n),*ends),n
+            types = {i.name:_arrays[i.type.tensor_type.elem_type] for i in g.input}
+            names = [o.name for o in g.output]
+            self._opened = self.open(as_run(self.data), n),types,names
+            self._threads = n
         return self._opened
     def forward(self, *xb):
         opened,types,names = self.opened
         plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
-        feed = {k:plain(x, t) for (k,t),x in zip(types.items(), xb, strict=True)}
-        out = [torch.from_numpy(o).to(xb[0].device) for o in self.compute(opened, feed, names)]
+        wanted = zip(types.items(), xb, strict=True)
+        feed = {k:plain(x, t) for (k,t),x in wanted}
+        arrays = self.compute(opened, feed, names)
+        out = [torch.from_numpy(o).to(xb[0].device) for o in arrays]
         return out[0] if len(out)==1 else tuple(out)
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
@@ -106,11 +113,16 @@ def _graph(data):
 def n_params(self:Engine)->int:
     "Weights and biases in the file; scales, zero points and running statistics are none"
     g = onnx.load_from_string(self.data).graph
-    aside = {i for n in g.node if n.op_type in ('QuantizeLinear','DequantizeLinear','Clip') for i in n.input[1:]}
-    aside |= {i for n in g.node if n.op_type=='BatchNormalization' for i in n.input[3:]}
-    shapes = {n.output[0].removesuffix('_shape'):onnx.numpy_helper.to_array(n.attribute[0].t) for n in g.node if n.op_type=='Constant'}
-    size = lambda i: math.prod(shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims)
-    return sum(size(i) for i in g.initializer if i.name not in aside and i.data_type!=INT64)
+    rounding = nodes_of(g, 'QuantizeLinear', 'DequantizeLinear', 'Clip')
+    aside = {i for n in rounding for i in n.input[1:]}
+    aside |= {i for n in nodes_of(g, 'BatchNormalization') for i in n.input[3:]}
+    value = lambda n: onnx.numpy_helper.to_array(n.attribute[0].t)
+    shapes = {n.output[0].removesuffix('_shape'):value(n) for n in nodes_of(g, 'Constant')}
+    def size(i):
+        dims = shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims
+        return math.prod(dims)
+    counted = [i for i in g.initializer if i.name not in aside and i.data_type!=INT64]
+    return sum(map(size, counted))
 
 @patch(as_prop=True)
 def metadata(self:Engine)->dict:
@@ -127,7 +139,9 @@ def report(self:Engine)->Report|None:
 @patch(as_prop=True)
 def name(self:Engine)->str:
     "What this engine is called in `engines`, or else its class"
-    return next((k for k,c in engines.items() if c is type(self)), camel2snake(type(self).__name__))
+    own = type(self)
+    known = [k for k,c in engines.items() if c is own]
+    return known[0] if known else camel2snake(own.__name__)
 
 def runs_int8(
     model:nn.Module # Any model
@@ -146,11 +160,18 @@ def said_of(
 def n_macs(self:Engine)->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
     g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
-    shape = {v.name:[d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in [*g.input,*g.value_info,*g.output]}
+    dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
+    shape = {v.name:dims(v) for v in [*g.input,*g.value_info,*g.output]}
     shape.update({i.name:list(i.dims) for i in g.initializer})
-    size = lambda n: math.prod(shape[n.input[0] if n.op_type=='ConvTranspose' else n.output[0]])
-    each = lambda n: math.prod(shape[n.input[1]][1:]) if 'Conv' in n.op_type else shape[n.input[0]][-1]
-    return sum(size(n)*each(n) for n in g.node if n.op_type in ('Conv','ConvTranspose','Gemm','MatMul'))
+    layers = nodes_of(g, 'Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+    return sum(_node_macs(n, shape) for n in layers)
+
+def _node_macs(n, shape):
+    "Those of the node `n`: how many numbers it gives (or takes, if it is transposed), times what goes into each"
+    many = n.input[0] if n.op_type=='ConvTranspose' else n.output[0]
+    if 'Conv' in n.op_type: each = math.prod(shape[n.input[1]][1:])
+    else: each = shape[n.input[0]][-1]
+    return math.prod(shape[many])*each
 
 # %% ../../nbs/export/02_engine.ipynb #07expo0bd896
 integer_kernels = set('QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger DynamicQuantizeMatMul'.split())
@@ -168,8 +189,10 @@ def layer_kernels(
 )->dict:
     "The kernel that ONNX Runtime uses for each layer, by module path"
     nodes = layer_nodes(onnx.load_from_string(data))
-    found = {re.sub(r'^fused |(_token_\d+|_nchwc|_quant)+$', '', n.name):n.op_type for n in optimized(data).graph.node}
-    return {k:found.get(k, found.get(n.output[0], 'gone')) for k,n in nodes.items()} # some fusions name a node after its output
+    plain = lambda name: re.sub(r'^fused |(_token_\d+|_nchwc|_quant)+$', '', name)
+    found = {plain(n.name):n.op_type for n in optimized(data).graph.node}
+    kernel = lambda k,n: found.get(k, found.get(n.output[0], 'gone')) # some fusions name a node after its output
+    return {k:kernel(k, n) for k,n in nodes.items()}
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000061
 def in_float(
@@ -178,15 +201,18 @@ def in_float(
     "The same net without rounding"
     proto = onnx.load_from_string(data)
     g,const,same,kept = proto.graph,constant_names(proto),{},[]
-    integers = {n.input[0] for n in g.node if n.op_type=='DequantizeLinear'}
-    weights = [n.output[0] for n in g.node if n.op_type=='DequantizeLinear' and n.input[0] in const]
-    floats = [onnx.numpy_helper.from_array(a, k) for k,a in constants(proto, weights).items()]
+    integers = {n.input[0] for n in nodes_of(g, 'DequantizeLinear')}
+    weights = [n.output[0] for n in nodes_of(g, 'DequantizeLinear') if n.input[0] in const]
+    arrays = constants(proto, weights)
+    floats = [onnx.numpy_helper.from_array(a, k) for k,a in arrays.items()]
     for n in g.node:
         n.input[:] = [same.get(i, i) for i in n.input]
         if n.output[0] in weights: continue
-        if n.op_type in ('QuantizeLinear','DequantizeLinear') or n.op_type=='Clip' and n.output[0] in integers: same[n.output[0]] = n.input[0]
+        clips = n.op_type=='Clip' and n.output[0] in integers
+        if clips or n.op_type in ('QuantizeLinear','DequantizeLinear'): same[n.output[0]] = n.input[0]
         else: kept.append(n)
-    kept += [onnx.helper.make_node('Identity', [same[o.name]], [o.name]) for o in g.output if o.name in same]
+    ends = [o.name for o in g.output if o.name in same]
+    kept += [onnx.helper.make_node('Identity', [same[k]], [k]) for k in ends]
     used = {i for n in kept for i in n.input}
     ini = [i for i in [*g.initializer,*floats] if i.name in used]
     for field,new in (g.node,kept),(g.initializer,ini):
@@ -201,7 +227,8 @@ def to_bytes(
 )->bytes:
     "The file's content: `proto`, its `metadata`, and whether its int8 weights are `portable`, if it has any"
     range_ = dict(portable=not misfits(proto)) if int8_weights(proto) else {}
-    onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in dict(metadata, **range_, fastquant=__version__).items()})
+    facts = dict(metadata, **range_, fastquant=__version__)
+    onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in facts.items()})
     return proto.SerializeToString()
 
 def load_engine(
@@ -225,6 +252,7 @@ def check_range(fname, proto, props):
     "Raise a `ValueError` if the file says something else of its weights than is in it"
     said = json.loads(props.get('portable', 'null'))
     if said is None or said!=bool(bad:=misfits(proto)): return
-    is_,says = ('uses their whole range',"that its weights are the same on every processor") if bad else ('has none that do',"that its weights use their whole range")
+    is_,says = 'has none that do',"that its weights use their whole range"
+    if bad: is_,says = 'uses their whole range',"that its weights are the same on every processor"
     where = f' in {bad[0]!r}' if bad else ''
     raise ValueError(f"{str(fname)!r} says {says}, and {is_}{where}: it was changed after it was written. Export it again with `export_onnx`.")

@@ -77,7 +77,8 @@ def to_onnx(
     try:
         with quiet():
             program = torch.export.export(_Plain(model.cpu().eval()), xb, dynamic_shapes=batch, strict=False)
-            proto = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False).model_proto
+            done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False)
+            proto = done.model_proto
     except RuntimeError as e:
         root = e
         while root.__cause__: root = root.__cause__
@@ -158,8 +159,9 @@ def keep_float(
     floats = {i.name for i in g.initializer if i.data_type==_of.FLOAT}
     integer = {o for n in nodes_of(g, 'DequantizeLinear') for o in n.output}
     for i,n in enumerate(g.node):
-        if n.op_type not in ('Conv','ConvTranspose','Gemm') or n.input[0] not in integer or n.input[1] not in floats: continue
-        x = n.input[0]
+        if n.op_type not in ('Conv','ConvTranspose','Gemm'): continue
+        x,w,*_ = n.input
+        if x not in integer or w not in floats: continue
         own = f'{x}_of_{i}'
         new[i] = [onnx.helper.make_node('Max', [x], [own])]
         n.input[0] = own

@@ -47,10 +47,12 @@ class Openvino(Engine):
     def kernels(data):
         runs = {}
         for op in opened_by_openvino(data).get_runtime_model().get_ordered_ops():
-            about = {k:op.rt_info[k].astype(str) for k in ('layerType','primitiveType','originalLayersNames')}
-            made_of = about['originalLayersNames'].split(',') if about['layerType'] not in ('Input','Const','Output') else ()
-            runs.update({name.split('/')[0]:f"{about['layerType']} {about['primitiveType']}" for name in made_of})
+            about = 'layerType','primitiveType','originalLayersNames'
+            kind,how,made_of = (op.rt_info[k].astype(str) for k in about)
+            if kind in ('Input','Const','Output'): continue
+            for name in made_of.split(','): runs[name.split('/')[0]] = f'{kind} {how}'
         nodes = layer_nodes(onnx.load_from_string(data))
-        return {k:runs.get(n.name, runs.get(n.output[0], 'gone')) for k,n in nodes.items()}
+        kernel = lambda n: runs.get(n.name, runs.get(n.output[0], 'gone'))
+        return {k:kernel(n) for k,n in nodes.items()}
     @staticmethod
     def in_integers(kernel): return kernel.endswith('_I8')

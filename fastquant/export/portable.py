@@ -31,42 +31,58 @@ def session(
         raise ValueError(f"This is not an ONNX model that ONNX Runtime can run, or it is damaged: {str(e).splitlines()[0]}") from e
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000011
+def _rounding(x, scale, zero, y):
+    "Nodes that round `x` to `y`"
+    node,q = onnx.helper.make_node,y+'_q'
+    quantize = node('QuantizeLinear', [x,scale,zero], [q])
+    return [quantize,node('DequantizeLinear', [q,scale,zero], [y])]
+
 def _one_layer():
-    h,b = onnx.helper,'batch'
-    qdq = lambda x,s,z,y: [h.make_node('QuantizeLinear', [x,s,z], [y+'_q']), h.make_node('DequantizeLinear', [y+'_q',s,z], [y])]
+    h,float_ = onnx.helper,onnx.TensorProto.FLOAT
     weight = h.make_node('DequantizeLinear', ['w','one','zero_w'], ['wf'])
-    nodes = [*qdq('x', 'one', 'zero', 'xf'), weight, h.make_node('MatMul', ['xf','wf'], ['m']), *qdq('m', 'step', 'zero', 'y')]
-    ini = [h.make_tensor(k, t, (), [v]) for k,t,v in (('one',1,1.),('step',1,1000.),('zero',UINT8,0),('zero_w',INT8,0))]
-    ini.append(onnx.numpy_helper.from_array(np.full((4,16), 127, np.int8), 'w'))
-    ends = [[h.make_tensor_value_info(k, 1, [b,n])] for k,n in (('x',4),('y',16))]
-    return h.make_model(h.make_graph(nodes, 'probe', *ends, ini), opset_imports=[h.make_opsetid('', 20)], ir_version=9)
+    product = h.make_node('MatMul', ['xf','wf'], ['m'])
+    nodes = [*_rounding('x', 'one', 'zero', 'xf'),weight,product,*_rounding('m', 'step', 'zero', 'y')]
+    number = lambda name,dtype,v: h.make_tensor(name, dtype, (), [v])
+    scales = [number('one', float_, 1.),number('step', float_, 1000.)]
+    zeros = [number('zero', UINT8, 0),number('zero_w', INT8, 0)]
+    w = onnx.numpy_helper.from_array(np.full((4,16), 127, np.int8), 'w')
+    end = lambda name,n: h.make_tensor_value_info(name, float_, ['batch',n])
+    graph = h.make_graph(nodes, 'probe', [end('x', 4)], [end('y', 16)], [*scales,*zeros,w])
+    return h.make_model(graph, opset_imports=[h.make_opsetid('', 20)], ir_version=9)
 
 @lru_cache
 def saturates()->bool:
     "Whether integer kernels of ONNX Runtime saturate on this processor"
-    y, = session(_one_layer().SerializeToString()).run(None, {'x':np.full((2,4), 255, np.float32)})
+    x = np.full((2,4), 255, np.float32)
+    y, = session(_one_layer().SerializeToString()).run(None, {'x':x})
     return bool(y.min()<4*255*127-1000)
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000014
+def _makers(proto): return {o:n for n in proto.graph.node for o in n.output}
+
 def constants(
     proto:onnx.ModelProto, # A model
     names                  # Values in it that depend on no input
 )->dict: # Arrays by name
     "What is constant in a model: initializers, and what nodes make of them"
-    g,ini,made = proto.graph,{i.name:i for i in proto.graph.initializer},{o:n for n in proto.graph.node for o in n.output}
+    ini,made = {i.name:i for i in proto.graph.initializer},_makers(proto)
+    found = {k:onnx.numpy_helper.to_array(ini[k]) for k in names if k in ini}
     need,todo = set(),[k for k in names if k not in ini]
+    outs = list(todo)
     while todo:
         n = made[todo.pop()]
         if n.output[0] in need: continue
         need.update(n.output)
         todo += [i for i in n.input if i in made]
-    found = {k:onnx.numpy_helper.to_array(ini[k]) for k in names if k in ini}
     if not need: return found
-    nodes,outs = [n for n in g.node if n.output[0] in need],[k for k in names if k not in ini]
-    used = [ini[i] for i in dict.fromkeys(i for n in nodes for i in n.input) if i in ini]
-    part = onnx.helper.make_graph(nodes, 'constants', [], [onnx.ValueInfoProto(name=k) for k in outs], used)
+    nodes = [n for n in proto.graph.node if n.output[0] in need]
+    used = dict.fromkeys(i for n in nodes for i in n.input)
+    used = [ini[i] for i in used if i in ini]
+    ends = [onnx.ValueInfoProto(name=k) for k in outs]
+    part = onnx.helper.make_graph(nodes, 'constants', [], ends, used)
     part = onnx.helper.make_model(part, opset_imports=proto.opset_import, ir_version=proto.ir_version)
-    return {**found, **dict(zip(outs, session(part.SerializeToString()).run(outs, {})))}
+    got = session(part.SerializeToString()).run(outs, {})
+    return {**found, **dict(zip(outs, got))}
 
 def constant_names(
     proto:onnx.ModelProto # A model
@@ -82,30 +98,33 @@ def int8_weights(
     proto:onnx.ModelProto # A model in QDQ form, of fastquant or of anybody
 )->dict: # By name of the integers: the node that computes with them, and whether they are transposed on their way there
     "The int8 weights of convolutions and linear layers"
-    made,const,found = {o:n for n in proto.graph.node for o in n.output},constant_names(proto),{}
-    for n in proto.graph.node:
-        if n.op_type not in ('Conv','Gemm','MatMul'): continue
+    made,const,found = _makers(proto),constant_names(proto),{}
+    for n in nodes_of(proto.graph, 'Conv', 'Gemm', 'MatMul'):
         d,turned = made.get(n.input[1]),False
         while d is not None and d.op_type=='Transpose': d,turned = made.get(d.input[0]),not turned
         if d is not None and d.op_type=='DequantizeLinear' and d.input[0] in const: found[d.input[0]] = n,turned
     return found
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000015
-def _rows(n, w, turned):
-    "The weight `w` of the node `n`, output channels first"
-    first = n.op_type=='Conv' or any(a.name=='transB' and a.i for a in n.attribute)
-    return w if first!=turned else w.swapaxes(-1, -2)
+def _number(n, name):
+    "The attribute `name` of the node `n`, an integer; 0 if it has none"
+    return next((a.i for a in n.attribute if a.name==name), 0)
 
-def _depthwise(n, w): return n.op_type=='Conv' and w.shape[1]==1 and any(a.name=='group' and a.i==len(w)>1 for a in n.attribute)
+def _fits(w, n, turned):
+    "Whether no processor saturates on the weight `w` of the node `n`"
+    if w.dtype!=np.int8: return True
+    outputs_first = n.op_type=='Conv' or _number(n, 'transB')!=0
+    if outputs_first==turned: w = w.swapaxes(-1, -2)
+    depthwise = n.op_type=='Conv' and w.shape[1]==1 and _number(n, 'group')==len(w)>1
+    return pairs_fit(torch.tensor(w), not depthwise)
 
 def misfits(
     proto:onnx.ModelProto # As in `int8_weights`
 )->list:
     "Names of the weights on which a processor that adds products in 16 bits would saturate"
     found = int8_weights(proto)
-    arrays = {k:w for k,w in constants(proto, list(found)).items() if w.dtype==np.int8}
-    rows = {k:_rows(found[k][0], w, found[k][1]) for k,w in arrays.items()}
-    return [k for k,w in rows.items() if not pairs_fit(torch.tensor(w), not _depthwise(found[k][0], w))]
+    arrays = constants(proto, list(found))
+    return [k for k,w in arrays.items() if not _fits(w, *found[k])]
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000017
 def unsigned(
@@ -114,23 +133,35 @@ def unsigned(
 )->onnx.ModelProto: # `proto`
     "The same model with uint8 weights around 128"
     g,new = proto.graph,{}
-    shifted = {i:d for i,d in enumerate(g.node) if d.op_type=='DequantizeLinear' and d.input[0] in names}
-    was = constants(proto, list({k for d in shifted.values() for k in d.input[1:]}))
-    for i,d in shifted.items():
-        new[i],zero = _shift(d.input[0], i),f'zero_of_{i}'
-        old = was[d.input[2]].astype(np.int32) if len(d.input)>2 else np.zeros_like(was[d.input[1]], np.int32)
-        g.initializer.append(onnx.numpy_helper.from_array((old+128).astype(np.uint8), zero))
-        d.input[:] = [new[i][-1].output[0],d.input[1],zero]
+    is_weight = lambda n: n.op_type=='DequantizeLinear' and n.input[0] in names
+    shifted = {i:n for i,n in enumerate(g.node) if is_weight(n)}
+    needed = {k for n in shifted.values() for k in n.input[1:]}
+    was = constants(proto, list(needed))
+    for i,n in shifted.items():
+        q,scale,*_ = n.input
+        new[i],zero = _shift(q, i),f'zero_of_{i}'
+        shift = (_zero_point(n, was)+128).astype(np.uint8)
+        g.initializer.append(onnx.numpy_helper.from_array(shift, zero))
+        n.input[:] = [f'unsigned_of_{i}',scale,zero]
     put_before(g, new)
     return proto
+
+def _zero_point(n, was):
+    "The zero point of the node `n`, as integers of 32 bits"
+    if len(n.input)>2: return was[n.input[2]].astype(np.int32)
+    return np.zeros_like(was[n.input[1]], np.int32)
 
 def _shift(name, i):
     "Nodes that make uint8 of the int8 values `name` by adding 128"
     wide,by,sum_,out = (f'{k}_of_{i}' for k in ('wide','shift','sum','unsigned'))
-    node = onnx.helper.make_node
-    return [node('Constant', [], [by], value=onnx.helper.make_tensor('', INT32, (), [128])), node('Cast', [name], [wide], to=INT32),
-        node('Add', [wide,by], [sum_]), node('Cast', [sum_], [out], to=UINT8)]
+    node,number = onnx.helper.make_node,onnx.helper.make_tensor('', INT32, (), [128])
+    shift = node('Constant', [], [by], value=number)
+    widen = node('Cast', [name], [wide], to=INT32)
+    add = node('Add', [wide,by], [sum_])
+    narrow = node('Cast', [sum_], [out], to=UINT8)
+    return [shift,widen,add,narrow]
 
+# %% ../../nbs/export/01_portable.ipynb #07enga000018
 _said = set()
 
 def as_run(
