@@ -100,6 +100,8 @@ class Engine(FileModel):
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
 engines['onnxruntime'] = Engine
+
+# %% ../../nbs/export/02_engine.ipynb #07enga000092
 _of = onnx.TensorProto
 _arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64,
     _of.INT64:torch.int64, _of.INT32:torch.int32, _of.BOOL:torch.bool}

@@ -18,7 +18,8 @@ from ..quant.fakequant import fake_quant_of
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
-           'layer_nodes', 'nodes_of', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two']
+           'layer_nodes', 'nodes_of', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two', 'file_tensors',
+           'file_bytes']
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -246,3 +247,33 @@ def packed_two(
     nodes = _nodes(name, *bits, *values, *shape, _step('Cast', to=INT8))
     made = [_constant(f'{name}_{k}', *o) for k,o in consts.items()]
     return small,made+nodes
+
+# %% ../../nbs/export/00_onnx.ipynb #00onnxprt2
+_in_torch = {_of.FLOAT:torch.float32, INT8:torch.int8, UINT8:torch.uint8, INT32:torch.int32, INT64:torch.int64}
+_nibbles = INT4,_of.UINT4 # a byte holds two of these
+
+def file_tensors(
+    data:bytes # An ONNX file
+)->dict: # By name; the graph has none
+    "What is large in the file, and its graph, as tensors"
+    proto,found = onnx.load_from_string(data),{}
+    as_tensor = lambda b,dtype=torch.uint8: torch.frombuffer(bytearray(b), dtype=dtype)
+    for i in proto.graph.initializer:
+        if len(i.raw_data)<512: continue # small ones compress better with the graph
+        t = as_tensor(i.raw_data, _in_torch.get(i.data_type, torch.uint8))
+        if i.data_type in _nibbles: t = torch.stack([t&15,t>>4], -1).reshape(-1)
+        found[i.name] = t
+        i.ClearField('raw_data')
+    return {**found, '':as_tensor(proto.SerializeToString())}
+
+def file_bytes(
+    tensors:dict # From `file_tensors`
+)->bytes:
+    "The file again"
+    proto = onnx.load_from_string(tensors[''].numpy().tobytes())
+    for i in proto.graph.initializer:
+        if i.name not in tensors: continue
+        q = tensors[i.name].view(torch.uint8).numpy()
+        if i.data_type in _nibbles: q = q[::2]|q[1::2]<<4
+        i.raw_data = q.tobytes()
+    return proto.SerializeToString()

@@ -26,7 +26,8 @@ def against_float(
     **kwargs       # See `latency`
 )->pd.DataFrame: # As from `latency`, with the rows `int8` and `float`
     "Time of one item through `engine`, and through the same net in float in the same engine"
-    item,alone = [x[:1] for x in xb],type(engine)(in_float(engine.data))
+    item = [x[:1] for x in xb]
+    alone = type(engine)(in_float(engine.data))
     return latency({'int8':lambda: engine(*item), 'float':lambda: alone(*item)}, **kwargs)
 
 # %% ../../nbs/export/05_report.ipynb #08repo24d552
@@ -55,12 +56,14 @@ def site_errors(
     set_ranges(model)
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
-    own = lambda s,x: fake_quant(x, s.scale.detach(), s.zero_point, s.spec.grid)
     def row(s, x):
-        db = dict(own=sqnr(x, own(s, x)), sqnr=sqnr(x, got[s]), output=alone(model, s, out, xb))
+        own = fake_quant(x, s.scale.detach(), s.zero_point, s.spec.grid)
+        at_end = alone(model, s, out, xb)
+        db = dict(own=sqnr(x, own), sqnr=sqnr(x, got[s]), output=at_end)
         return dict(layer=s.source, exclude=s.touching, **db)
     rows = [row(*o) for o in through(list(ref.items()))]
-    return pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude']).sort_values('output', ignore_index=True)
+    table = pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude'])
+    return table.sort_values('output', ignore_index=True)
 
 # %% ../../nbs/export/05_report.ipynb #08repob33bac
 def alone(
@@ -71,7 +74,8 @@ def alone(
 )->float: # In dB
     "SQNR of the model's output if only `site`, and the weight of the layer it belongs to, are rounded"
     weights = {site.source}.intersection(fake_quant_of(model).layers)
-    y,_ = capture(model, lambda s,x: s.forward(x) if s is site else x, weights, *xb)
+    only = lambda s,x: s.forward(x) if s is site else x
+    y,_ = capture(model, only, weights, *xb)
     return sqnr(out, y)
 
 # %% ../../nbs/export/05_report.ipynb #08repo1ae4fe
@@ -101,6 +105,9 @@ def ranges(
         most = s.max().item()
         ends = {'from':most*(g.lo-z), 'to':most*(g.hi-z)}
         return {'layer':name, 'what':what, 'bits':g.bits, **ends, 'step':most, 'learned':spec.learned}
-    what = lambda o: 'input' if o in r.doors.values() else 'output'
-    acts = [row(o.source, what(o), o.spec, o.scale, o.zero_point.item()) for o in r.all]
-    return pd.DataFrame(acts+[row(k, 'weight', w, r.weight_scale[r.slices[k]], 0) for k,w in r.weights.items()])
+    def of_site(o):
+        what = 'input' if o in r.doors.values() else 'output'
+        return row(o.source, what, o.spec, o.scale, o.zero_point.item())
+    def of_weight(k, w): return row(k, 'weight', w, r.weight_scale[r.slices[k]], 0)
+    sites = [of_site(o) for o in r.all]
+    return pd.DataFrame(sites+[of_weight(*o) for o in r.weights.items()])

@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/sparse.html.md"""
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun9e5764
 from __future__ import annotations
-import hashlib, json, math, numpy as np, onnx, torch, zstandard
+import hashlib, json, math, numpy as np, torch, zstandard
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn, Tensor
@@ -17,6 +17,7 @@ from ..core.attach import *
 from ..quant.prepare import new_names
 from ..prune.mask import *
 from ..prune.shrink import *
+from .onnx import file_bytes, file_tensors
 from .engine import *
 
 # %% auto #0
@@ -29,15 +30,17 @@ def deltas(
 )->np.ndarray: # Bytes
     "Gaps between positions; each 255 skips that many and stands for no position"
     gap = np.diff(at, prepend=-1)-1
-    out = np.full(len(at)+(gap//255).sum(), 255, dtype=np.uint8)
-    out[np.arange(len(at))+np.cumsum(gap//255)] = gap%255
+    skips = gap//255
+    out = np.full(len(at)+skips.sum(), 255, dtype=np.uint8)
+    out[np.arange(len(at))+np.cumsum(skips)] = gap%255
     return out
 
 def positions(
     gaps:np.ndarray # From `deltas`
 )->np.ndarray:
     "The positions again"
-    return (np.cumsum(np.where(gaps==255, 255, gaps.astype(np.int64)+1))-1)[gaps!=255]
+    moved = np.where(gaps==255, 255, gaps.astype(np.int64)+1)
+    return (np.cumsum(moved)-1)[gaps!=255]
 
 # %% ../../nbs/export/06_sparse.ipynb #15pruna811e5
 def deflate(
@@ -69,46 +72,67 @@ def encode(
     t:Tensor # Of any type and shape
 )->tuple: # Its bytes, and what has to be known to read them
     "`t` in the smallest of three ways"
-    b = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().reshape(-1, t.element_size())
+    size,flat = t.element_size(),t.detach().cpu().contiguous().reshape(-1)
+    b = flat.view(torch.uint8).numpy().reshape(-1, size)
     left = b.any(1)
-    vals = _ranks(b[left], t.element_size())
-    ways = dict(dense=[_ranks(b, t.element_size())], bitmask=[np.packbits(left).tobytes(),vals], deltas=[deltas(left.nonzero()[0]).tobytes(),vals])
+    vals,bits = _ranks(b[left], size),np.packbits(left).tobytes()
+    gaps = deltas(left.nonzero()[0]).tobytes()
+    ways = dict(dense=[_ranks(b, size)], bitmask=[bits,vals], deltas=[gaps,vals])
     small = {k:[deflate(p) for p in parts] for k,parts in ways.items()}
     how = min(small, key=lambda k: sum(map(len, small[k])))
+    sizes = [[len(p),len(s)] for p,s in zip(ways[how], small[how])]
     dtype,shape = str(t.dtype).removeprefix('torch.'),list(t.shape)
-    facts = dict(dtype=dtype, shape=shape, how=how, parts=[[len(p),len(s)] for p,s in zip(ways[how], small[how])])
-    return b''.join(small[how]),dict(facts, digest=_digest(b.tobytes(), dtype, shape))
+    digest = _digest(b.tobytes(), dtype, shape)
+    return b''.join(small[how]),dict(dtype=dtype, shape=shape, how=how, parts=sizes, digest=digest)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun7bab03
-_types = {str(t).removeprefix('torch.'):t for t in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-    torch.int8, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)}
+_types = {k:getattr(torch, k) for k in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool
+    float8_e4m3fn float8_e5m2'''.split()}
 
 _facts = 'dtype','shape','how','parts','digest'
+
+def _is_size(o): return isinstance(o, int) and not isinstance(o, bool) and 0<=o<2**48
+
+def _is_part(p): # its size in full, and as it is stored
+    if not isinstance(p, list) or len(p)!=2: return False
+    return all(map(_is_size, p)) and p[1]<=p[0]
 
 def check_facts(
     facts # From the file
 )->tuple: # Number of values, and bytes of each
     "Raise a `ValueError` if `facts` cannot be true"
-    int_ = lambda o: isinstance(o, int) and not isinstance(o, bool) and 0<=o<2**48
-    pair = lambda p: isinstance(p, list) and len(p)==2 and all(map(int_, p)) and p[1]<=p[0]
     if not isinstance(facts, dict) or set(facts)!=set(_facts): raise ValueError('its description is incomplete')
     if facts['dtype'] not in _types or facts['how'] not in ('dense','bitmask','deltas'): raise ValueError('its description names no known type or way')
-    if not isinstance(facts['shape'], list) or not all(map(int_, facts['shape'])): raise ValueError('its shape is not a list of sizes')
+    if not isinstance(facts['shape'], list) or not all(map(_is_size, facts['shape'])): raise ValueError('its shape is not a list of sizes')
     parts = facts['parts']
-    if not isinstance(parts, list) or not all(map(pair, parts)): raise ValueError('its parts are not sizes')
-    return check_parts(facts['how'], [p[0] for p in parts], math.prod(facts['shape']), _types[facts['dtype']].itemsize)
+    if not isinstance(parts, list) or not all(map(_is_part, parts)): raise ValueError('its parts are not sizes')
+    n,size = math.prod(facts['shape']),_types[facts['dtype']].itemsize
+    return check_parts(facts['how'], [p[0] for p in parts], n, size)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prunc6a1df
+def _can_hold(how, sizes, n, size):
+    "Whether parts of these `sizes` can hold `n` values of `size` bytes"
+    if how=='dense': return sizes==[n*size]
+    if len(sizes)!=2 or sizes[1]%size!=0 or sizes[1]>n*size: return False
+    where,left = sizes[0],sizes[1]//size
+    if how=='bitmask': return where==-(-n//8)
+    return left<=where<=left+n//255
+
 def check_parts(how, sizes, n, size):
     "Raise a `ValueError` if parts of these `sizes` cannot hold `n` values of `size` bytes"
-    if how=='dense': ok = sizes==[n*size]
-    else: ok = len(sizes)==2 and sizes[1]%size==0 and sizes[1]<=n*size
-    if how=='bitmask': ok = ok and sizes[0]==-(-n//8)
-    if how=='deltas': ok = ok and sizes[1]//size<=sizes[0]<=sizes[1]//size+n//255
-    if not ok: raise ValueError('its parts are not as large as its shape says')
+    if not _can_hold(how, sizes, n, size): raise ValueError('its parts are not as large as its shape says')
     return n,size
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun79ba17
+def _spread(where, vals, how, n, size):
+    "Bytes of `n` values: those in `vals` at their places, and zeros elsewhere"
+    where = np.frombuffer(where, np.uint8)
+    at = np.unpackbits(where, count=n).nonzero()[0] if how=='bitmask' else positions(where)
+    if len(at)*size!=len(vals) or (len(at) and at[-1]>=n): raise ValueError('it has more or fewer values than places')
+    b = np.zeros((n,size), np.uint8)
+    b[at] = _unranks(vals, size)
+    return b
+
 def decode(
     data:bytes, # From `encode`
     facts:dict  # Likewise
@@ -116,18 +140,14 @@ def decode(
     "The tensor again; raises `ValueError` if anything does not fit"
     n,size = check_facts(facts)
     if len(data)!=sum(p[1] for p in facts['parts']): raise ValueError('it has more or fewer bytes than the file says')
-    parts,at = [],0
+    how,parts,at = facts['how'],[],0
     for raw,small in facts['parts']:
         parts.append(inflate(data[at:at+small], raw))
         at += small
-    if facts['how']=='dense': b = _unranks(parts[0], size)
-    else:
-        where,b = np.frombuffer(parts[0], np.uint8),np.zeros((n,size), np.uint8)
-        at = np.unpackbits(where, count=n).nonzero()[0] if facts['how']=='bitmask' else positions(where)
-        if len(at)*size!=len(parts[1]) or (len(at) and at[-1]>=n): raise ValueError('it has more or fewer values than places')
-        b[at] = _unranks(parts[1], size)
+    b = _unranks(*parts, size) if how=='dense' else _spread(*parts, how, n, size)
     if _digest(b.tobytes(), facts['dtype'], facts['shape'])!=facts['digest']: raise ValueError('its checksum is wrong')
-    return torch.from_numpy(b.reshape(-1)).view(_types[facts['dtype']]).reshape(facts['shape'])
+    flat = torch.from_numpy(b.reshape(-1))
+    return flat.view(_types[facts['dtype']]).reshape(facts['shape'])
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun0d7ecf
 def to_sparse(
@@ -136,72 +156,67 @@ def to_sparse(
 )->bytes: # A safetensors file
     "All of `tensors` in the smallest way, with what has to be known to read them"
     coded = {k:encode(t) for k,t in tensors.items()}
-    said,facts = json.dumps(about),json.dumps({k:list(f.values()) for k,(_,f) in coded.items()}, separators=(',',':'))
+    said,rows = json.dumps(about),{k:list(f.values()) for k,(_,f) in coded.items()}
+    facts = json.dumps(rows, separators=(',',':'))
     meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=_digest(said.encode()), tensors=facts)
-    return save({k:torch.frombuffer(bytearray(b), dtype=torch.uint8) if b else torch.empty(0, dtype=torch.uint8) for k,(b,_) in coded.items()}, meta)
+    blob = lambda b: torch.from_numpy(np.frombuffer(bytearray(b), np.uint8))
+    return save({k:blob(b) for k,(b,_) in coded.items()}, meta)
 
 def from_sparse(
     data:bytes,            # From `to_sparse`
     max_bytes:int=2**32    # Refuse what would unpack to more
 )->tuple: # Tensors by name, and what was said about them
     "The tensors again, all of them or none; raises `ValueError` that names what is damaged"
-    try: blobs,meta = load(data),json.loads(data[8:8+int.from_bytes(data[:8], 'little')]).get('__metadata__', {})
+    try: blobs,meta = load(data),_metadata(data)
     except (SafetensorError,ValueError) as e: raise ValueError(f"This is not a safetensors file, or it is damaged or cut off: {e}. Save it again.") from e
     if meta.get('format')!='fastquant sparse 1': raise ValueError("This safetensors file holds no sparse tensors that this version of fastquant can read. Load other files with `safetensors.torch.load_file`.")
     facts,about = _header(meta)
     if set(facts)!=set(blobs): raise ValueError(f"The file is damaged: its header says nothing of {sorted(set(facts)^set(blobs))[0]!r}, or has it without data. Save it again.")
-    sizes = {k:math.prod(_named(k, check_facts, f)) for k,f in facts.items()}
+    n_bytes = lambda k,f: math.prod(_named(k, check_facts, f))
+    sizes = {k:n_bytes(k, f) for k,f in facts.items()}
     if (n:=sum(sizes.values()))>max_bytes: raise ValueError(f"The file unpacks to {n:,} bytes ({max(sizes, key=sizes.get)!r} is the largest part), more than max_bytes={max_bytes:,}. Pass a larger `max_bytes` if that is what you expect.")
-    return {k:_named(k, decode, blobs[k].numpy().tobytes(), f) for k,f in facts.items()},about
+    whole = lambda k,f: _named(k, decode, blobs[k].numpy().tobytes(), f)
+    return {k:whole(k, f) for k,f in facts.items()},about
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun6d8606
+def _metadata(data):
+    "What the header of a safetensors file says besides tensors"
+    end = 8+int.from_bytes(data[:8], 'little')
+    return json.loads(data[8:end]).get('__metadata__', {})
+
 def _header(meta):
     try: facts,about = json.loads(meta['tensors']),json.loads(meta['about'])
     except (KeyError,ValueError) as e: raise ValueError("The file is damaged: its metadata cannot be read. Save it again.") from e
     if meta.get('about_digest')!=_digest(meta['about'].encode()): raise ValueError("The file is damaged: the checksum of its metadata is wrong. Save it again.")
     if not isinstance(facts, dict) or not isinstance(about, dict): raise ValueError("The file is damaged: its metadata are of the wrong kind. Save it again.")
-    return {k:dict(zip(_facts, f)) if isinstance(f, list) and len(f)==len(_facts) else None for k,f in facts.items()},about
+    whole = lambda f: isinstance(f, list) and len(f)==len(_facts)
+    return {k:dict(zip(_facts, f)) if whole(f) else None for k,f in facts.items()},about
 
 def _named(name, f, *args):
     try: return f(*args)
     except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
-
-# %% ../../nbs/export/06_sparse.ipynb #15pruncf7b37
-_onnx_types = {onnx.TensorProto.FLOAT:torch.float32, onnx.TensorProto.INT8:torch.int8, onnx.TensorProto.UINT8:torch.uint8, onnx.TensorProto.INT32:torch.int32,
-    onnx.TensorProto.INT64:torch.int64}
-_nibbles = onnx.TensorProto.INT4,onnx.TensorProto.UINT4
-
-def _engine_tensors(data):
-    proto,found = onnx.load_from_string(data),{}
-    for i in proto.graph.initializer:
-        if len(i.raw_data)<512: continue # small ones compress better with the graph
-        b = torch.frombuffer(bytearray(i.raw_data), dtype=_onnx_types.get(i.data_type, torch.uint8))
-        found[i.name] = torch.stack([b&15, b>>4], -1).reshape(-1) if i.data_type in _nibbles else b # a byte holds two of these
-        i.ClearField('raw_data')
-    return {**found, '':torch.frombuffer(bytearray(proto.SerializeToString()), dtype=torch.uint8)}
-
-def _engine_bytes(tensors):
-    proto = onnx.load_from_string(tensors[''].numpy().tobytes())
-    for i in proto.graph.initializer:
-        if i.name not in tensors: continue
-        q = tensors[i.name].view(torch.uint8).numpy()
-        i.raw_data = ((q[::2]|q[1::2]<<4) if i.data_type in _nibbles else q).tobytes()
-    return proto.SerializeToString()
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun5f8e59
 def _model_tensors(model):
     state,steps = model.state_dict(),steps_of(model)
     alone = len(steps)==1 and isinstance(steps[0], Recipe) # then it is said where it always was
     if alone: del state['structure']
-    masks = [k for k,m in masked(model).items() if torch.equal(m.weight!=0, m.weight_mask)]
+    told = lambda m: torch.equal(m.weight!=0, m.weight_mask) # by the weight, so that it need not be stored
+    masks = [k for k,m in masked(model).items() if told(m)]
     for k in masks: del state[_key(k, 'weight_mask')]
     odd = [k for k,t in state.items() if not isinstance(t, Tensor)]
     if odd: raise ValueError(f"{odd[0]!r} in the state of {type(model).__name__} is no tensor, and a safetensors file holds nothing else.")
+    same = _tied(state)
+    recipe = dict(recipe=steps[0].to_json()) if alone else {}
+    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same, **recipe)
+
+def _tied(state):
+    "Of each tensor that lies where an earlier one does, the name of that"
     first,same = {},{}
     for k,t in state.items():
         at = t.data_ptr(),t.dtype,t.shape,t.stride()
         if t.numel() and first.setdefault(at, k)!=k: same[k] = first[at]
-    return {k:t for k,t in state.items() if k not in same},dict(masks=masks, same=same, **(dict(recipe=steps[0].to_json()) if alone else {}))
+    return same
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun2f5707
 def pack_model(
@@ -209,7 +224,7 @@ def pack_model(
     **about          # Anything that JSON can say
 )->bytes: # See `to_sparse`
     "What is left of `model`, as a file"
-    if isinstance(model, FileModel): return to_sparse(_engine_tensors(model.data), **about, engine=model.name)
+    if isinstance(model, FileModel): return to_sparse(file_tensors(model.data), **about, engine=model.name)
     tensors,facts = _model_tensors(model)
     return to_sparse(tensors, **about, **facts)
 
@@ -222,33 +237,43 @@ def unpack_model(
 )->tuple: # The model, and what was said about it
     "Weights of the file on `model`, and all that sat on the model they are of; raises `ValueError` if they do not fit, and leaves `model` as it was"
     tensors,about = from_sparse(data, max_bytes)
-    if (runs:=about.pop('engine', False)): return engines.find('onnxruntime' if runs is True else runs)(_engine_bytes(tensors)),about
+    if (runs:=about.pop('engine', False)): return engines.find('onnxruntime' if runs is True else runs)(file_bytes(tensors)),about
     state = _whole_state(tensors, about)
     put_all(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state)) # raises what would go wrong
     return put_all(remove_masks(model), state, batch),about
 
 def _whole_state(tensors, about):
     "The state dict that a file was made of"
-    masks,same,recipe = about.pop('masks', []),about.pop('same', {}),about.pop('recipe', None)
-    tensors.update({k:tensors[o] for k,o in same.items() if o in tensors})
-    tensors.update({_key(k, 'weight_mask'):pack_bits(tensors[w]!=0) for k in masks if (w:=_key(k, 'weight')) in tensors})
+    masks,same = about.pop('masks', []),about.pop('same', {})
+    recipe = about.pop('recipe', None)
+    tied = {k:tensors[o] for k,o in same.items() if o in tensors}
+    tensors.update(tied)
+    for k in masks:
+        w = _key(k, 'weight')
+        if w in tensors: tensors[_key(k, 'weight_mask')] = pack_bits(tensors[w]!=0)
     if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)]))
     return new_names(tensors)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun8cbfbd
 def _key(path, name): return f'{path}.{name}' if path else name
 
+def _shapes(state):
+    "Shapes of what both have to agree on, by name"
+    kept = [k for k in state if k.split('.')[-1] not in ('weight_mask','structure','fake_quant_spec')]
+    return {k:tuple(state[k].shape) for k in kept}
+
 def check_fit(
     state:dict,     # What a file has, by name
     model:nn.Module # A model that is ready for it
 ):
     "Raise a `ValueError` that names the first tensor that `model` and the file do not have in common"
-    sizes = lambda d: {k:tuple(t.shape) for k,t in d.items() if k.split('.')[-1] not in ('weight_mask','structure','fake_quant_spec')}
-    own,theirs = sizes(model.state_dict()),sizes(state)
-    say = lambda d,k: f'of shape {d[k]}' if k in d else 'missing'
-    for k in dict.fromkeys([*own, *theirs]):
-        if own.get(k)!=theirs.get(k): raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {say(theirs, k)} in the file, and {say(own, k)} in the model.")
-    for k in [k for k in state if k.split('.')[-1]=='weight_mask']: _named(k, unpack_bits, state[k], own.get(k.removesuffix('_mask'), ()))
+    own,theirs = _shapes(model.state_dict()),_shapes(state)
+    said = lambda d,k: f'of shape {d[k]}' if k in d else 'missing'
+    for k in dict.fromkeys([*own,*theirs]):
+        has,wants = said(theirs, k),said(own, k)
+        if has!=wants: raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {has} in the file, and {wants} in the model.")
+    for k in state:
+        if k.split('.')[-1]=='weight_mask': _named(k, unpack_bits, state[k], own.get(k.removesuffix('_mask'), ()))
 
 # %% ../../nbs/export/06_sparse.ipynb #15prunb6898d
 def layer_report(
@@ -260,6 +285,6 @@ def layer_report(
         w = own_weight(m)
         if w is None or w.ndim<2: continue
         left = (m.weight_mask if mask_of(m) else w!=0).sum().item()
-        size = dict(bytes=w.numel()*w.element_size(), packed=len(encode(w)[0]))
-        rows[k] = dict(shape=tuple(w.shape), weights=w.numel(), left=left, sparsity=1-left/w.numel(), **size)
+        n,packed = w.numel(),len(encode(w)[0])
+        rows[k] = dict(shape=tuple(w.shape), weights=n, left=left, sparsity=1-left/n, bytes=n*w.element_size(), packed=packed)
     return rows

@@ -14,6 +14,7 @@ from torch import nn, Tensor
 from ..core.model import floats, evaluating
 from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
+from .onnx import nodes_of
 from .portable import *
 from .engine import *
 
@@ -28,14 +29,17 @@ def sqnr(
 )->float: # In dB: 20 is an error of a tenth, 40 of a hundredth; infinite if they are equal
     "Signal to quantization noise ratio of `y`"
     x,y = x.double(),y.double()
-    return 10*torch.log10(x.pow(2).sum()/(x-y).pow(2).sum()).item()
+    signal,noise = x.pow(2).sum(),(x-y).pow(2).sum()
+    return 10*torch.log10(signal/noise).item()
 
 def agreement(
     x:Tensor, # Predictions, classes along dimension 1
     y:Tensor  # Others
 )->float|None: # A share; None if there are no classes to agree on
     "Share of predictions that name the same class"
-    return (x.argmax(1)==y.argmax(1)).float().mean().item() if x.ndim>1 and x.shape[1]>1 else None
+    if x.ndim<2 or x.shape[1]<2: return None
+    same = x.argmax(1)==y.argmax(1)
+    return same.float().mean().item()
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000008
 def first_output(m, xb):
@@ -49,7 +53,9 @@ def ties(
 )->float: # In dB; 200 if nothing changes
     "SQNR of the output of `sim` against itself, when near ties break otherwise"
     gen = torch.Generator().manual_seed(0)
-    def noisy(site, x): return site.through_integers(x+size*site.scale*torch.randn(x.shape, generator=gen))
+    def noisy(site, x):
+        noise = size*site.scale*torch.randn(x.shape, generator=gen)
+        return site.through_integers(x+noise)
     with evaluating(sim):
         want = first_output(sim, xb)
         fake_quant_of(sim).how = noisy
@@ -60,8 +66,8 @@ def activations(
     proto:onnx.ModelProto # A file of fastquant
 )->list: # Nodes
     "What turns integer activations into floats, in the order in which it runs"
-    made = {o for n in proto.graph.node if n.op_type in ('QuantizeLinear','Clip') for o in n.output}
-    return [n for n in proto.graph.node if n.op_type=='DequantizeLinear' and n.input[0] in made]
+    made = {o for n in nodes_of(proto.graph, 'QuantizeLinear', 'Clip') for o in n.output}
+    return [n for n in nodes_of(proto.graph, 'DequantizeLinear') if n.input[0] in made]
 
 def run_file(
     proto:onnx.ModelProto, # A model
@@ -72,7 +78,8 @@ def run_file(
     "Those values, as ONNX Runtime computes them"
     m,have = onnx.ModelProto(),{o.name for o in proto.graph.output}
     m.CopyFrom(proto)
-    m.graph.output.extend(onnx.ValueInfoProto(name=k) for k in dict.fromkeys(names) if k not in have)
+    more = [k for k in dict.fromkeys(names) if k not in have]
+    m.graph.output.extend(onnx.ValueInfoProto(name=k) for k in more)
     return session(as_run(m.SerializeToString()), **options).run(list(names), feed)
 
 run_as_written = partial(run_file, graph_optimization_level=GraphOptimizationLevel.ORT_DISABLE_ALL)
@@ -84,11 +91,13 @@ def file_integers(
 )->tuple: # Pairs of scale and integers, one for each activation in order; outputs
     "What the file computes"
     nodes,ends = activations(proto),[o.name for o in proto.graph.output]
-    feed = {i.name:x.detach().as_subclass(Tensor).cpu().numpy() for i,x in zip(proto.graph.input, xb)}
-    names = list(dict.fromkeys([*ends, *(n.input[0] for n in nodes)]))
+    arrays = [x.detach().as_subclass(Tensor).cpu().numpy() for x in xb]
+    feed = {i.name:a for i,a in zip(proto.graph.input, arrays)}
+    names = list(dict.fromkeys(ends+[n.input[0] for n in nodes]))
     got = dict(zip(names, map(torch.from_numpy, run(proto, feed, names))))
     scale = constants(proto, list({n.input[1] for n in nodes}))
-    return [(float(scale[n.input[1]]),got[n.input[0]]) for n in nodes],[got[k] for k in ends]
+    ints = [(float(scale[n.input[1]]),got[n.input[0]]) for n in nodes]
+    return ints,[got[k] for k in ends]
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000014
 class ExportMismatch(RuntimeError): "The exported file does something else than the model it was made from"
@@ -104,7 +113,9 @@ class Difference:
     others:int  # Values that differ
     steps:int   # The largest difference
     far:float   # How far such a value was, at most, from the tie between the integer it should be and the one it is, in steps
-    def __str__(self): return f"{self.others:,} of {self.n:,} integers differ, by up to {self.steps}, and were up to {self.far:.3g} of a step from a tie"
+    def __str__(self):
+        how_many = f'{self.others:,} of {self.n:,} integers differ'
+        return f'{how_many}, by up to {self.steps}, and were up to {self.far:.3g} of a step from a tie'
 
 def difference(
     site,         # Whose integers they are
@@ -115,9 +126,11 @@ def difference(
     "How `theirs` differ from `own`"
     own,theirs = own.double(),theirs.double()
     apart = own!=theirs
-    far = torch.where(apart, x.double()-(own+theirs)/2, 0.).abs().max().item()
+    tie = (own+theirs)/2
+    far = torch.where(apart, x.double()-tie, 0.).abs().max().item()
     exclude = site.source if site.source in site.of.layers else site.touching
-    return Difference(site.source, exclude, own.numel(), int(apart.sum()), int((own-theirs).abs().max()), far)
+    others,steps = int(apart.sum()),int((own-theirs).abs().max())
+    return Difference(site.source, exclude, own.numel(), others, steps, far)
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000050
 _other_site = "The file rounds other values than its simulation at {site!r}: nothing in it has a step of {step:.4g} and the shape {shape}. Please report the model."
@@ -127,18 +140,21 @@ class _Given:
     def __init__(self, values): self.left,self.used = list(values)[::-1],[]
     def match(self, site, x, step, own):
         "How the integers of `site` differ from `own`, and they themselves: the next ones, or earlier ones where the file rounds a value once for two layers"
-        fits = [q for s,q in [*self.left[-1:],*self.used[::-1]] if q.shape==own.shape and abs(s-step)<=1e-5*step]
+        def fitting(s, q): return q.shape==own.shape and abs(s-step)<=1e-5*step
+        to_try = [*self.left[-1:],*self.used[::-1]]
+        fits = [q for s,q in to_try if fitting(s, q)]
         if not fits: raise ExportMismatch(_other_site.format(site=site.source, step=step, shape=tuple(own.shape)))
         found = [(difference(site, x, own, q),q) for q in fits]
-        d,q = found[0] if found[0][0].far<=near_tie else min(found, key=lambda o: o[0].far)
+        d,q = found[0]
+        if not d.far<=near_tie: d,q = min(found, key=lambda o: o[0].far)
         if self.left and q is self.left[-1][1]: self.used.append(self.left.pop())
         return d,q
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000062
 def _integers(site, x):
     "The step of `site`, and the integers that `x` becomes there"
-    s = site.scale.detach()
-    return s.item(),quantize(x, s, site.zero_point.to(site.spec.grid.dtype), site.spec.grid)
+    s,grid = site.scale.detach(),site.spec.grid
+    return s.item(),quantize(x, s, site.zero_point.to(grid.dtype), grid)
 
 def _floats(site, q): return dequantize(q, site.scale.detach(), site.zero_point.to(q.dtype))
 
@@ -152,7 +168,8 @@ def replay(
     r,found,given = fake_quant_of(model),[],_Given(given)
     def at(site, x):
         step,own = _integers(site, x)
-        d,q = given.match(site, x/site.scale.detach()+site.zero_point, step, own)
+        unrounded = x/site.scale.detach()+site.zero_point
+        d,q = given.match(site, unrounded, step, own)
         found.append(d)
         return _floats(site, q.to(own.dtype))
     r.how,r.moved,moved = at,set(),r.moved
@@ -177,8 +194,8 @@ def integers_of(
     return found
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000042
-_parted = """The {what} and its {of} part at {layer!r}: {how}, on the same input, where {allowed:.3g} is explained.
-Nothing was written. Leave it in float with exclude={exclude!r}, and please report the model."""
+_parted = """The {what} and its {of} part at {d.source!r}: {d}, on the same input, where {allowed:.3g} is explained.
+Nothing was written. Leave it in float with exclude={d.exclude!r}, and please report the model."""
 
 _outputs = """The {what} and its {of} part behind the last integers: the output is {db:.1f} dB away on the same integers, where {least} are the least.
 Nothing was written. Please report the model."""
@@ -196,7 +213,7 @@ def check_same(
     "Raise `ExportMismatch` that names the first layer at which two models part"
     for d in found:
         allowed = near_tie+more.get(d.source, other)
-        if not d.far<=allowed: raise ExportMismatch(_parted.format(what=what, of=of, layer=d.source, exclude=d.exclude, how=d, allowed=allowed))
+        if not d.far<=allowed: raise ExportMismatch(_parted.format(what=what, of=of, d=d, allowed=allowed))
     for a,b in zip(ours, theirs):
         if not (db:=sqnr(a, b.to(a.dtype)))>=least and not a.equal(b): raise ExportMismatch(_outputs.format(what=what, of=of, db=db, least=least))
 
@@ -207,7 +224,9 @@ def bias_steps(
     "How many steps of a layer's output the rounding of its bias can make"
     r = fake_quant_of(sim)
     scale = lambda k: getattr(sim.get_submodule(k), 'bias_scale', torch.zeros(1)).max().item()
-    return {s.source:scale(s.source)/2/s.scale.item() for s in r.all if s.source in r.layers and s not in r.doors.values()}
+    outputs = [s for s in r.all if s not in r.doors.values()]
+    of_layers = [s for s in outputs if s.source in r.layers]
+    return {s.source:scale(s.source)/2/s.scale.item() for s in of_layers}
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000s01
 def gate(
@@ -252,14 +271,20 @@ def verify(
     few = [[x[:8] for x in xb] for xb in batches]
     near = min(ties(sim, xb) for xb in few)
     for xb in few: check_plain(gate(rounded, sim, proto, xb)[0], first_output(run, xb), near)
-    with evaluating(model), evaluating(rounded): f,r,s,e = (torch.cat([first_output(m, xb) for xb in batches]) for m in (model,rounded,sim,run))
-    return report_on(fake_quant_of(sim), run, f, r, s, e, trained=trained, portable=not misfits(proto), sqnr_ties=near)
+    def outputs(m): return torch.cat([first_output(m, xb) for xb in batches])
+    with evaluating(model), evaluating(rounded): f,r,s,e = map(outputs, (model,rounded,sim,run))
+    facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
+    return report_on(fake_quant_of(sim), run, f, r, s, e, **facts)
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000041
 def report_on(r, engine, f, rounded, s, e, **facts):
     "The `Report` of a file, from outputs of the float model, the one that rounds, the simulation and the engine"
-    kernels,who = engine.kernels(engine.data),'ONNX Runtime' if type(engine) is Engine else type(engine).__name__
-    refused = {k:f'{who} runs it as {kernels.get(k)}' for k in r.layers if not engine.in_integers(str(kernels.get(k)))}
-    why,n = {**r.float_layers, **refused},len(r.layers)+len(r.float_layers)
-    db,same = dict(sqnr=min(sqnr(s, e), 200.), sqnr_float=min(sqnr(f, e), 200.)),agreement(rounded, e)
-    return Report(n, n-len(why), why, len(s), **db, agrees=agreement(s, e), agrees_float=agreement(f, e), agrees_rounded=same, **facts)
+    who = 'ONNX Runtime' if type(engine) is Engine else type(engine).__name__
+    kernels,why = engine.kernels(engine.data),dict(r.float_layers)
+    for k in r.layers:
+        kernel = str(kernels.get(k))
+        if not engine.in_integers(kernel): why[k] = f'{who} runs it as {kernel}'
+    n = len(r.layers)+len(r.float_layers)
+    db = dict(sqnr=min(sqnr(s, e), 200.), sqnr_float=min(sqnr(f, e), 200.))
+    same = dict(agrees=agreement(s, e), agrees_float=agreement(f, e), agrees_rounded=agreement(rounded, e))
+    return Report(n, n-len(why), why, len(s), **db, **same, **facts)
