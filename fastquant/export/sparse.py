@@ -88,7 +88,6 @@ def encode(
 # %% ../../nbs/export/06_sparse.ipynb #15prun7bab03
 _types = {k:getattr(torch, k) for k in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool
     float8_e4m3fn float8_e5m2'''.split()}
-
 _facts = 'dtype','shape','how','parts','digest'
 
 def _is_size(o): return isinstance(o, int) and not isinstance(o, bool) and 0<=o<2**48
@@ -126,7 +125,6 @@ def check_parts(how, sizes, n, size):
 # %% ../../nbs/export/06_sparse.ipynb #15prun79ba17
 def _spread(where, vals, how, n, size):
     "Bytes of `n` values: those in `vals` at their places, and zeros elsewhere"
-    where = np.frombuffer(where, np.uint8)
     at = np.unpackbits(where, count=n).nonzero()[0] if how=='bitmask' else positions(where)
     if len(at)*size!=len(vals) or (len(at) and at[-1]>=n): raise ValueError('it has more or fewer values than places')
     b = np.zeros((n,size), np.uint8)
@@ -142,7 +140,7 @@ def decode(
     if len(data)!=sum(p[1] for p in facts['parts']): raise ValueError('it has more or fewer bytes than the file says')
     how,parts,at = facts['how'],[],0
     for raw,small in facts['parts']:
-        parts.append(inflate(data[at:at+small], raw))
+        parts.append(np.frombuffer(inflate(data[at:at+small], raw), np.uint8))
         at += small
     b = _unranks(*parts, size) if how=='dense' else _spread(*parts, how, n, size)
     if _digest(b.tobytes(), facts['dtype'], facts['shape'])!=facts['digest']: raise ValueError('its checksum is wrong')
@@ -158,7 +156,8 @@ def to_sparse(
     coded = {k:encode(t) for k,t in tensors.items()}
     said,rows = json.dumps(about),{k:list(f.values()) for k,(_,f) in coded.items()}
     facts = json.dumps(rows, separators=(',',':'))
-    meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=_digest(said.encode()), tensors=facts)
+    digest = _digest(said.encode())
+    meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=digest, tensors=facts)
     blob = lambda b: torch.from_numpy(np.frombuffer(bytearray(b), np.uint8))
     return save({k:blob(b) for k,(b,_) in coded.items()}, meta)
 
@@ -179,8 +178,7 @@ def from_sparse(
     return {k:whole(k, f) for k,f in facts.items()},about
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun6d8606
-def _metadata(data):
-    "What the header of a safetensors file says besides tensors"
+def _metadata(data): # what the header of a safetensors file says besides tensors
     end = 8+int.from_bytes(data[:8], 'little')
     return json.loads(data[8:end]).get('__metadata__', {})
 
@@ -237,7 +235,8 @@ def unpack_model(
 )->tuple: # The model, and what was said about it
     "Weights of the file on `model`, and all that sat on the model they are of; raises `ValueError` if they do not fit, and leaves `model` as it was"
     tensors,about = from_sparse(data, max_bytes)
-    if (runs:=about.pop('engine', False)): return engines.find('onnxruntime' if runs is True else runs)(file_bytes(tensors)),about
+    if (runs:=about.pop('engine', False)) is True: runs = 'onnxruntime' # in files from before there were others
+    if runs: return engines.find(runs)(file_bytes(tensors)),about
     state = _whole_state(tensors, about)
     put_all(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state)) # raises what would go wrong
     return put_all(remove_masks(model), state, batch),about
@@ -286,5 +285,6 @@ def layer_report(
         if w is None or w.ndim<2: continue
         left = (m.weight_mask if mask_of(m) else w!=0).sum().item()
         n,packed = w.numel(),len(encode(w)[0])
-        rows[k] = dict(shape=tuple(w.shape), weights=n, left=left, sparsity=1-left/n, bytes=n*w.element_size(), packed=packed)
+        size = dict(bytes=n*w.element_size(), packed=packed)
+        rows[k] = dict(shape=tuple(w.shape), weights=n, left=left, sparsity=1-left/n, **size)
     return rows

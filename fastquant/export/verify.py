@@ -282,8 +282,7 @@ def report_on(r, engine, f, rounded, s, e, **facts):
     who = 'ONNX Runtime' if type(engine) is Engine else type(engine).__name__
     kernels,why = engine.kernels(engine.data),dict(r.float_layers)
     for k in r.layers:
-        kernel = str(kernels.get(k))
-        if not engine.in_integers(kernel): why[k] = f'{who} runs it as {kernel}'
+        if not engine.in_integers(str(kernels.get(k))): why[k] = f'{who} runs it as {kernels.get(k)}'
     n = len(r.layers)+len(r.float_layers)
     db = dict(sqnr=min(sqnr(s, e), 200.), sqnr_float=min(sqnr(f, e), 200.))
     same = dict(agrees=agreement(s, e), agrees_float=agreement(f, e), agrees_rounded=agreement(rounded, e))

@@ -38,14 +38,25 @@ def compare(self:Learner,
     dl = ifnone(dl, self.dls.valid)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
-    alone = {_in_float(k):twin_of(l, type(l.model)(in_float(l.model.data))) for k,l in zip(names, learns) if runs_int8(l.model)}
-    ms = latency({k:_one_item(l, dl) for k,l in [*zip(names, learns),*alone.items()]}, **kwargs)
-    rows = [dict(_row(l, r, runs[0], dl), **_times(ms, k)) for k,l,r in zip(names, learns, runs)]
-    return pd.DataFrame(rows, index=names)
+    int8 = {k:l for k,l in zip(names, learns) if runs_int8(l.model)}
+    alone = {_in_float(k):_float_twin(l) for k,l in int8.items()}
+    timed = {**dict(zip(names, learns)), **alone}
+    ms = latency({k:_one_item(l, dl) for k,l in timed.items()}, **kwargs)
+    def row(name, learn, run): return dict(_row(learn, run, runs[0], dl), **_times(ms, name))
+    return pd.DataFrame([row(*o) for o in zip(names, learns, runs)], index=names)
 
+# %% ../../nbs/learner/04_compare.ipynb #22cmptimes1
 def _in_float(name): return f'{name}, in float there'
 
-def _times(ms, name): return {'latency (ms)':ms['median'][name], 'in float there (ms)':ms['median'].get(_in_float(name), float('nan')), 'spread (ms)':ms['spread'][name]}
+def _float_twin(learn):
+    "A Learner that runs the same net in float, in the engine of `learn`"
+    engine = type(learn.model)
+    return twin_of(learn, engine(in_float(learn.model.data)))
+
+def _times(ms, name):
+    median,spread = ms['median'],ms['spread']
+    there = median.get(_in_float(name), float('nan'))
+    return {'latency (ms)':median[name], 'in float there (ms)':there, 'spread (ms)':spread[name]}
 
 # %% ../../nbs/learner/04_compare.ipynb #22lear6af963
 def _kind(model):
@@ -54,7 +65,8 @@ def _kind(model):
 
 def _names(learns):
     kinds = [_kind(l.model) for l in learns]
-    return [k if kinds[:i].count(k)==0 else f'{k} {kinds[:i].count(k)+1}' for i,k in enumerate(kinds)]
+    def numbered(k, before): return f'{k} {before+1}' if before else k
+    return [numbered(k, kinds[:i].count(k)) for i,k in enumerate(kinds)]
 
 def _run(learn, dl):
     "Loss and metrics, probabilities, and decoded predictions"
@@ -67,9 +79,13 @@ def _run(learn, dl):
 def _row(learn, run, first, dl):
     (record,probs,pred),(_,probs0,pred0) = run,first
     names = ['loss',*learn.metrics.attrgot('name')]
-    same = (pred==pred0).float().mean().item() if isinstance(pred, Tensor) and not pred.is_floating_point() else float('nan')
-    far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else float('nan')
-    return {'bytes':n_bytes(learn.model), 'parameters':n_params(learn.model), 'MACs':n_macs(learn.model, *_items(learn, dl)), **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+    model,nan = learn.model,float('nan')
+    classes = isinstance(pred, Tensor) and not pred.is_floating_point()
+    same = (pred==pred0).float().mean().item() if classes else nan
+    far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else nan
+    macs = n_macs(model, *_items(learn, dl))
+    size = {'bytes':n_bytes(model), 'parameters':n_params(model), 'MACs':macs}
+    return {**size, **dict(zip(names, record)), 'agrees':same, 'max difference':far}
 
 def _items(learn, dl):
     with no_random(reproducible=False): return inputs(learn, dl, 1)[0]

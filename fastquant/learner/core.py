@@ -24,13 +24,19 @@ def twin_of(
 )->Learner: # For inference
     "A Learner like `learn` around `model`"
     new = object.__new__(type(learn))
-    new.__dict__.update({k:v for k,v in learn.__dict__.items() if not isinstance(v, Callback)})
-    new.model,new.cbs,new.opt,new.splitter,new.training = model,L(),None,trainable_params,False
+    kept = {k:v for k,v in learn.__dict__.items() if not isinstance(v, Callback)}
+    new.__dict__.update(kept)
+    new.model,new.splitter = model,trainable_params
+    new.cbs,new.opt,new.training = L(),None,False
     new.add_cbs(_default_cbs(learn))
     new('after_create')
     return new
 
-def _default_cbs(learn): return [o for o in L(defaults.callbacks) if any(type(cb) is (o if isinstance(o, type) else type(o)) for cb in learn.cbs)]
+def _default_cbs(learn):
+    "Those of fastai's default callbacks that `learn` has"
+    kinds = {type(cb) for cb in learn.cbs}
+    kind = lambda o: o if isinstance(o, type) else type(o)
+    return [o for o in L(defaults.callbacks) if kind(o) in kinds]
 
 # %% ../../nbs/learner/00_core.ipynb #22lear9c04d8
 def trainable_twin(
@@ -52,16 +58,20 @@ def first_metric(
 # %% ../../nbs/learner/00_core.ipynb #22leara0f150
 def _numbers(o): return [round(v, 8) for v in tensor(o).flatten().tolist()]
 
-def _plain(o): return [_plain(v) for v in o] if is_listy(o) or hasattr(o, 'o2i') else str(o)
+def _plain(o):
+    if is_listy(o) or hasattr(o, 'o2i'): return [_plain(v) for v in o]
+    return str(o)
 
 def describe(
     learn:Learner
 )->dict: # Plain data
     "Classes and preprocessing of `learn`: `vocab`, and `size`, `mean`, `std` of its inputs as far as they are known"
-    vocab,tfms = getattr(learn.dls, 'vocab', None),getattr(learn.dls[-1], 'after_batch', None)
+    vocab = getattr(learn.dls, 'vocab', None)
+    tfms = getattr(learn.dls[-1], 'after_batch', None)
     if not isinstance(tfms, Pipeline): tfms = [] # in a DataLoader without transforms it is a method
     scale = [dict(divide_by=float(t.div)) for t in tfms if type(t).__name__=='IntToFloatTensor']
-    norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
+    normalizing = [t for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
+    norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in normalizing]
     return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*scale, *norm))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
@@ -70,7 +80,9 @@ def with_size(
     xb         # Inputs, as the model takes them
 )->dict:
     "`info` with the size of an item"
-    return merge(info, dict(preprocess=merge(info['preprocess'], dict(size=[list(x.shape[1:]) for x in xb]))))
+    size = [list(x.shape[1:]) for x in xb]
+    preprocess = merge(info['preprocess'], dict(size=size))
+    return merge(info, dict(preprocess=preprocess))
 
 # %% ../../nbs/learner/00_core.ipynb #22learfirst1
 _load = getattr(Learner.load, '__wrapped__', Learner.load)
@@ -107,11 +119,12 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises, and leaves `self` as it was, if it cannot be"
     model,had = get_model(self.model),self.opt
     if had is None: self.create_opt()
+    def to_model(state): make_ready(self, state, strict)
     def to_opt(state):
         keep_passing(self.opt, state)
         return self.opt # another one by now, if layers were replaced
     try:
-        with _first(model, lambda state: make_ready(self, state, strict)), _first(self.opt, to_opt): _load(self, file, device=device, strict=strict, **kwargs)
+        with _first(model, to_model), _first(self.opt, to_opt): _load(self, file, device=device, strict=strict, **kwargs)
     except BaseException:
         self.opt = had
         raise

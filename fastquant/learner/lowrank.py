@@ -39,15 +39,20 @@ def decompose(self:Learner,
     "A copy of `self` with layers of low rank, and in its `not_factorised` why others are not; raises `ValueError` if there is nothing to gain"
     _check_one(energy=energy, params=params, macs=macs, ranks=ranks)
     model = _float_copy(self)
-    with calibration_dl(self, dl, n_batches if aware else 1) as dl: batches = inputs(self, dl, n_batches if aware else 1)
+    n = n_batches if aware else 1
+    with calibration_dl(self, dl, n) as dl: batches = inputs(self, dl, n)
     if ranks: check_kinds(model, kinds, ranks)
     layers,left = find_layers(model, *batches[0], kinds=kinds, exclude=exclude)
     m = moments(model, layers, batches) if aware else {}
-    chosen = by_pattern(layers, left, ranks) if ranks else _choose(model, layers, m, batches[0], energy, params, macs)
+    if ranks: chosen = by_pattern(layers, left, ranks)
+    else: chosen = _choose(model, layers, m, batches[0], energy, params, macs)
     why = 'no rank is given for it' if ranks else 'it would grow' if energy else 'it would grow, or lose more than others do'
-    left.update({k:'it would grow' if k in chosen else why for k in layers if k not in chosen or (ranks and _grows(*layers[k], chosen[k]))})
-    new = {k:factorise(*layers[k], r, m.get(k)) for k,r in chosen.items() if k not in left}
-    if not new: raise ValueError(f"There is nothing to gain: {'; '.join(f'{k!r}: {w}' for k,w in left.items()) or 'the model has no layer that can be factorised'}. Keep less, or choose other layers.")
+    for k in layers:
+        if k not in chosen: left[k] = why
+        elif ranks and _grows(*layers[k], chosen[k]): left[k] = 'it would grow'
+    kept = [k for k in chosen if k not in left]
+    new = {k:factorise(*layers[k], chosen[k], m.get(k)) for k in kept}
+    if not new: raise ValueError(_no_gain(left))
     learn = trainable_twin(self, put_factors(model, new))
     learn.not_factorised = left
     return learn
@@ -70,17 +75,25 @@ def _float_copy(learn):
     return model
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decoedf3bb
+def _no_gain(left):
+    "What to say if no layer is factorised, and why is in `left`"
+    reasons = '; '.join(f'{k!r}: {why}' for k,why in left.items())
+    return f"There is nothing to gain: {reasons or 'the model has no layer that can be factorised'}. Keep less, or choose other layers."
+
 def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_params(layer)
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25deco813934
 def _choose(model, layers, m, xb, energy, params, share):
     x = entering(model, layers, *[t[:1] for t in xb])
-    rows = {k:rank_options(*layers[k], x[k] if share else None, m.get(k)) for k in layers}
+    def options(k): return rank_options(*layers[k], x[k] if share else None, m.get(k))
+    rows = {k:options(k) for k in layers}
     here = {k:n_params(l) for k,(l,_) in layers.items()}
     if energy is not None: return by_energy(rows, here, energy)
     if params is not None: return by_share(rows, here, n_params(model)-sum(here.values()), params, 'params')
     all_ = layer_macs(model, *[t[:1] for t in xb])
-    return by_share(rows, {k:all_.get(k, 0) for k in layers}, sum(v for k,v in all_.items() if k not in layers), share, 'macs')
+    here = {k:all_.get(k, 0) for k in layers}
+    rest = sum(v for k,v in all_.items() if k not in layers)
+    return by_share(rows, here, rest, share, 'macs')
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decobc43c5
 @patch
@@ -112,15 +125,18 @@ class RankSensitivity:
         "The lowest rank of each layer down to which the metric stays within `change`"
         found = {}
         for k,t in self.table.groupby('layer', sort=False):
-            ok = (t.sort_values('parameters', ascending=False)[self.metric]-self.base).abs().le(change+1e-9).cumprod().astype(bool)
-            if ok.any(): found[k] = t.sort_values('parameters', ascending=False)['rank'][ok].iloc[-1]
+            t = t.sort_values('parameters', ascending=False)
+            near = (t[self.metric]-self.base).abs().le(change+1e-9)
+            ok = near.cumprod().astype(bool)
+            if ok.any(): found[k] = t['rank'][ok].iloc[-1]
         if not found: raise ValueError(f"No layer can spare any of these ranks within {change} of {self.metric}={self.base:.4g}. Allow a larger `change`.")
         return found
     def plot(self):
         fig,(a,b) = plt.subplots(1, 2, figsize=(11,3.8))
         for i,(k,t) in enumerate(self.table.groupby('layer', sort=False)):
-            for s in self.spectra[k]: a.semilogy(np.linspace(0, 1, len(s)), s/s[0], color=f'C{i%10}', lw=1)
-            b.plot(t.parameters, t[self.metric], marker='.', color=f'C{i%10}', label=k)
+            color = f'C{i%10}'
+            for s in self.spectra[k]: a.semilogy(np.linspace(0, 1, len(s)), s/s[0], color=color, lw=1)
+            b.plot(t.parameters, t[self.metric], marker='.', color=color, label=k)
         a.set(xlabel='position among singular values', ylabel='singular value, of the largest', ylim=(1e-4,1.5))
         b.axhline(self.base, color='gray', ls=':')
         b.set(xlabel='share of this layer\'s parameters', ylabel=self.metric)
@@ -151,24 +167,37 @@ def rank_sensitivity(self:Learner,
         base = first_metric(twin, dl)
         def row(k, l, f, o):
             got = _alone(twin, k, factorise(l, f, o.rank, m.get(k)), dl)
-            return dict(layer=k, rank=o.rank, parameters=o.params/n_params(l), lost=o.lost, **{metric:got})
-        rows = [row(k, l, f, o) for k,(l,f) in layers.items() for o in _near(rank_options(l, f, None, m.get(k)), n_params(l), shares)]
-    spectra = {k:factorisations.find(f).spectra(l.weight.detach().double().cpu()) or [] for k,(l,f) in layers.items()}
+            share = o.params/n_params(l)
+            return dict(layer=k, rank=o.rank, parameters=share, lost=o.lost, **{metric:got})
+        rows = [row(*o) for o in _tries(layers, m, shares)]
+    spectra = {k:_spectra(*o) for k,o in layers.items()}
     found = RankSensitivity(pd.DataFrame(rows), spectra, base, metric)
     if show_plot: found.plot()
     return found
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decofa5761
-def _near(rows, n, shares):
-    "Of each share the row that comes nearest, without those that would grow"
-    small = [o for o in rows if o.params<n]
-    if not small: return []
-    nearest = [min(small, key=lambda o: abs(o.params/n-s)) for s in shares]
-    return list({o.rank:o for o in nearest}.values())
-
 def _alone(learn, path, new, dl):
     "The metric with `new` in place of the layer at `path`"
     old = learn.model.get_submodule(path)
     replace_layers(learn.model, {path:new})
     try: return first_metric(learn, dl)
     finally: replace_layers(learn.model, {path:old})
+
+def _spectra(layer, kind):
+    "Singular values of a layer's weight, one tensor for each rank that it has"
+    w = layer.weight.detach().double().cpu()
+    return factorisations.find(kind).spectra(w) or []
+
+# %% ../../nbs/learner/03_lowrank.ipynb #25decotry01
+def _tries(layers, m, shares):
+    "Each layer with its path, its factorisation and a rank to try"
+    for k,(l,f) in layers.items():
+        options = rank_options(l, f, None, m.get(k))
+        for o in _near(options, n_params(l), shares): yield k,l,f,o
+
+def _near(rows, n, shares):
+    "Of each share the row that comes nearest, without those that would grow"
+    small = [o for o in rows if o.params<n]
+    if not small: return []
+    def nearest(s): return min(small, key=lambda o: abs(o.params/n-s))
+    return list({o.rank:o for o in map(nearest, shares)}.values())

@@ -69,12 +69,18 @@ def _watched(learn, criterion, layers, dl):
     "The statistics that `criterion` needs, from all of `dl`"
     names,found = needs(criterion),{}
     if 'moved' in names: raise ValueError(f"The criterion {criterion!r} watches how weights move in training, so there is none in one shot. Train with PruneScheduleCallback(criterion={criterion!r}), or use another.")
-    if 'sqr_in' in names:
-        for xb in inputs(learn, dl, None): found['sqr_in'] = {k:v+found.get('sqr_in', {}).get(k, 0) for k,v in watch_inputs(learn.model, layers, *xb).items()}
+    if 'sqr_in' in names: found['sqr_in'] = _squares(learn, layers, dl)
     if 'grad' in names: found.update(_gradients(learn, layers, dl))
     return found
 
 # %% ../../nbs/learner/02_prune.ipynb #23prun40bb00
+def _squares(learn, layers, dl):
+    sums = {}
+    for xb in inputs(learn, dl, None):
+        seen = watch_inputs(learn.model, layers, *xb)
+        sums = {k:v+sums.get(k, 0) for k,v in seen.items()}
+    return sums
+
 def _gradients(learn, layers, dl):
     model = clean_copy(learn.model)
     cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, ['grad'])
@@ -98,7 +104,8 @@ def load_sparse(self:Learner,
 )->Learner: # `self` is left as it is
     "A Learner like `self` with weights and masks of the file, or around the quantized model in it; raises `ValueError` if that is damaged, or does not fit"
     model = None if isinstance(self.model, FileModel) else remove_masks(clean_copy(get_model(self.model)))
-    model,about = unpack_model((self.path/fname).read_bytes(), model, max_bytes, partial(some_inputs, self))
+    data = (self.path/fname).read_bytes()
+    model,about = unpack_model(data, model, max_bytes, partial(some_inputs, self))
     if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
     return twin_of(self, model) if isinstance(model, FileModel) else trainable_twin(self, model)
 
@@ -143,7 +150,8 @@ def plot_channels(
     ax=None              # Where to; None makes a new figure
 ):
     "For each layer, the channels that it had and those that are left"
-    ax = ax or plt.subplots(figsize=(max(4, .3*len(report)),3))[1]
+    width = max(4, .3*len(report))
+    ax = ax or plt.subplots(figsize=(width,3))[1]
     ax.bar(report.index, report.before, color='lightgray', label='before')
     ax.bar(report.index, report.after, color='C0', label='after')
     ax.set(title='Channels', ylabel='outputs of the layer')
@@ -163,7 +171,8 @@ def plot_sparsity(self:Recorder,
     ax.plot(range(skip_start, len(self.losses)), self.losses[skip_start:], label='loss')
     ax.set(xlabel='steps', ylabel='loss')
     other = ax.twinx()
-    other.plot(range(skip_start, len(self.sparsities)), self.sparsities[skip_start:], color='C1', label='sparsity')
+    steps = range(skip_start, len(self.sparsities))
+    other.plot(steps, self.sparsities[skip_start:], color='C1', label='sparsity')
     other.set(ylabel='sparsity', ylim=(0,1))
     return ax
 
@@ -178,8 +187,9 @@ class Sensitivity:
         change:float=.01 # How far the metric may be from `base`, in its own units
     )->dict: # Amounts by layer, for `prune` or `PruneScheduleCallback`; layers that can spare nothing are not in it
         "The largest amount for each layer up to which the metric stays within `change`"
-        ok = (self.table-self.base).abs().le(change+1e-9).cumprod(axis=1).astype(bool)
-        found = {k:max(self.table.columns[row]) for k,row in ok.iterrows() if row.any()}
+        near = (self.table-self.base).abs().le(change+1e-9)
+        ok = near.cumprod(axis=1).astype(bool)
+        found = {k:max(self.table.columns[row]) for k,row in ok[ok.any(axis=1)].iterrows()}
         if not found: raise ValueError(f"No layer can spare any of these amounts within {change} of {self.metric}={self.base:.4g}. Allow a larger `change`, or try smaller amounts.")
         return found
     def __repr__(self): return f'{self._title()}\n{self.table.round(4).to_string()}'
@@ -213,9 +223,11 @@ def prune_sensitivity(self:Learner,
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = first_metric(twin, dl)
-        measure = lambda k,m,a: _alone(twin, {k:m}, Selection(a, structure, criterion), watched, dl)
-        rows = {k:{a:measure(k, m, a) for a in sorted(amounts)} for k,m in with_bar(self, list(layers.items()))}
-    found = Sensitivity(pd.DataFrame(rows).T, base, self.metrics[0].name if self.metrics else 'loss')
+        selections = {a:Selection(a, structure, criterion) for a in sorted(amounts)}
+        def row(k, m): return {a:_alone(twin, {k:m}, s, watched, dl) for a,s in selections.items()}
+        rows = {k:row(k, layers[k]) for k in with_bar(self, list(layers))}
+    metric = self.metrics[0].name if self.metrics else 'loss'
+    found = Sensitivity(pd.DataFrame(rows).T, base, metric)
     if show_plot: found.plot()
     return found
 
@@ -225,7 +237,8 @@ def _alone(learn, layer, selection, watched, dl):
     (k,m), = layer.items()
     now,w = mask_now(m),m.weight.detach().clone()
     try:
-        m.weight.data.masked_fill_(~select(layer, {k:now}, selection, 1., watched)[k], 0)
+        keep = select(layer, {k:now}, selection, 1., watched)[k]
+        m.weight.data.masked_fill_(~keep, 0)
         return first_metric(learn, dl)
     finally: m.weight.data.copy_(w)
 
@@ -247,12 +260,16 @@ def lottery_ticket(self:Learner,
     if rounds<1: raise ValueError(f"rounds={rounds}: at least one round of training is needed to see which weights matter.")
     if not 0<=rewind<n_epoch*len(self.dls.train): raise ValueError(f"rewind={rewind}: pass a step of the first round, which has {n_epoch*len(self.dls.train)}.")
     selection = Selection(amount, structure, 'magnitude', scope, exclude, last)
-    new,early = trainable_twin(self, remove_masks(clean_copy(get_model(self.model)))),RewindCallback(rewind)
-    with calibration_dl(self, None, 1) as dl: layers,_ = groups(new.model, structure, *inputs(self, dl, 1)[0], only=selection.only, exclude=exclude, last=last)
+    new = trainable_twin(self, remove_masks(clean_copy(get_model(self.model))))
+    early = RewindCallback(rewind)
+    with calibration_dl(self, None, 1) as dl:
+        xb = inputs(self, dl, 1)[0]
+        layers,_ = groups(new.model, structure, *xb, only=selection.only, exclude=exclude, last=last)
     set_masks(new.model, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()})
     for r in range(1, rounds+1):
         new.fit_one_cycle(n_epoch, lr, cbs=early if r==1 else None, reset_opt=True, **kwargs)
-        keep = select(layers, {k:m.weight_mask for k,m in layers.items()}, selection, _so_far(selection, r/rounds))
+        masks = {k:m.weight_mask for k,m in layers.items()}
+        keep = select(layers, masks, selection, _so_far(selection, r/rounds))
         new.model.load_state_dict(early.state)
         set_masks(new.model, keep)
     new.opt = None

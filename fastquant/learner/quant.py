@@ -71,7 +71,8 @@ def _verified(learn, model, xb, trained, engine):
     sim = convert(model)
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     next(steps)
-    report = verify(unprepare(copy_model(learn.model)).cpu(), rounded, sim, proto.SerializeToString(), cpu(xb), trained, engine)
+    in_float,data = unprepare(copy_model(learn.model)).cpu(),proto.SerializeToString()
+    report = verify(in_float, rounded, sim, data, cpu(xb), trained, engine)
     next(steps, None)
     return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
 
@@ -108,9 +109,11 @@ def export_onnx(self:Learner,
     fname = check_writable(self.path/fname)
     if isinstance(self.model, FileModel): return write_whole(fname, self.model.data)
     if fake_quant_of(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take fake-quant off with `learn.remove_quant()`.")
-    if not len(self.dls.train) and not len(self.dls[-1]): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
-    xb = some_inputs(self, self.dls[-1] if len(self.dls[-1]) else None)
-    return write_whole(fname, to_bytes(to_onnx(copy_model(self.model), *xb), **with_size(describe(self), xb)))
+    last = self.dls[-1]
+    if not len(self.dls.train) and not len(last): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
+    xb = some_inputs(self, last if len(last) else None)
+    proto = to_onnx(copy_model(self.model), *xb)
+    return write_whole(fname, to_bytes(proto, **with_size(describe(self), xb)))
 
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c
 @patch
