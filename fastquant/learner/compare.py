@@ -84,7 +84,7 @@ def _row(learn, run, first, dl):
     same = (pred==pred0).float().mean().item() if classes else nan
     far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else nan
     macs = n_macs(model, *_items(learn, dl))
-    size = {'bytes':n_bytes(model), 'parameters':n_params(model), 'MACs':macs}
+    size = dict(bytes=n_bytes(model), parameters=n_params(model), MACs=macs)
     return {**size, **dict(zip(names, record)), 'agrees':same, 'max difference':far}
 
 def _items(learn, dl):

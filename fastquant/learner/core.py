@@ -124,7 +124,8 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
         keep_passing(self.opt, state)
         return self.opt # another one by now, if layers were replaced
     try:
-        with _first(model, to_model), _first(self.opt, to_opt): _load(self, file, device=device, strict=strict, **kwargs)
+        with _first(model, to_model), _first(self.opt, to_opt):
+            _load(self, file, device=device, strict=strict, **kwargs)
     except BaseException:
         self.opt = had
         raise

@@ -46,7 +46,8 @@ def decompose(self:Learner,
     m = moments(model, layers, batches) if aware else {}
     if ranks: chosen = by_pattern(layers, left, ranks)
     else: chosen = _choose(model, layers, m, batches[0], energy, params, macs)
-    why = 'no rank is given for it' if ranks else 'it would grow' if energy else 'it would grow, or lose more than others do'
+    why = 'it would grow' if energy else 'it would grow, or lose more than others do'
+    if ranks: why = 'no rank is given for it'
     for k in layers:
         if k not in chosen: left[k] = why
         elif ranks and _grows(*layers[k], chosen[k]): left[k] = 'it would grow'
@@ -78,7 +79,8 @@ def _float_copy(learn):
 def _no_gain(left):
     "What to say if no layer is factorised, and why is in `left`"
     reasons = '; '.join(f'{k!r}: {why}' for k,why in left.items())
-    return f"There is nothing to gain: {reasons or 'the model has no layer that can be factorised'}. Keep less, or choose other layers."
+    if not left: reasons = 'the model has no layer that can be factorised'
+    return f'There is nothing to gain: {reasons}. Keep less, or choose other layers.'
 
 def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_params(layer)
 
