@@ -142,7 +142,8 @@ def unsigned(
         new[i],zero = _shift(q, i),f'zero_of_{i}'
         shift = (_zero_point(n, was)+128).astype(np.uint8)
         g.initializer.append(onnx.numpy_helper.from_array(shift, zero))
-        n.input[:] = [f'unsigned_of_{i}',scale,zero]
+        out = new[i][-1].output[0]
+        n.input[:] = [out,scale,zero]
     put_before(g, new)
     return proto
 

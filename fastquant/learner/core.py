@@ -119,13 +119,13 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises, and leaves `self` as it was, if it cannot be"
     model,had = get_model(self.model),self.opt
     if had is None: self.create_opt()
+    passed = dict(device=device, strict=strict, **kwargs)
     def to_model(state): make_ready(self, state, strict)
     def to_opt(state):
         keep_passing(self.opt, state)
         return self.opt # another one by now, if layers were replaced
     try:
-        with _first(model, to_model), _first(self.opt, to_opt):
-            _load(self, file, device=device, strict=strict, **kwargs)
+        with _first(model, to_model), _first(self.opt, to_opt): _load(self, file, **passed)
     except BaseException:
         self.opt = had
         raise

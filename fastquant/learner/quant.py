@@ -71,8 +71,8 @@ def _verified(learn, model, xb, trained, engine):
     sim = convert(model)
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     next(steps)
-    in_float,data = unprepare(copy_model(learn.model)).cpu(),proto.SerializeToString()
-    report = verify(in_float, rounded, sim, data, cpu(xb), trained, engine)
+    float_,data = unprepare(copy_model(learn.model)).cpu(),proto.SerializeToString()
+    report = verify(float_, rounded, sim, data, cpu(xb), trained, engine)
     next(steps, None)
     return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
 
