@@ -9,6 +9,8 @@ os.environ['MPLBACKEND'] = 'agg'
 import pytest
 from nbdev.config import get_config
 
+pytest.register_assert_rewrite('tests.helpers')
+
 def run_nb(path, kwargs):
     "Whether the notebook ran, and what it wrote to standard error"
     from nbdev.test import test_nb

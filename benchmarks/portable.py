@@ -1,6 +1,6 @@
 "Files that are the same on every processor, what that costs, and the gate they pass: `python -m benchmarks.portable --data ../shared/data`"
 from __future__ import annotations
-import importlib, matplotlib, onnx, shutil, sklearn, subprocess, tempfile
+import matplotlib, onnx, shutil, sklearn, subprocess, tempfile
 from time import perf_counter
 from torchvision import models
 from fastquant.quant.convert import convert
@@ -11,6 +11,8 @@ from fastquant.export.onnx import to_onnx
 from fastquant.core.model import copy_model
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.export.verify import ExportMismatch, file_integers, first_output, gate as go_through, replay, run_as_written, run_file, sqnr, ties
+from tests.helpers.integers import there
+from tests.helpers.models import models as matrix
 from .common import *
 from .ptq import calibration_set, float_file, openvino_run, ort_file, ort_run, percent, simulation, timed
 
@@ -161,14 +163,6 @@ def latency(o):
 
 # The gate
 
-@lru_cache
-def test_module(name):
-    "A module of the tests, from its file: they are no package"
-    spec = importlib.util.spec_from_file_location(name, results.parent.parent/'tests'/f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 def reborn(
     learn:Learner,
     seed:int      # 0 leaves the model as it is
@@ -312,19 +306,17 @@ def tried(name, spec, seed, made):
         row = dict(net=name, spec=spec, seed=seed, kind=kind, layer=layer, verdict=made.verdict(wrong))
         yield dict(row, moved=min(sqnr(made.values(made.proto)[-1], made.values(wrong)[-1]), 200.)) if row['verdict']=='passed' else row
 
-def saturating(proto, feed, names): return test_module('integers').values(proto, feed, names, saturate=True)
-
 def otherwise(name, portable, full):
     "What the gate says where the files run on a processor that saturates"
     row = dict(net=name, seed=0)
-    yield dict(row, spec='int8, saturating', kind='healthy', verdict='refused' if portable.refused(portable.proto, saturating) else 'passed')
-    yield dict(row, spec='int8_full, saturating', kind='saturation', verdict=full.verdict(full.proto, saturating))
+    yield dict(row, spec='int8, saturating', kind='healthy', verdict='refused' if portable.refused(portable.proto, there) else 'passed')
+    yield dict(row, spec='int8_full, saturating', kind='saturation', verdict=full.verdict(full.proto, there))
 
 def of_net(o, name, others=('resnet18','mobilenet_v2','squeezenet1_1','mobilenetv4')):
     "What the gate says of files of one net and of copies with faults: int8 with three sets of random weights, fewer bits with one; a dict for each"
     for seed in range(o.some(3, 1)):
         torch.manual_seed(seed)
-        learn = test_module('test_models').models[name]()
+        learn = matrix[name]()
         model,xb = reborn(learn, seed),[x[:2] for x in inputs(learn, learn.dls.valid, 1)[0]]
         made = {k:make(model, k, xb) for k in (('int8',) if seed else ('int8','w4a4','w2a2'))}
         for k,m in made.items(): yield from tried(name, k, seed, m)
@@ -350,7 +342,7 @@ def in_short(
 
 @sections
 def gate(o):
-    found,nets = [],list(test_module('test_models').models)
+    found,nets = [],list(matrix)
     for name in nets[:o.some(len(nets), 2)]: found += of_net(o, name)
     return in_short(found)
 

@@ -4,7 +4,6 @@ from pathlib import Path
 from fastai.basics import Learner
 from fastai.learner import Recorder
 import fastquant, fastquant.all, pytest
-from fastquant.core.basics import Registry
 
 root = Path(__file__).parent.parent
 modules = [m.name for m in pkgutil.walk_packages(fastquant.__path__, 'fastquant.') if not m.name.endswith(('all','_modidx')) and not m.ispkg]

@@ -1,21 +1,12 @@
 "What fastai users do before and after `quantize`, with fastai's own data blocks and learners"
 import numpy as np, pandas as pd, pytest, re, torch
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, ImageBlock, Learner, MaskBlock, MixUp, PILImage,
-    PILMask, RandomSplitter, RegressionBlock, Resize, SegmentationInterpretation, accuracy, aug_transforms, load_learner, mae, resnet18, set_seed,
-    unet_learner, vision_learner)
-from sklearn.datasets import load_digits
+from fastai.tabular.all import tabular_learner
+from fastai.vision.all import (CrossEntropyLossFlat, Dice, Learner, MaskBlock, MixUp, RegressionBlock, Resize, SegmentationInterpretation, accuracy,
+    aug_transforms, load_learner, mae, resnet18, set_seed, unet_learner, vision_learner)
 from fastquant.all import *
+from tests.helpers.data import digits, ink, loaders, picture, pictures, rows, table
 
-digits = load_digits()
-def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
-def label(i): return str(digits.target[i])
-def mask(i): return PILMask.create((digits.images[i]>8).astype('uint8').repeat(4, 0).repeat(4, 1))
 def number(i): return float(digits.target[i])
-
-def dls(y_block, get_y, n=240, **kwargs):
-    block = DataBlock((ImageBlock, y_block), get_x=picture, get_y=get_y, splitter=RandomSplitter(.25, seed=0), **kwargs)
-    return block.dataloaders(range(n), bs=16, num_workers=0, device='cpu')
 
 def fitted(learn, epochs=1, **kwargs):
     with learn.no_bar(), learn.no_logging(): learn.fine_tune(epochs, 3e-3, **kwargs)
@@ -23,8 +14,7 @@ def fitted(learn, epochs=1, **kwargs):
 
 @pytest.fixture(scope='module')
 def vision():
-    set_seed(0)
-    data = dls(CategoryBlock, label, item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False))
+    data = pictures(240, item_tfms=Resize(32), batch_tfms=aug_transforms(do_flip=False))
     return fitted(vision_learner(data, resnet18, pretrained=False, metrics=accuracy), 3, cbs=MixUp())
 
 def test_vision_learner(vision, tmp_path):
@@ -32,12 +22,12 @@ def test_vision_learner(vision, tmp_path):
     assert q.model.report.float_layers=={} and q.model.report.n_layers==22
     with q.no_bar(), vision.no_bar():
         assert q.predict(picture(0))[2].shape==(10,)
-        table = vision.compare(q, n=3)
+        compared = vision.compare(q, n=3)
         q.path = tmp_path
         q.export('q.pkl')
         loaded = load_learner(tmp_path/'q.pkl')
     with loaded.no_bar(): assert torch.equal(loaded.predict(picture(3))[2], q.predict(picture(3))[2])
-    assert table.bytes['int8']*3.5 < table.bytes['float'] and table.agrees['int8']>.8
+    assert compared.bytes['int8']*3.5 < compared.bytes['float'] and compared.agrees['int8']>.8
     assert list(q.dls.vocab)==list('0123456789')
 
 def test_trains_on_after_quantize(vision):
@@ -63,13 +53,11 @@ def test_quantize_after_load_learner(vision, tmp_path):
 
 @pytest.mark.parametrize('how', ['to_fp16','to_bf16'])
 def test_mixed_precision(how):
-    set_seed(0)
-    learn = fitted(getattr(vision_learner(dls(CategoryBlock, label, n=64), resnet18, pretrained=False, metrics=accuracy), how)())
+    learn = fitted(getattr(vision_learner(pictures(64), resnet18, pretrained=False, metrics=accuracy), how)())
     with learn.no_bar(): assert learn.quantize(n_batches=2).model.report.float_layers=={}
 
 def test_unet_learner():
-    set_seed(0)
-    learn = fitted(unet_learner(dls(MaskBlock(['bg','ink']), mask, n=64), resnet18, pretrained=False, n_out=2, metrics=Dice()))
+    learn = fitted(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), resnet18, pretrained=False, n_out=2, metrics=Dice()))
     with learn.no_bar(): q = learn.quantize(n_batches=2)
     assert q.model.report.float_layers=={}
     with q.no_bar(), learn.no_bar():
@@ -80,20 +68,18 @@ def test_unet_learner():
     assert (a==b).float().mean()>.97
 
 def test_regression():
-    set_seed(0)
-    data = dls(RegressionBlock(), number)
+    data = pictures(240, RegressionBlock(), number)
     learn = fitted(vision_learner(data, resnet18, pretrained=False, n_out=1, y_range=(0,9), metrics=mae), 3)
     with learn.no_bar(): q = learn.quantize()
-    with q.no_bar(), learn.no_bar(): table = learn.compare(q, n=3)
-    assert q.model.report.agrees is None and np.isnan(table.agrees['int8'])
-    assert abs(table.mae['int8']-table.mae['float'])<.1
+    with q.no_bar(), learn.no_bar(): compared = learn.compare(q, n=3)
+    assert q.model.report.agrees is None and np.isnan(compared.agrees['int8'])
+    assert abs(compared.mae['int8']-compared.mae['float'])<.1
 
 def test_tabular_learner(tmp_path):
     set_seed(0)
-    df = pd.DataFrame(dict(cat=np.random.choice(list('abcd'), 800), num=np.random.randn(800), big=100*np.random.randn(800)))
-    df['y'] = np.where((df.cat<'c')^(df.num>0), 'yes', 'no')
+    df = table(800)
     df.loc[::7,'big'] = np.nan
-    data = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['cat'], cont_names=['num','big'], y_names='y', bs=64, valid_idx=list(range(650,800)))
+    data = rows(df, 650)
     learn = tabular_learner(data, layers=[50,20], metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 1e-2)
     with learn.no_bar(): q = learn.quantize()
@@ -120,8 +106,7 @@ def test_shared_layer_and_float_input_list():
             return self.out(torch.cat([self.b(h)+h, h[:,[1,0,2,3,4,5,6,7]]], dim=-1))
     set_seed(0)
     items = [(torch.randn(4), torch.randn(3), torch.tensor(i%2)) for i in range(64)]
-    data = DataLoaders.from_dsets(items, items, bs=16, device='cpu', num_workers=0)
-    learn = Learner(data, Odd(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
+    learn = Learner(loaders(items, bs=16), Odd(), loss_func=CrossEntropyLossFlat(), metrics=accuracy)
     with learn.no_bar(): q = learn.quantize()
     assert q.model.report.float_layers=={} and q.model.report.n_layers==3
     with learn.no_bar(), q.no_bar(): assert sqnr(learn.get_preds()[0], q.get_preds()[0])>30
@@ -153,7 +138,7 @@ def tiny():
     set_seed(0)
     ds = [(o,o.argmax()) for o in torch.randn(32, 8)]
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-    return Learner(DataLoaders.from_dsets(ds, ds, bs=16, device='cpu', num_workers=0), model, CrossEntropyLossFlat(), metrics=accuracy)
+    return Learner(loaders(ds, bs=16), model, CrossEntropyLossFlat(), metrics=accuracy)
 
 def test_displays():
     "Tables and reports have a rich form for notebooks, and a plain one that says the same in a terminal"

@@ -1,24 +1,18 @@
 "Data parallel training with a teacher, with peers, or with oneself: two processes with gloo on a CPU, by fastai's own `distrib_ctx`"
-import copy, pytest, torch
-from ddp import two_processes
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, get_model, set_seed
-from sklearn.datasets import load_digits
+import pytest, torch
+from fastai.vision.all import Callback, SGD, get_model, set_seed
 from torch import nn
-from torch.utils.data import TensorDataset
 from fastquant.all import *
+from tests.helpers.data import in_order
+from tests.helpers.ddp import joined, two_processes
+from tests.helpers.learners import classifier
+from tests.helpers.nets import for_ranks, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
 n,bs = 160,16 # of each process
 
-def net(width=4, norm=False):
-    "Without batchnorms both processes together do what one does; with them each computes statistics of its own half of a batch"
-    def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU())
-    return nn.Sequential(conv(1, width), conv(width, 2*width), nn.Flatten(), nn.Linear(8*width, 10))
-
-def made(seed, *args, **kwargs):
+def made(seed, width=4, norm=False):
     set_seed(seed)
-    return net(*args, **kwargs)
+    return for_ranks(width, norm)
 
 class PlainHeads(SelfDistillCallback):
     "Without batchnorms in the heads"
@@ -40,14 +34,10 @@ class Note(Callback):
     def after_batch(self):
         guide = getattr(self.cb, 'guide', None)
         parts = dict(student=get_model(self.model), extra=getattr(self.cb, 'extra', None), guide=guide)
-        self.log.append({k:{n:v.detach().clone() for n,v in m.state_dict().items()} for k,m in parts.items() if m is not None})
+        self.log.append({k:state(m) for k,m in parts.items() if m is not None})
 
 def learner(idxs, bs, norm=False):
-    dls = [DataLoader(TensorDataset(xs[i], ys[i]), bs=b, shuffle=False, num_workers=0, device=torch.device('cpu')) for i,b in ((idxs,bs),(range(1000,1040),20))]
-    learn = Learner(DataLoaders(*dls, device=torch.device('cpu')), made(0, norm=norm), loss_func=CrossEntropyLossFlat(), opt_func=SGD)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = lambda *args: None
-    return learn
+    return classifier(in_order((idxs,bs), (range(1000,1040),20)), made(0, norm=norm), opt_func=SGD, metrics=None)
 
 def differ(rank, *models):
     "What one starts with is random, and not the same in each process"
@@ -58,7 +48,7 @@ def fit(learn, cb, rank=0):
     set_seed(rank)
     differ(rank, learn.model, *getattr(cb, 'peers', ()))
     learn.fit_one_cycle(2, 5e-2, cbs=[note] if cb is None else [cb,note])
-    return note.log,[{k:v.clone() for k,v in m.state_dict().items()} for m in getattr(cb, 'peers', ())]
+    return note.log,[state(m) for m in getattr(cb, 'peers', ())]
 
 def work(rank, folder):
     for k,make in cases.items():
@@ -71,8 +61,7 @@ def runs(tmp_path_factory):
     "By case: what both processes noted, and what one process on the joined batches"
     folder = tmp_path_factory.mktemp('ddp')
     two_processes(work, folder)
-    joined = [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
-    one = {k:fit(learner(joined, 2*bs), make()) for k,make in cases.items() if k not in normed}
+    one = {k:fit(learner(joined(n, bs), 2*bs), make()) for k,make in cases.items() if k not in normed}
     return {k:(*(torch.load(folder/f'{k}.{r}.pt') for r in (0,1)), one.get(k)) for k in cases}
 
 local = 'running_mean','running_var' # those of its own batches, until rank 0's are broadcast

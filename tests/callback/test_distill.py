@@ -1,33 +1,20 @@
 "What a fastai user does to a Learner, done to one that learns from a teacher, from peers or from itself"
 import copy, numpy as np, pytest, torch, warnings
 import torch.nn.functional as F
-from fastai.callback.fp16 import MixedPrecision
-from fastai.vision.all import (Adam, Callback, CategoryBlock, CrossEntropyLossFlat, CutMix, DataBlock, DataLoaders, GradientAccumulation, ImageBlock, L, Learner,
-    MixUp, MSELossFlat, BCEWithLogitsLossFlat, OptimWrapper, PILImage, PILImageBW, RandomSplitter, SaveModelCallback, SchedCos, accuracy, aug_transforms, load_learner, noop, params,
-    partial, ranger, resnet18, set_seed, vision_learner)
-from sklearn.datasets import load_digits
+from fastai.vision.all import (Adam, Callback, CutMix, GradientAccumulation, ImageBlock, MixUp, OptimWrapper, PILImageBW, SaveModelCallback, SchedCos,
+    accuracy, aug_transforms, load_learner, partial, ranger, resnet18, set_seed, vision_learner)
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastquant.all import *
+from tests.helpers.data import gray, loaders, pictures, shuffled
+from tests.helpers.learners import Bf16, Do, Seeded, Stages, classifier, quiet
+from tests.helpers.nets import Raise, same, staged, stages, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
-idx = torch.randperm(len(xs), generator=torch.Generator().manual_seed(0))
-train,valid = [TensorDataset(xs[i], ys[i]) for i in (idx[:480],idx[480:800])]
+train,valid = shuffled(480, 320)
 
-def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
-def net(n=4, n_out=10): return nn.Sequential(conv(1,n), conv(n,2*n,2), nn.Sequential(conv(2*n,4*n,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4*n,n_out)))
-def stages(m): return L(m[0], m[1], m[2]).map(params)
-
-def quiet(learn):
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = noop
-    return learn
-
-def learner(path, n=4, seed=0, loss_func=None, model=None, ds=(train,valid), **kwargs):
+def learner(path, n=4, seed=0, model=None, **kwargs):
     set_seed(seed)
-    dls = DataLoaders.from_dsets(*ds, bs=32, device='cpu', num_workers=0)
-    return quiet(Learner(dls, model or net(n), loss_func=loss_func or CrossEntropyLossFlat(), metrics=kwargs.pop('metrics', accuracy), path=path, **kwargs))
+    return classifier(loaders(train, valid), model or staged(n), path, **kwargs)
 
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
@@ -42,21 +29,6 @@ kinds = dict(plain=lambda t: DistillCallback(t), features=hinted, past=lambda t:
     depth=lambda t: SelfDistillCallback('[01]'), hint=lambda t: SelfDistillCallback('[01]', hint='2.0'), mutual=lambda t: MutualCallback(copy.deepcopy(t.model)))
 every = pytest.mark.parametrize('make_cb', kinds.values(), ids=kinds)
 
-class Do(Callback):
-    "Call `f` with the Learner at `event`"
-    def __init__(self, order=50, run_valid=False, **events):
-        self.order,self.run_valid = order,run_valid
-        for k,f in events.items(): setattr(self, k, lambda f=f: f(self.learn))
-
-class Seeded(Callback):
-    "The same batches in an epoch, whatever came before it"
-    order = -20
-    def before_train(self):
-        torch.manual_seed(self.epoch)
-        self.dls.train.rng.seed(self.epoch)
-
-def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
 def check_clean(learn, names=('train_eval','recorder','cast_to_tensor')):
     "Nothing of a callback is left: optimizer, callbacks, hooks, state dict"
     assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
@@ -141,7 +113,7 @@ def test_hint_without_weight(tmp_path):
 
 def test_hints_of_pooled_features_and_of_tokens(tmp_path):
     "Deepest features may have no places, and may be a sequence"
-    for model,at,hint in ((net(),'[01]','2.2'), (nn.Sequential(nn.Flatten(2), nn.Linear(64,8), nn.Unflatten(1,(1,1)), nn.Flatten(1,2), nn.Linear(8,12), nn.Flatten(), nn.Linear(12,10)),'1','4')):
+    for model,at,hint in ((staged(4),'[01]','2.2'), (nn.Sequential(nn.Flatten(2), nn.Linear(64,8), nn.Unflatten(1,(1,1)), nn.Flatten(1,2), nn.Linear(8,12), nn.Flatten(), nn.Linear(12,10)),'1','4')):
         learn = learner(tmp_path, model=model)
         learn.fit(1, 1e-2, cbs=SelfDistillCallback(at, hint=hint, hint_weight=SchedCos(1,0)))
         check_clean(learn)
@@ -168,13 +140,6 @@ def test_lr_find_leaves_peers(tmp_path):
     was = state(peer.model)
     with learn.added_cbs(MutualCallback(peer)): learn.lr_find(show_plot=False, num_it=8)
     assert same(was, state(peer.model))
-
-class Stages(Callback):
-    "Learning rates, momenta and weight decay of all stages, and which of them train, at every step"
-    def before_fit(self): self.log = []
-    def before_step(self):
-        n = len(self.opt.hypers)-3
-        self.log.append([[(h['lr'],h['mom'],h['wd']) for h in self.opt.hypers[n:]], [[p.requires_grad for p in ps] for ps in self.opt.param_lists[n:]]])
 
 @pytest.mark.parametrize('opt_func', [Adam,ranger,partial(OptimWrapper, opt=torch.optim.AdamW)], ids=['adam','ranger','torch'])
 @every
@@ -210,15 +175,14 @@ def averaging(*cbs):
 
 def test_average_goes_on(tmp_path):
     "The averaged teacher is in a checkpoint that has an optimizer, and nowhere else: not in the model's part, nor in what is exported; one fit goes on with it"
-    set_seed(0)
-    whole,other = (quiet(Learner(pictures(), net(32), loss_func=CrossEntropyLossFlat(), path=tmp_path)) for _ in 'ab')
+    whole,other = (classifier(gray_pictures(), staged(32), tmp_path, metrics=None) for _ in 'ab')
     whole.export('bare.pkl')
     seen = []
     go = averaging(Do(after_epoch=lambda l: seen.append(state(l.average_self.guide))))
     go(whole)
     saved = torch.load(tmp_path/'models'/'m_1.pth', weights_only=False)
     assert saved['model'].keys()==whole.model.state_dict().keys() and list(saved['opt']['passing'])==['average_self']
-    assert [*map(len, (saved['opt']['state'],saved['opt']['hypers']))]==[len(list(net().parameters())),1]
+    assert [*map(len, (saved['opt']['state'],saved['opt']['hypers']))]==[len(list(staged(4).parameters())),1]
     other.load('m_1')
     other.export('it.pkl')
     assert (tmp_path/'it.pkl').stat().st_size-(tmp_path/'bare.pkl').stat().st_size<n_bytes(whole.model)/4
@@ -249,16 +213,6 @@ def test_save_model(teacher, tmp_path, make_cb):
         learn.fit(1, 1e-3)
         check_clean(learn)
 
-class Raise(nn.Module):
-    "Raises in the middle of a forward pass"
-    def __init__(self, error):
-        super().__init__()
-        self.error,self.n = error,0
-    def forward(self, x):
-        self.n += self.training
-        if self.training and self.n==4: raise self.error('stop')
-        return x
-
 @every
 @pytest.mark.parametrize('where,error', [('forward',KeyboardInterrupt),('forward',RuntimeError),('before_step',RuntimeError),('after_batch',KeyboardInterrupt)])
 def test_interrupted(teacher, tmp_path, make_cb, where, error):
@@ -266,25 +220,19 @@ def test_interrupted(teacher, tmp_path, make_cb, where, error):
     learn,cbs = learner(tmp_path),[]
     def stop(l):
         if l.train_iter==3: raise error('stop')
-    if where=='forward': learn.model[1].append(Raise(error))
+    if where=='forward': learn.model[1].append(Raise(error, 4))
     else: cbs = [Do(**{where:stop})]
     with pytest.raises(error): learn.fit(1, 1e-3, cbs=[make_cb(teacher),*cbs])
     check_clean(learn)
     learn.fit(1, 1e-3, cbs=make_cb(teacher))
     check_clean(learn)
 
-def gray(i): return PILImageBW.create((digits.images[i]*15.9).astype('uint8'))
-def label(i): return str(digits.target[i])
-def pictures():
-    block = DataBlock((ImageBlock(PILImageBW),CategoryBlock), get_x=gray, get_y=label, splitter=RandomSplitter(.2, seed=0), batch_tfms=aug_transforms(size=8, do_flip=False))
-    return block.dataloaders(range(160), bs=32, num_workers=0, device='cpu')
+def gray_pictures(): return pictures(160, valid=.2, bs=32, get_x=gray, block=ImageBlock(PILImageBW), batch_tfms=aug_transforms(size=8, do_flip=False))
 
 @every
 def test_left_attached_and_exported(teacher, tmp_path, make_cb):
     "What is no fit does nothing, before one and after; the exported file has no teacher, and predicts"
-    set_seed(0)
-    big = learner(tmp_path, 64)
-    learn = quiet(Learner(pictures(), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path))
+    big,learn = learner(tmp_path, 64),classifier(gray_pictures(), staged(4), tmp_path)
     learn.export('bare.pkl')
     learn.add_cb(make_cb(big))
     for _ in range(2):
@@ -338,22 +286,12 @@ def test_accumulated_gradients_are_those_of_a_larger_batch(teacher, tmp_path):
     grads = []
     for bs,cbs in ((64,[]), (32,[GradientAccumulation(64)])):
         set_seed(0)
-        dls = DataLoaders.from_dsets(TensorDataset(*train[:64]), valid, bs=bs, device='cpu', num_workers=0, shuffle=False)
-        learn = quiet(Learner(dls, flat(), loss_func=CrossEntropyLossFlat(), path=tmp_path))
+        learn = classifier(loaders(TensorDataset(*train[:64]), valid, bs=bs, shuffle=False), flat(), tmp_path, metrics=None)
         def note(l): grads.append([p.grad.clone() for ps in l.opt.param_lists for p in ps])
         learn.dls.train = learn.dls.train.new(shuffle=False)
         learn.fit(1, 1e-3, cbs=[DistillCallback(teacher, features={'2':'2.2'}),*cbs,Do(order=60, before_step=note)])
     assert len(grads)==2 and len(grads[0])==6
     for a,b in zip(*grads): assert torch.allclose(a, b, atol=1e-5)
-
-class Bf16(Callback):
-    "What `MixedPrecision` does on a GPU, on a CPU"
-    order = MixedPrecision.order
-    def before_batch(self):
-        self.on = torch.autocast('cpu', dtype=torch.bfloat16)
-        self.on.__enter__()
-    def after_pred(self): self.learn.pred = self.pred.float()
-    def after_loss(self): self.on.__exit__(None, None, None)
 
 @every
 def test_bf16(teacher, tmp_path, make_cb):
@@ -408,26 +346,6 @@ def test_channels_go(teacher, tmp_path, make_cb, end):
 
 # Other outputs
 
-def test_segmentation_and_other_losses(tmp_path):
-    "Classes are where the loss function says; several labels and quantities have losses of their own"
-    x = train.tensors[0][:64]
-    pixels = TensorDataset(x, (x[:,0]>0).long())
-    model = lambda n: nn.Sequential(nn.Conv2d(1,n,3,padding=1), nn.ReLU(), nn.Conv2d(n,2,1))
-    learn = learner(tmp_path, model=model(3), loss_func=CrossEntropyLossFlat(axis=1), ds=(pixels,pixels), metrics=None)
-    guide,seen = model(8),[]
-    def note(l):
-        with torch.no_grad(): t = guide(l.x)
-        seen.append((l.distill.losses[-1], 16*F.kl_div((l.pred/4).log_softmax(1), (t/4).softmax(1), reduction='none').sum(1).mean()))
-    learn.fit(1, 1e-3, cbs=[DistillCallback(guide),Do(after_loss=note)])
-    assert all(torch.allclose(a, b, atol=1e-5) for a,b in seen)
-    for loss,n,f in (('soft_labels',3,BCEWithLogitsLossFlat()), ('mse',1,MSELossFlat()), ('cosine',5,MSELossFlat())):
-        ds = TensorDataset(x, torch.rand(64,n).round())
-        head = lambda: nn.Sequential(nn.Flatten(), nn.Linear(64,n))
-        learn = learner(tmp_path, model=head(), loss_func=f, ds=(ds,ds), metrics=None)
-        was = state(learn.model)
-        learn.fit(1, 1e-2, cbs=DistillCallback(head(), loss, weight=1))
-        assert not any(torch.equal(v, was[k]) for k,v in state(learn.model).items()) or loss=='cosine'
-
 def test_int8_file_as_teacher(teacher, tmp_path):
     "An engine can teach: it runs without gradients anyway"
     q = teacher.quantize(n_batches=1)
@@ -437,9 +355,7 @@ def test_int8_file_as_teacher(teacher, tmp_path):
 
 def test_vision_learner(tmp_path):
     "fastai's own learners, tensors and transforms"
-    def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
-    set_seed(0)
-    dls = DataBlock((ImageBlock,CategoryBlock), get_x=picture, get_y=label, splitter=RandomSplitter(.2, seed=0), batch_tfms=aug_transforms(do_flip=False)).dataloaders(range(40), bs=16, num_workers=0, device='cpu')
+    dls = pictures(40, valid=.2, batch_tfms=aug_transforms(do_flip=False))
     student,guide = (quiet(vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path)) for _ in 'st')
     student.fine_tune(1, cbs=DistillCallback(guide, features=Match('0.[4567]', loss='attention')))
     check_clean(student)

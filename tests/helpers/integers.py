@@ -35,6 +35,10 @@ def values(
     found = evaluate(model, feeds, saturate, order)
     return [found[o] for o in names]
 
+def there(proto, feeds, names, saturate=True):
+    "What a processor that saturates makes of a file"
+    return values(proto, feeds, names, saturate=saturate)
+
 def integer_layers(
     model # An ONNX file's content, or the model in it
 )->list:

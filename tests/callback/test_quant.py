@@ -1,19 +1,15 @@
 "What a fastai user does to a Learner, done to one that trains through rounding: it survives, and does what it should"
-import copy, numpy as np, onnx, pandas as pd, pytest, random, torch
-from contextlib import contextmanager
+import copy, numpy as np, onnx, pytest, torch
 from pathlib import Path
 from pickle import UnpicklingError
-from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.rnn import ModelResetter
-from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
+from fastai.tabular.all import tabular_learner
 from fastai.text.models.awdlstm import AWD_LSTM, awd_lstm_clas_config
 from fastai.text.models.core import get_text_classifier
-from fastai.vision.all import (Adam, Callback, CancelFitException, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoader, DataLoaders,
-    EarlyStoppingCallback, GradientAccumulation, GradientClip, ImageBlock, L, Learner, MaskBlock, MixUp, PILImage, PILImageBW,
-    PILMask, RandomSplitter, ReduceLROnPlateau, SGD, SaveModelCallback, accuracy, aug_transforms, load_learner, params, ranger,
-    resnet18, set_seed, unet_learner, vision_learner)
+from fastai.vision.all import (Adam, Callback, CancelFitException, CrossEntropyLossFlat, DataLoader, DataLoaders, EarlyStoppingCallback,
+    GradientAccumulation, GradientClip, ImageBlock, L, Learner, MaskBlock, MixUp, PILImageBW, ReduceLROnPlateau, SGD, SaveModelCallback, accuracy,
+    aug_transforms, load_learner, ranger, resnet18, set_seed, unet_learner, vision_learner)
 from fastai.vision.models.xresnet import xresnet18
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.overrides import _get_current_function_mode_stack as modes
@@ -24,23 +20,15 @@ from fastquant.export.engine import optimized
 from fastquant.quant.pairs import pairs_fit
 from fastquant.quant.spec import find_spec
 from fastquant.quant.train import steps
+from tests.helpers.data import gray, ink, loaders, pictures, rows, shuffled, table
+from tests.helpers.learners import Bf16, Do, Seeded, Stages, check_owned, classifier, quiet
+from tests.helpers.nets import Raise, same_with_nan as same, staged, stages, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
-idx = torch.randperm(len(xs), generator=torch.Generator().manual_seed(0))
-train,valid = [TensorDataset(xs[i], ys[i]) for i in (idx[:640],idx[640:960])]
-
-def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
-def net(): return nn.Sequential(conv(1,16), conv(16,32,2), nn.Sequential(conv(32,64,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64,10)))
-def stages(m): return L(m[0], m[1], m[2]).map(params)
+train,valid = shuffled(640, 320)
 
 def learner(path, model=None, **kwargs):
     set_seed(0)
-    dls = DataLoaders.from_dsets(train, valid, bs=32, device='cpu', num_workers=0)
-    learn = Learner(dls, model or net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, **kwargs)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = lambda *args: None
-    return learn
+    return classifier(loaders(train, valid), model or staged(), path, **kwargs)
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
@@ -67,21 +55,6 @@ def no_mode_left():
 
 both = pytest.mark.parametrize('spec', ['int8','w4a4'])
 
-class Seeded(Callback):
-    "The same batches in an epoch, whatever came before it"
-    order = -20
-    def before_train(self):
-        torch.manual_seed(self.epoch)
-        self.dls.train.rng = random.Random(self.epoch)
-
-class Do(Callback):
-    "Call `f` with the Learner at `event`"
-    def __init__(self, order=50, run_valid=False, **events):
-        self.order,self.run_valid = order,run_valid
-        for k,f in events.items(): setattr(self, k, lambda f=f: f(self.learn))
-
-def state(model): return {k:v.detach().clone() for k,v in model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(v.float().nan_to_num(-7), b[k].float().nan_to_num(-7)) for k,v in a.items())
 def of_ranges(model): return {k:v for k,v in state(model).items() if k.startswith('fake_quant_')}
 def opt_state(opt): return [{k:v.clone() if isinstance(v, torch.Tensor) else v for k,v in s.items()} for s in opt.state_dict()['state']]
 def same_opt(a, b):
@@ -95,11 +68,6 @@ def learned_steps(model):
 def eager(learn):
     with evaluating(learn.model): return learn.model(valid.tensors[0]).softmax(1)
 def preds(learn): return learn.get_preds()[0]
-
-def check_owned(learn):
-    "The optimizer has every parameter of the model exactly once, and no other"
-    owned = [id(p) for ps in learn.opt.param_lists for p in ps]
-    assert sorted(owned)==sorted(id(p) for p in learn.model.parameters())
 
 def check_rounds(learn, at_least=.93, engine=False):
     "The model rounds and is good at it; and so is the engine made of it, which predicts the same"
@@ -158,30 +126,11 @@ def test_fit_after_fit(make, spec):
 
 # Stages, and their learning rates
 
-def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
-def label(i): return str(digits.target[i])
-def mask(i): return PILMask.create((digits.images[i]>8).astype('uint8').repeat(4, 0).repeat(4, 1))
-def pictures(y_block=CategoryBlock, get_y=label, n=80, bs=16, get_x=picture, block=ImageBlock, **kwargs):
-    block = DataBlock((block, y_block), get_x=get_x, get_y=get_y, splitter=RandomSplitter(.2, seed=0), **kwargs)
-    return block.dataloaders(range(n), bs=bs, num_workers=0, device='cpu')
-
-def quiet(learn):
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = lambda *args: None
-    return learn
-
 def vision(path, **kwargs):
     set_seed(0)
-    return quiet(vision_learner(pictures(**kwargs), resnet18, pretrained=False, metrics=accuracy, path=path))
+    return quiet(vision_learner(pictures(valid=.2, **{'n':80, **kwargs}), resnet18, pretrained=False, metrics=accuracy, path=path))
 
-class Stages(Callback):
-    "Learning rates and momenta of all stages, and which stages train, at every step"
-    def before_fit(self): self.log = []
-    def before_step(self):
-        n = len(self.opt.hypers)-3 # a group of steps comes first
-        self.log.append([[(h['lr'],h['mom'],h['wd']) for h in self.opt.hypers[n:]], [[p.requires_grad for p in ps] for ps in self.opt.param_lists[n:]]])
-
-def staged(learn, cbs):
+def in_stages(learn, cbs):
     "Fits in all stages of freezing; what was logged in them, and names of parameters that moved"
     log = Stages()
     def run(lr, f=None):
@@ -200,11 +149,11 @@ def test_stages_of_a_vision_learner(tmp_path):
     "Freezing and discriminative learning rates are exactly those of a fit without the callback, and all steps move all the time"
     torch.manual_seed(0)
     plain = vision(tmp_path, n=40)
-    want = staged(plain, lambda: [])
+    want = in_stages(plain, lambda: [])
     for spec in ('int8','w4a4'):
         learn,moved = vision(tmp_path, n=40),[]
         def note(l): moved.append(learned_steps(l.model))
-        got = staged(learn, lambda: [QuantAwareCallback(spec, start=0),Do(before_train=note, after_train=note)])
+        got = in_stages(learn, lambda: [QuantAwareCallback(spec, start=0),Do(before_train=note, after_train=note)])
         assert got==want and len(want[0][1])<len(want[2][1])
         assert len(learn.opt.param_lists)==(3 if spec=='int8' else 4)
         assert all((a!=b).float().mean()>.9 for a,b in zip(moved[2::2], moved[3::2]) if len(a)) and len(moved)==8
@@ -227,18 +176,6 @@ def test_fine_tune(make, spec):
     check_rounds(learn, engine=True)
 
 # Precision, gradients, and data that is mixed
-
-class Bf16(Callback):
-    "What `MixedPrecision` does on a GPU, on a CPU"
-    order,dtypes = MixedPrecision.order,()
-    def before_fit(self): self.dtypes = set()
-    def before_batch(self):
-        self.on = torch.autocast('cpu', dtype=torch.bfloat16)
-        self.on.__enter__()
-    def after_pred(self):
-        self.dtypes.add(self.pred.dtype)
-        self.learn.pred = self.pred.float()
-    def after_loss(self): self.on.__exit__(None, None, None)
 
 @both
 def test_bf16(make, spec):
@@ -439,13 +376,11 @@ def test_load_runs_no_code(make, tmp_path, monkeypatch):
 
 # A callback that is left attached
 
-def gray(i): return PILImageBW.create((digits.images[i]*15.9).astype('uint8'))
 @pytest.fixture
 def digit_learner(weights, tmp_path):
     "Around the same net, with fastai's data blocks and augmentation"
-    set_seed(0)
-    dls = pictures(n=200, bs=32, get_x=gray, block=ImageBlock(PILImageBW), batch_tfms=aug_transforms(size=8, do_flip=False))
-    learn = quiet(Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, splitter=stages))
+    dls = pictures(200, valid=.2, bs=32, get_x=gray, block=ImageBlock(PILImageBW), batch_tfms=aug_transforms(size=8, do_flip=False))
+    learn = classifier(dls, staged(), tmp_path, splitter=stages)
     learn.model.load_state_dict(weights)
     return learn
 
@@ -502,17 +437,6 @@ def test_export_and_load_learner(digit_learner, spec):
 
 # Fits that end early
 
-class Raise(nn.Module):
-    "Raises in the middle of a forward pass, once"
-    def __init__(self, error, at=6):
-        super().__init__()
-        self.error,self.at,self.n = error,at,0
-    def forward(self, x):
-        if self.training:
-            self.n += 1
-            if self.n==self.at: raise self.error('stop')
-        return x
-
 @both
 @pytest.mark.parametrize('where,error', [('forward',KeyboardInterrupt),('forward',RuntimeError),('after_pred',KeyboardInterrupt),
     ('before_step',RuntimeError),('after_batch',KeyboardInterrupt)])
@@ -521,7 +445,7 @@ def test_interrupted(make, spec, where, error):
     learn,cbs = make(),[]
     def stop(l):
         if l.train_iter==6: raise error('stop')
-    if where=='forward': learn.model[1].append(Raise(error))
+    if where=='forward': learn.model[1].append(Raise(error, 6))
     else: cbs = [Do(**{where:stop})]
     with pytest.raises(error): learn.fit(1, 1e-3, cbs=[QuantAwareCallback(spec),*cbs])
     assert modes()==[] and fake_quant_of(learn.model).ready
@@ -643,7 +567,7 @@ def check_model(learn, spec='int8', epochs=1, lr=1e-3, within=.02, **kwargs):
 @pytest.mark.parametrize('act', [nn.ReLU6, lambda: nn.Hardtanh(0., 1.)], ids=['relu6','hardtanh'])
 def test_steps_learn_where_the_model_clips(weights, tmp_path, act):
     "They reach no further than the model lets values go, so that its own clipping is gone from what the engine runs"
-    model,got = net(),[]
+    model,got = staged(),[]
     for block in (model[0],model[1],model[2][0]): block[2] = act()
     learn = learner(tmp_path, model)
     learn.model.load_state_dict(weights)
@@ -658,8 +582,8 @@ def test_steps_learn_where_the_model_clips(weights, tmp_path, act):
     assert q.model.report.float_layers=={} and not [n for n in optimized(q.model.data).graph.node if n.op_type=='Clip']
 
 def test_unet(tmp_path):
-    set_seed(0)
-    learn = quiet(unet_learner(pictures(MaskBlock(['bg','ink']), mask, n=24, bs=8), resnet18, pretrained=False, n_out=2, metrics=pixels, path=tmp_path))
+    data = pictures(24, MaskBlock(['bg','ink']), ink, .2, bs=8)
+    learn = quiet(unet_learner(data, resnet18, pretrained=False, n_out=2, metrics=pixels, path=tmp_path))
     check_model(learn, within=.01)
 
 def pixels(p, y): return (p.argmax(1)==y).float().mean()
@@ -668,18 +592,14 @@ def pixels(p, y): return (p.argmax(1)==y).float().mean()
 def test_tabular(tmp_path, spec, seed):
     "Inputs of the `cat` keep grids of their own: nothing is lost between the rounded model and the engine"
     set_seed(seed)
-    df = pd.DataFrame(dict(cat=np.random.choice(list('abcd'), 1600), num=np.random.randn(1600), big=100*np.random.randn(1600)))
-    df['y'] = np.where((df.cat<'c')^(df.num>0), 'yes', 'no')
-    dls = TabularDataLoaders.from_df(df, procs=[Categorify,FillMissing,Normalize], cat_names=['cat'], cont_names=['num','big'], y_names='y', bs=64,
-        valid_idx=list(range(1200,1600)), device='cpu')
+    dls = rows(table(1600), 1200)
     learn = quiet(tabular_learner(dls, layers=[50,20], metrics=accuracy, path=tmp_path))
     learn.fit_one_cycle(4, 1e-2)
     assert check_model(learn, spec, epochs=2, lr=5e-3)>.93
 
 def test_xresnet_from_scratch(tmp_path):
     "Batchnorms that start with gamma 0 put out zeros, and learn"
-    set_seed(0)
-    learn = quiet(Learner(pictures(n=100), xresnet18(n_out=10), metrics=accuracy, path=tmp_path))
+    learn = quiet(Learner(pictures(100, valid=.2), xresnet18(n_out=10), metrics=accuracy, path=tmp_path))
     zeros = [k for k,p in learn.model.named_parameters() if (p==0).all() and k.endswith('weight')]
     assert len(zeros)==8
     check_model(learn, 'w4a4', epochs=2, lr=4e-3, within=.05)
@@ -733,8 +653,8 @@ def sequences(path, model, prep=lambda x: x):
     set_seed(0)
     x = torch.randint(0, 12, (800,6))
     y = (x==7).any(1).long()
-    dls = DataLoaders.from_dsets(TensorDataset(prep(x[:600]), y[:600]), TensorDataset(prep(x[600:]), y[600:]), bs=50, device='cpu', num_workers=0)
-    return quiet(Learner(dls, model(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path))
+    dls = loaders(TensorDataset(prep(x[:600]), y[:600]), TensorDataset(prep(x[600:]), y[600:]), bs=50)
+    return classifier(dls, model(), path)
 
 @both
 def test_transformer(tmp_path, spec):

@@ -26,6 +26,10 @@ def two_processes(f, *args):
         port = s.getsockname()[1]
     mp.spawn(_work, (port, f, args), nprocs=2)
 
+def joined(n, bs):
+    "Indices of the first `2*n` items as one process has to see them, in batches of `2*bs`, to see what two see that split them"
+    return [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
+
 @contextmanager
 def single():
     "fastai gathers metrics from all processes, unless it is told that there is one"

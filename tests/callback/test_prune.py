@@ -1,46 +1,29 @@
 "Sparsity stays through everything that fastai users do around a fit"
 import numpy as np, pytest, torch
-from ddp import two_processes
 from functools import partial
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from fastai.vision.all import (Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, Dice, GradientAccumulation, GradientClip, ImageBlock,
-    Learner, Lookahead, MaskBlock, MixUp, OptimWrapper, PILImage, PILMask, RAdam, RandomSplitter, SaveModelCallback, SGD, Adam,
-    accuracy, load_learner, resnet18, set_seed, unet_learner, vision_learner)
+from fastai.vision.all import (Callback, Dice, GradientAccumulation, GradientClip, Learner, MaskBlock, MixUp, SaveModelCallback, accuracy,
+    load_learner, resnet18, set_seed, unet_learner, vision_learner)
 from fastai.callback.core import CancelFitException
-from sklearn.datasets import load_digits
 from torch import nn
 from fastquant.all import *
 from fastquant.prune.structures import cut, find_structure
+from tests.helpers.data import first, ink, loaders, picture, pictures, xs
+from tests.helpers.ddp import two_processes
+from tests.helpers.learners import classifier
+from tests.helpers.nets import classify, conv, inner, opts, same, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:320,None],torch.tensor(digits.target)[:320]
-
-def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
-def net(): return nn.Sequential(conv(1,8), conv(8,16,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10))
-def dls():
-    items = list(zip(xs, ys))
-    return DataLoaders.from_dsets(items[:256], items[256:], bs=32, device='cpu', num_workers=0)
-def learner(tmp_path='.', **kwargs):
+def net(): return nn.Sequential(conv(1,8), conv(8,16,2), *classify(16))
+def learner(path='.', **kwargs):
     set_seed(0)
-    learn = Learner(dls(), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path, **kwargs)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda o: None
-    return learn
-
-def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4,0).repeat(4,1)]*3, -1))
-def label(i): return str(digits.target[i])
-def ink(i): return PILMask.create((digits.images[i]>8).astype('uint8').repeat(4,0).repeat(4,1))
-def pictures(n=120, y_block=CategoryBlock, get_y=label):
-    set_seed(0)
-    block = DataBlock((ImageBlock,y_block), get_x=picture, get_y=get_y, splitter=RandomSplitter(.25, seed=0))
-    return block.dataloaders(range(n), bs=16, num_workers=0, device='cpu')
+    return classifier(loaders(*first(256, 64)), net(), path, **kwargs)
 
 class Zeros(Callback):
     "After every step, what is pruned is zero, and nothing comes back"
     order = PruneScheduleCallback.order+1
     def before_fit(self): self.gone,self.n = {},0
     def check(self):
-        for k,m in masked(get(self.learn.model)).items():
+        for k,m in masked(inner(self.learn.model)).items():
             pruned = ~m.weight_mask
             assert (m.weight[pruned]==0).all(), k
             assert (pruned|self.gone.get(k, pruned)).equal(pruned), k
@@ -50,14 +33,10 @@ class Zeros(Callback):
         self.check()
         self.n += 1
 
-def get(model): return getattr(model, 'module', model)
 def is_sparse(learn, amount=.8):
     ms = masked(learn.model)
     assert ms and sum((m.weight==0).sum().item() for m in ms.values())==round(amount*sum(m.weight.numel() for m in ms.values()))
     return True
-
-opts = dict(momentum=partial(SGD, mom=.9), adam=Adam, l2=partial(Adam, decouple_wd=False), radam=RAdam, lookahead=lambda p, lr: Lookahead(Adam(p, lr), k=3),
-    torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 @pytest.mark.parametrize('opt', opts)
 def test_zero_after_every_step(opt):
@@ -122,7 +101,7 @@ def test_column_in_the_table():
     assert len(learn.recorder.final_record)==4 and len(learn.validate())==2
 
 def test_fine_tune_prunes_after_the_head_is_trained():
-    learn = vision_learner(pictures(), resnet18, pretrained=False, metrics=accuracy)
+    learn = vision_learner(pictures(120), resnet18, pretrained=False, metrics=accuracy)
     class Look(Callback):
         def after_fit(self): seen.append(sparsity(self.model))
     seen = []
@@ -194,15 +173,15 @@ def test_lr_find(tmp_path):
     "Leaves a masked model as it was, and the callback does nothing in it"
     learn = learner(tmp_path)
     learn.fit(1, cbs=PruneScheduleCallback(.8))
-    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    before = state(learn.model)
     learn.add_cb(PruneScheduleCallback(.95))
     learn.lr_find(num_it=10, show_plot=False)
-    for k,v in learn.model.state_dict().items(): assert v.equal(before[k]), k
+    assert same(state(learn.model), before)
 
 def test_left_attached(tmp_path):
     "Predicting, validating, exporting and loading with the callback still there"
-    model = nn.Sequential(conv(3,8,2), conv(8,16,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10))
-    learn = Learner(pictures(), model, metrics=accuracy, path=tmp_path, cbs=PruneScheduleCallback(.8))
+    model = nn.Sequential(conv(3,8,2), conv(8,16,2), *classify(16))
+    learn = Learner(pictures(120), model, metrics=accuracy, path=tmp_path, cbs=PruneScheduleCallback(.8))
     with learn.no_bar(), learn.no_logging():
         learn.fit(2, 1e-2)
         want = learn.get_preds()[0]
@@ -311,7 +290,7 @@ def in_process(rank, path, cbs):
         torch.manual_seed(rank) # what is random differs from process to process
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(2, 1e-2, cbs=[cb, Zeros()] if name!='rigl' else cb)
         with learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(1, 1e-2, cbs=Zeros())
-        found[name] = {k:(m.weight_mask,m.weight.detach()) for k,m in masked(get(learn.model)).items()}
+        found[name] = {k:(m.weight_mask,m.weight.detach()) for k,m in masked(inner(learn.model)).items()}
     torch.save(found, f'{path}/{rank}.pt')
 
 def test_two_processes(tmp_path):

@@ -1,9 +1,12 @@
 "Techniques on one model, one after the other: each pair trains, keeps what the first has promised, and comes back from every kind of file"
 import itertools, pytest, torch
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, load_learner, set_seed
+from fastai.vision.all import load_learner, set_seed
 from torch import nn
 from fastquant.all import *
 from fastquant.core.attach import steps_of
+from tests.helpers.data import loaders
+from tests.helpers.learners import check_owned, classifier
+from tests.helpers.nets import same, state
 
 def net():
     return nn.Sequential(nn.Conv2d(1,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3,padding=1), nn.BatchNorm2d(32), nn.ReLU(),
@@ -16,10 +19,7 @@ def learner(path):
     set_seed(0)
     x = torch.randn(128,1,8,8)
     items = Items(zip(x, (x.flatten(1)@torch.randn(64,4)).argmax(1)))
-    learn = Learner(DataLoaders.from_dsets(Items(items[:96]), Items(items[96:]), bs=32, device='cpu', num_workers=0), net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = lambda o: None
-    return learn
+    return classifier(loaders(Items(items[:96]), Items(items[96:])), net(), path)
 
 def weights(l): return l.prune(.4 if not masked(l.model) else .7)
 def two_of_four(l): return l.prune(structure='nm')
@@ -56,8 +56,7 @@ def test_pairs(first, then, tmp_path):
     assert after['zeros'] and all(after[k]>=before[k] if k in ('masks','factors') else after[k]==before[k] for k in before if before[k])
     if then=='channels' and gone: assert sparsity(both.model)>.8*sparsity(one.model)
     else: assert all((both.model.get_submodule(k).weight[g]==0).all() for k,g in gone.items())
-    owned = {id(p) for ps in both.opt.param_lists for p in ps}
-    assert owned=={id(p) for p in both.model.parameters()}
+    check_owned(both)
     both.save('both')
     both.save_sparse('both.safetensors')
     both.export('both.pkl')
@@ -70,15 +69,15 @@ def test_a_load_that_is_refused_changes_nothing(what, tmp_path):
     source = techniques[what](learner(tmp_path))
     if source.opt is None: source.create_opt()
     f = source.save('good')
-    state = torch.load(f, weights_only=False)
-    del state['model']['10.bias']
-    torch.save(state, tmp_path/'models'/'bad.pth')
+    saved = torch.load(f, weights_only=False)
+    del saved['model']['10.bias']
+    torch.save(saved, tmp_path/'models'/'bad.pth')
     learn = learner(tmp_path)
-    before,modules = {k:v.clone() for k,v in learn.model.state_dict().items()},list(learn.model.modules())
+    before,modules = state(learn.model),list(learn.model.modules())
     with pytest.raises(RuntimeError, match='Missing key'): learn.load('bad')
     assert learn.opt is None and attachments(learn.model)==[]
     assert all(a is b for a,b in zip(modules, learn.model.modules(), strict=True))
-    assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items()) and len(before)==len(learn.model.state_dict())
+    assert same(state(learn.model), before)
     learn.fit(1, 1e-3)
     assert outputs(learn.load('good')).equal(outputs(source))
 

@@ -1,21 +1,22 @@
 "Each kind of bad input gets an error that says how to go on, and leaves the Learner and the disk as they were"
 import onnx, pytest, torch
 from pathlib import Path
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from fastai.vision.all import Learner, set_seed
 from torch import nn
 import fastquant.learner.quant
 from fastquant.all import *
+from tests.helpers.data import loaders, noise
+from tests.helpers.learners import classifier
+from tests.helpers.nets import classify, same_with_nan, state
 
-def net(): return nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+def net(): return nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), *classify(8, 3))
 
 @pytest.fixture
 def learn(tmp_path):
     set_seed(0)
-    items = [(torch.randn(1, 8, 8), torch.tensor(i%3)) for i in range(24)]
-    dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0)
-    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
-    with torch.no_grad(): learn.model.train()(dls.one_batch()[0])
-    with learn.no_bar(): yield learn
+    learn = classifier(loaders(noise(1, 8, 8, n=24), bs=8), net(), tmp_path)
+    with torch.no_grad(): learn.model.train()(learn.dls.one_batch()[0])
+    return learn
 
 def untrained(l): l.model = net()
 def broken_norm(l): l.model[1].running_var[2] = torch.nan
@@ -64,8 +65,8 @@ cases = dict(
     depends_on_data=(data_dependent, dict(), RuntimeError, "cannot be exported to ONNX"),
 )
 
-def snapshot(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()},[m.training for m in learn.model.modules()],sorted(learn.path.iterdir())
-def same(a, b): return a[1:]==b[1:] and a[0].keys()==b[0].keys() and all(torch.equal(v.nan_to_num(), b[0][k].nan_to_num()) for k,v in a[0].items())
+def snapshot(learn): return state(learn.model),[m.training for m in learn.model.modules()],sorted(learn.path.iterdir())
+def same(a, b): return a[1:]==b[1:] and same_with_nan(a[0], b[0])
 
 @pytest.mark.parametrize('name', cases)
 def test_refused(learn, name):

@@ -1,31 +1,19 @@
 "What a fastai user does before and after `decompose`, and each kind of bad input"
-import builtins, numpy as np, pytest, torch
-from fastai.vision.all import (CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, L, Learner, MixUp, PILImage, RandomSplitter, SaveModelCallback, accuracy,
-    load_learner, noop, params, resnet18, set_seed, vision_learner)
-from hypothesis import given, settings, strategies as st
-from sklearn.datasets import load_digits
+import builtins, pytest, torch
+from fastai.vision.all import MixUp, SaveModelCallback, accuracy, load_learner, noop, resnet18, set_seed, vision_learner
 from torch import nn
-from torch.utils.data import TensorDataset
 from fastquant.all import *
-from fastquant.lowrank.layers import factorise
-from fastquant.lowrank.ranks import rank_options
+from tests.helpers.data import loaders, pictures, shuffled
+from tests.helpers.learners import check_owned, classifier
+from tests.helpers.nets import conv, same, stages, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
-idx = torch.randperm(len(xs), generator=torch.Generator().manual_seed(0))
-train,valid = [TensorDataset(xs[i], ys[i]) for i in (idx[:640],idx[640:960])]
+train,valid = shuffled(640, 320)
 
-def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
 def net(): return nn.Sequential(conv(1,16), conv(16,32,2), nn.Sequential(conv(32,64,2), nn.Flatten(), nn.Linear(256,64), nn.ReLU(), nn.Linear(64,10)))
-def stages(m): return L(m[0], m[1], m[2]).map(params)
 
 def learner(path, model=None, **kwargs):
     set_seed(0)
-    dls = DataLoaders.from_dsets(train, valid, bs=32, device='cpu', num_workers=0)
-    learn = Learner(dls, model or net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path, **kwargs)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = noop
-    return learn
+    return classifier(loaders(train, valid), model or net(), path, **kwargs)
 
 @pytest.fixture(scope='module')
 def weights(tmp_path_factory):
@@ -39,10 +27,6 @@ def learn(weights, tmp_path):
     learn = learner(tmp_path, splitter=stages)
     learn.model.load_state_dict(weights)
     return learn
-
-def state(m): return {k:v.detach().clone() for k,v in m.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
-def check_owned(learn): assert sorted(id(p) for ps in learn.opt.param_lists for p in ps)==sorted(id(p) for p in learn.model.parameters())
 
 ways = dict(energy=dict(energy=.7), params=dict(params=.4), macs=dict(macs=.5), ranks=dict(ranks={'1':6,'2.2':8}), cp=dict(params=.5, kinds='cp'), train=dict(ranks={'2.2':4}, kinds={'2.2':'tensor_train'}),
     aware=dict(params=.4, aware=True, n_batches=2))
@@ -91,9 +75,7 @@ def test_load_onto_another_recipe(learn):
 
 def test_vision_learner(tmp_path):
     "fastai's own: a pickle that predicts, a head that is batchnorm before linear"
-    def picture(i): return PILImage.create(np.stack([(digits.images[i]*15.9).astype('uint8').repeat(4, 0).repeat(4, 1)]*3, -1))
-    set_seed(0)
-    dls = DataBlock((ImageBlock,CategoryBlock), get_x=picture, get_y=label, splitter=RandomSplitter(.2, seed=0)).dataloaders(range(40), bs=16, num_workers=0, device='cpu')
+    dls = pictures(40, valid=.2)
     learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): d = learn.decompose(params=.5)
     with d.no_bar(), d.no_logging():
@@ -104,59 +86,6 @@ def test_vision_learner(tmp_path):
         want = d.predict(3)[2]
         loaded = load_learner(tmp_path/'d.pkl')
         with loaded.no_bar(): assert torch.equal(loaded.predict(3)[2], want)
-
-def label(i): return str(digits.target[i])
-
-# Against oracles
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1,12), st.integers(1,12), st.integers(0,10**6))
-def test_svd_is_the_best_of_its_rank(no, ni, seed):
-    "Eckart & Young: what is lost is the squares of the singular values that are left out"
-    torch.manual_seed(seed)
-    m = nn.Linear(ni, no)
-    s = np.linalg.svd(m.weight.detach().double().numpy(), compute_uv=False)
-    for r in range(1, min(no, ni)+1):
-        f = factorise(m, 'svd', r)
-        assert ((m.weight-f[1].weight@f[0].weight)**2).sum().item()==pytest.approx((s[r:]**2).sum(), abs=1e-4)
-        assert torch.equal(f[1].bias, m.bias)
-
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from([1,3,(3,5)]), st.sampled_from([1,2,(2,1)]), st.sampled_from([1,2]), st.booleans(), st.integers(0,10**6))
-def test_full_rank_is_exact(k, stride, dilation, bias, seed):
-    torch.manual_seed(seed)
-    m,x = nn.Conv2d(5, 7, k, stride, 2, dilation, bias=bias),torch.randn(2,5,11,12)
-    f = factorisations['svd' if k==1 else 'tucker2']
-    with torch.no_grad(): assert torch.allclose(m(x), factorise(m, f, f.full(m))(x), atol=1e-5)
-
-def test_tucker_is_what_tensorly_says():
-    import tensorly as tl
-    from tensorly.decomposition import partial_tucker
-    m = nn.Conv2d(8, 12, 3)
-    f = factorise(m, 'tucker2', (5,4))
-    w = torch.einsum('oa,abhw,bi->oihw', f[2].weight[:,:,0,0], f[1].weight, f[0].weight[:,:,0,0]).detach().numpy()
-    (core,factors),_ = partial_tucker(m.weight.detach().double().numpy(), rank=[5,4], modes=[0,1], init='svd')
-    assert np.allclose(w, tl.tenalg.multi_mode_dot(core, factors, modes=[0,1]), atol=1e-4)
-
-def test_tensor_train_is_a_matrix():
-    "Layer and embedding do what the matrix does that is written out"
-    m,e = nn.Linear(36, 60),nn.Embedding(60, 36)
-    f,g = factorise(m, 'tensor_train', (6,5)),factorise(e, 'tensor_train', (6,5))
-    with torch.no_grad():
-        w = f(torch.eye(36))-f[0].bias
-        x = torch.randn(4,3,36)
-        assert torch.allclose(f(x), x@w+f[0].bias, atol=1e-5)
-        full = g(torch.arange(60))
-        i = torch.randint(60, (4,3))
-        assert torch.equal(g(i), full[i]) and full.shape==(60,36)
-        lost = ((m.weight-w.T)**2).sum()/(m.weight**2).sum()
-        rows = rank_options(m, 'tensor_train')
-        assert 0<lost<=rows[0].lost+sum(o.lost for o in rows if o.rank==(6,5))+1
-
-def test_gradients_by_finite_differences():
-    for m,kind,rank,x in ((nn.Linear(8,12),'tensor_train',(3,3),torch.randn(2,8)), (nn.Conv2d(3,4,3),'cp',3,torch.randn(1,3,5,5))):
-        f = factorise(m, kind, rank).double()
-        assert torch.autograd.gradcheck(f, x.double().requires_grad_())
 
 def test_shared_read_and_tied_weights_are_left(tmp_path):
     "A weight that somebody else reads would be gone; a module that is used twice is the same one afterwards"

@@ -1,23 +1,17 @@
 "Pruning and quantization on one model: zeros stay zeros through rounding"
 import onnx, pytest, torch
-from fastai.vision.all import Callback, CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
-from sklearn.datasets import load_digits
+from fastai.vision.all import Callback, set_seed
 from torch import nn
 from fastquant.all import *
+from tests.helpers.data import first, loaders
+from tests.helpers.learners import classifier
+from tests.helpers.nets import classify, conv
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:640,None],torch.tensor(digits.target)[:640]
-
-def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
-def net(): return nn.Sequential(conv(1,16), conv(16,32,2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,10))
+def net(): return nn.Sequential(conv(1,16), conv(16,32,2), *classify(32))
 
 def learner(path):
     set_seed(0)
-    items = list(zip(xs, ys))
-    dls = DataLoaders.from_dsets(items[:512], items[512:], bs=32, device='cpu', num_workers=0)
-    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path)
-    learn.logger = lambda o: None
-    return learn
+    return classifier(loaders(*first(512, 128)), net(), path)
 
 @pytest.fixture
 def learn(tmp_path):
@@ -70,7 +64,7 @@ def test_prune_a_model_that_rounds(learn):
 def test_checkpoint_of_both(learn):
     learn.fit_one_cycle(2, 1e-2, cbs=[PruneScheduleCallback(.8),QuantAwareCallback('int8')])
     learn.save('both')
-    fresh = Learner(learn.dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=learn.path)
+    fresh = classifier(learn.dls, net(), learn.path)
     with fresh.no_bar():
         fresh.load('both')
         assert all(z.equal(zeros(learn)[k]) for k,z in zeros(fresh).items()) and zeros(fresh)

@@ -1,23 +1,17 @@
 "Each kind of bad input to pruning gets an error that says how to go on, and leaves the Learner and the disk as they were"
 import json, pytest, torch
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from fastai.vision.all import noop, set_seed
 from safetensors.torch import save
-from torch import nn
 from fastquant.all import *
 from fastquant.export.sparse import decode, from_sparse, to_sparse
-
-def net():
-    convs = nn.Conv2d(2, 8, 3, bias=False),nn.BatchNorm2d(8),nn.ReLU(),nn.Conv2d(8, 6, 3),nn.ReLU()
-    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+from tests.helpers.data import loaders, noise
+from tests.helpers.learners import classifier
+from tests.helpers.nets import same, same_with_nan, state, two_convs
 
 @pytest.fixture
 def learn(tmp_path):
     set_seed(0)
-    items = [(torch.randn(2, 8, 8), torch.tensor(i%3)) for i in range(32)]
-    dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0)
-    learn = Learner(dls, net(), loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=tmp_path)
-    learn.logger = lambda o: None
-    with learn.no_bar(): yield learn
+    return classifier(loaders(noise(2, 8, 8), bs=8), two_convs(8, 6), tmp_path)
 
 amounts = {30:'so 0.3 for 30%', -.2:'above 0 and below 1', 1.:'leaves nothing', 0:'above 0 and below 1', 300:'above 0 and below 1', 'x':'pass the share', float('nan'):'above 0'}
 
@@ -31,7 +25,6 @@ def test_amounts(learn, amount):
 def nan_weight(l): l.model[3].weight.data[1] = torch.nan
 def freeze(l): [p.requires_grad_(False) for p in l.model[:7].parameters()]
 def tiny(l): l.model[0].weight.data.mul_(1e-6)
-def noop(l): pass
 
 cases = dict(
     layer_gone=(tiny, dict(amount=.8), "Nothing would be left of '0'. Prune less, exclude it, or .* scope='local'"),
@@ -53,9 +46,9 @@ cases = dict(
 def test_prune(learn, case):
     change,kwargs,message = cases[case]
     change(learn)
-    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    before = state(learn.model)
     with pytest.raises(ValueError, match=message): learn.prune(**kwargs, fname='m.safetensors')
-    assert all(v.equal(before[k]) or v.isnan().any() for k,v in learn.model.state_dict().items()) and masked(learn.model)=={}
+    assert same_with_nan(state(learn.model), before) and masked(learn.model)=={}
     assert not list(learn.path.glob('*.safetensors'))
 
 @pytest.mark.parametrize('case', [k for k in cases if k!='no_gradient'])
@@ -86,7 +79,7 @@ def test_file(learn):
     "A file that is cut off, changed, somebody else's, or too large: refused, and nothing is loaded"
     learn.prune(.5, fname='m.safetensors')
     data = (learn.path/'m.safetensors').read_bytes()
-    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    before = state(learn.model)
     header = int.from_bytes(data[:8], 'little')
     for at in (header+8, header+300, len(data)-1):
         bad = bytearray(data)
@@ -100,7 +93,7 @@ def test_file(learn):
     with pytest.raises(ValueError, match='holds no sparse tensors'): learn.load_sparse('other.safetensors')
     with pytest.raises(ValueError, match='more than max_bytes=100'): learn.load_sparse('m.safetensors', max_bytes=100)
     with pytest.raises(FileNotFoundError): learn.load_sparse('nowhere.safetensors')
-    assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items()) and masked(learn.model)=={}
+    assert same(state(learn.model), before) and masked(learn.model)=={}
 
 @pytest.mark.parametrize('shape,how,parts', [([2**20,2**20], 'dense', [[2**42,9]]), ([2**40], 'bitmask', [[2**37,9],[4,4]]), ([2**46], 'deltas', [[9,9],[36,9]])], ids=['dense','bitmask','deltas'])
 def test_header_that_would_exhaust_memory(learn, shape, how, parts):

@@ -1,37 +1,26 @@
 "Data parallel training through rounding: two processes with gloo on a CPU, by fastai's own `distrib_ctx`"
 import pytest, torch
-from ddp import single, two_processes
-from fastai.vision.all import Adam, Callback, CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, SGD, accuracy, set_seed
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.utils.data import TensorDataset
+from fastai.vision.all import Adam, Callback, SGD, set_seed
 from fastquant.all import *
+from tests.helpers.data import in_order
+from tests.helpers.ddp import joined, single, two_processes
+from tests.helpers.learners import classifier
+from tests.helpers.nets import for_ranks, inner, state
 
-digits = load_digits()
-xs,ys = torch.tensor(digits.images/16-.5).float()[:,None],torch.tensor(digits.target)
 n,bs = 320,16 # of each process
 
-def net(norm):
-    "With batchnorms each process computes statistics of its own half of a batch; without, both together do what one process does"
-    def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.BatchNorm2d(o) if norm else nn.Identity(), nn.ReLU())
-    return nn.Sequential(conv(1, 16), conv(16, 32), nn.Flatten(), nn.Linear(128, 10))
+def net(norm): return for_ranks(16, norm)
 
 class Note(Callback):
     "The model's tensors after each step"
     order,run_valid = 50,False
     def before_fit(self): self.log = []
-    def after_batch(self): self.log.append({k:v.detach().clone() for k,v in get_model(self.model).state_dict().items()})
-
-def get_model(m): return getattr(m, 'module', m)
+    def after_batch(self): self.log.append(state(inner(self.model)))
 
 def learner(weights, norm, idxs, bs, opt_func=SGD):
     set_seed(0)
-    dls = [DataLoader(TensorDataset(xs[i], ys[i]), bs=b, shuffle=False, num_workers=0, device=torch.device('cpu')) for i,b in ((idxs,bs),(range(1000,1200),40))]
-    dls = DataLoaders(*dls, device=torch.device('cpu'))
-    learn = Learner(dls, net(norm), loss_func=CrossEntropyLossFlat(), metrics=accuracy, opt_func=opt_func)
+    learn = classifier(in_order((idxs,bs), (range(1000,1200),40)), net(norm), opt_func=opt_func)
     learn.model.load_state_dict(weights)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = lambda *args: None
     return learn
 
 def fit(learn, spec):
@@ -62,11 +51,10 @@ def runs(tmp_path_factory):
         weights[norm] = net(norm).state_dict()
         learn = learner(weights[norm], norm, range(1000), 32, Adam)
         learn.fit_one_cycle(4, 1e-2)
-        weights[norm] = {k:v.clone() for k,v in learn.model.state_dict().items()}
+        weights[norm] = state(learn.model)
     two_processes(work, folder, weights, cases)
-    joined = [i+r*n for j in range(0, n, bs) for r in (0,1) for i in range(j, j+bs)]
     def one(spec, norm, calibrated):
-        learn = learner(weights[norm], norm, joined, 2*bs)
+        learn = learner(weights[norm], norm, joined(n, bs), 2*bs)
         if calibrated: learn.validate(cbs=PTQCalibrate(spec=spec))
         return fit(learn, spec)
     return {c:(*(torch.load(folder/f'{i}.{r}.pt', weights_only=False) for r in (0,1)), one(*c)) for i,c in enumerate(cases)}

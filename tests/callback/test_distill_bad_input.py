@@ -1,23 +1,21 @@
 "Each kind of bad input to distillation gets an error that says how to go on, and leaves the Learner, and who teaches, as they were"
 import copy, pytest, torch
-from fastai.vision.all import Adam, CrossEntropyLossFlat, DataLoaders, Datasets, Learner, OptimWrapper, SchedCos, load_learner, partial, ranger, set_seed
+from fastai.vision.all import CrossEntropyLossFlat, Datasets, SchedCos, load_learner, ranger, set_seed
 from torch import nn
 from fastquant.all import *
+from tests.helpers.data import loaders, noise
+from tests.helpers.learners import classifier
+from tests.helpers.nets import opts, same_with_nan as same, state, two_convs
 
-def net(mid=4, n_out=3):
-    return nn.Sequential(nn.Conv2d(2, mid, 3, bias=False), nn.BatchNorm2d(mid), nn.ReLU(), nn.Conv2d(mid, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, n_out))
+def net(mid=4, n_out=3): return two_convs(mid, 6, n_out)
 
 def learner(model, path='.', vocab=None, **kwargs):
     set_seed(0)
-    items = [(torch.randn(2, 8, 8), torch.tensor(i%3)) for i in range(32)]
-    dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0)
+    dls = loaders(noise(2, 8, 8), bs=8)
     if vocab: dls.vocab = vocab
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), path=path, **kwargs)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda o: None
-    return learn
+    return classifier(dls, model, path, metrics=None, **kwargs)
 
-opts = dict(adam=Adam, ranger=ranger, torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+opts = dict(adam=opts['adam'], ranger=ranger, torch=opts['torch'])
 
 @pytest.fixture(params=opts)
 def learn(request, tmp_path):
@@ -123,8 +121,6 @@ fits = dict(
     peer_twice=(lambda l: MutualCallback(*[net()]*2), "A model is its own peer"),
     peer_input=(lambda l: MutualCallback(nn.Sequential(nn.Flatten(), nn.Linear(30, 3))), "A peer cannot be run on what the student gets"))
 
-def state(m): return {k:v.clone() for k,v in m.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(v.equal(b[k]) or v.is_floating_point() and v.nan_to_num(-7).equal(b[k].nan_to_num(-7)) for k,v in a.items())
 def all_of(learn):
     "Whatever a fit could have changed about a Learner, to compare"
     opt = learn.opt

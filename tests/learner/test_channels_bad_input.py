@@ -1,6 +1,6 @@
 "Each kind of bad input to the removal of channels gets an error that says how to go on, and leaves the Learner and the disk as they were"
 import builtins, json, pytest, torch
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from fastai.vision.all import noop, set_seed
 from safetensors import safe_open
 from torch import nn
 from fastquant.all import *
@@ -9,27 +9,20 @@ from fastquant.prune.select import Selection
 from fastquant.prune.shrink import recipe_from_json
 from fastquant.prune.channels.check import channel_groups
 from fastquant.prune.channels.target import plan_for
+from tests.helpers.data import loaders, noise
+from tests.helpers.learners import classifier
+from tests.helpers.nets import same_with_nan as same, state, two_convs
 
-def net(mid=16):
-    convs = nn.Conv2d(2, mid, 3, bias=False),nn.BatchNorm2d(mid),nn.ReLU(),nn.Conv2d(mid, 12, 3),nn.ReLU()
-    return nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3))
+def net(mid=16): return two_convs(mid, 12)
 
 def learner(model, path='.'):
     set_seed(0)
-    items = [(torch.randn(2, 8, 8), torch.tensor(i%3)) for i in range(32)]
-    learn = Learner(DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0), model, loss_func=CrossEntropyLossFlat(), metrics=accuracy, path=path)
-    learn.remove_cb(learn.progress)
-    learn.logger = lambda o: None
-    return learn
+    return classifier(loaders(noise(2, 8, 8), bs=8), model, path)
 
 @pytest.fixture
 def learn(tmp_path): return learner(net(), tmp_path)
 
-def state(learn): return {k:v.clone() for k,v in learn.model.state_dict().items()}
-def same(a, b): return a.keys()==b.keys() and all(v.equal(b[k]) or v.isnan().any() for k,v in a.items())
-def noop(l): pass
 def nan_weight(l): l.model[3].weight.data[1] = torch.nan
-def small_scores(l): l.model[0].weight.data.mul_(1e-6)
 
 cases = dict(
     too_much=(noop, dict(amount=.97), "Nothing would be left of the channels of '(0|3)'. Prune less, exclude it, or .* scope='local'"),
@@ -56,12 +49,12 @@ cases = dict(
 def test_prune(learn, case):
     change,kwargs,message = cases[case]
     change(learn)
-    before = state(learn)
+    before = state(learn.model)
     kwargs = dict(structure='channel') | kwargs
     with pytest.raises(ValueError, match=message):
         if case=='step': kwargs['structure'] = kwargs['structure']()
         learn.prune(**kwargs, fname='m.safetensors')
-    assert same(state(learn), before) and masked(learn.model)=={} and not recipe_of(learn.model) and not list(learn.path.glob('*.safetensors'))
+    assert same(state(learn.model), before) and masked(learn.model)=={} and not recipe_of(learn.model) and not list(learn.path.glob('*.safetensors'))
 
 @pytest.mark.parametrize('case', [k for k in cases if k not in ('step','nan')])
 def test_fit(learn, case):
@@ -118,7 +111,7 @@ def test_integers_are_not_cut(learn):
     watch(model, x)
     set_ranges(model)
     convert(model)
-    before = {k:v.clone() for k,v in model.state_dict().items()}
+    before = state(model)
     with pytest.raises(ValueError, match='Remove channels before `convert`'): shrink(model, recipe_of(s.model))
     assert same(model.state_dict(), before)
 
@@ -131,11 +124,11 @@ def test_recipe_that_does_not_fit(learn, tmp_path):
     s = learn.prune(.5, structure='channel', scope='local', fname='s.safetensors')
     s.save('s')
     other = learner(net(24), tmp_path)
-    before = state(other)
+    before = state(other.model)
     message = r"'0.weight' is of shape \(24, 2, 3, 3\) in the model, and was of shape \(16, 2, 3, 3\)"
     for f in (lambda: other.load_sparse('s.safetensors'), lambda: other.load('s'), lambda: shrink(other.model, recipe_of(s.model))):
         with pytest.raises(ValueError, match=message): f()
-    assert same(state(other), before) and not recipe_of(other.model)
+    assert same(state(other.model), before) and not recipe_of(other.model)
     less = learner(nn.Sequential(nn.Flatten(), nn.Linear(128, 3)), tmp_path)
     with pytest.raises(ValueError, match="'0.weight' is missing in the model"): less.load('s')
     twice = learner(net(), tmp_path).prune(.5, structure='channel', scope='local', criterion=lambda w: -w.abs().mean(1))
