@@ -1,9 +1,10 @@
 "Let pytest run the notebooks in nbs/ as nbdev-test does: one test a notebook, each in a process of its own."
-import io, multiprocessing as mp, os, sys
+import ctypes, gc, io, multiprocessing as mp, os, sys
 from concurrent.futures import ProcessPoolExecutor
 
 # Before anything imports torch or matplotlib, so that a bare `pytest` and the processes it starts have them too
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('MALLOC_ARENA_MAX', '2') # threads of engines leave little behind that nobody can use
 os.environ['MPLBACKEND'] = 'agg'
 
 import pytest
@@ -26,6 +27,13 @@ def pytest_configure(config):
     # The server imports fastai once; every notebook starts as a fork of it, so that none leans on what another did.
     mp.set_forkserver_preload(['fastai.vision.all', 'nbdev.test'])
     config.nb_context = mp.get_context('forkserver')
+
+def pytest_collection_finish(): gc.freeze() # what was imported stays, so that looking for garbage is quick
+
+def pytest_runtest_logfinish():
+    "Free what a test has left: Learners go round in circles, so they stay until somebody looks, and PyTorch's memory makes nobody look"
+    gc.collect()
+    if sys.platform=='linux': ctypes.CDLL(None).malloc_trim(0)
 
 def pytest_collect_file(file_path, parent):
     hidden = any(o[0] in '_.' for o in file_path.relative_to(parent.config.rootpath).parts) # built docs, checkpoints

@@ -9,7 +9,7 @@ from fastquant.export.portable import as_run, constants, misfits, session
 from fastquant.export.engine import to_bytes
 from fastquant.export.verify import activations, run_file
 from fastquant.all import *
-from tests.helpers.files import kept, looked_at, make, of_net, small, trained
+from tests.helpers.files import kept, make, of_net, small, trained
 from tests.helpers.integers import evaluate, integer_layers, there, values
 from tests.helpers.layers import plain
 from tests.helpers.models import models
@@ -24,7 +24,7 @@ cases += [(k,s) for k in ('squeezenet1_1','tabular') for s in ('int8_per_tensor'
 def file(request):
     "A file of the support matrix"
     name,spec = request.param
-    if spec not in low: return (kept if name in looked_at else make)(name, spec)
+    if spec not in low: return make(name, spec)
     if name not in exported_fast and 'slow' not in request.config.getoption('--flags'): pytest.skip('takes long: --flags slow')
     return make(name, spec, trained)
 

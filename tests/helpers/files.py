@@ -66,7 +66,6 @@ def make(name, spec, how=calibrated, seed=0):
     return made(how(learn, spec), *few(learn))
 
 kept = lru_cache(make) # files that several tests look at
-looked_at = 'resnet18','mobilenet_v2','mobilenet_v3_small','tabular','unet_learner'
 
 def small():
     "A small net with statistics, and inputs for it"
