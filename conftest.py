@@ -1,6 +1,7 @@
 "Let pytest run the notebooks in nbs/ as nbdev-test does: one test a notebook, each in a process of its own."
 import ctypes, gc, io, multiprocessing as mp, os, sys
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 # Before anything imports torch or matplotlib, so that a bare `pytest` and the processes it starts have them too
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -28,12 +29,21 @@ def pytest_configure(config):
     mp.set_forkserver_preload(['fastai.vision.all', 'nbdev.test'])
     config.nb_context = mp.get_context('forkserver')
 
-def pytest_collection_finish(): gc.freeze() # what was imported stays, so that looking for garbage is quick
+def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
 
-def pytest_runtest_logfinish():
-    "Free what a test has left: Learners go round in circles, so they stay until somebody looks, and PyTorch's memory makes nobody look"
-    gc.collect()
-    if sys.platform=='linux': ctypes.CDLL(None).malloc_trim(0)
+def pytest_collection_finish(session):
+    gc.freeze() # what was imported stays, so that looking for garbage is quick
+    session.config.enough = 0
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "Free what tests have left, if it is much: Learners go round in circles, so they stay until somebody looks, and memory of PyTorch's makes nobody look"
+    done = yield
+    if sys.platform=='linux' and resident()>item.config.enough:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        item.config.enough = resident()+2**27
+    return done
 
 def pytest_collect_file(file_path, parent):
     hidden = any(o[0] in '_.' for o in file_path.relative_to(parent.config.rootpath).parts) # built docs, checkpoints
