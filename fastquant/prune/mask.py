@@ -10,6 +10,7 @@ import torch
 from dataclasses import replace
 from fastcore.all import patch
 from torch import nn, Tensor
+from weakref import ref
 from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
@@ -37,11 +38,18 @@ class Mask(Attachment):
         w = self.weight
         if w is None or not w.requires_grad: return
         hooks = (w._post_accumulate_grad_hooks or {}).values()
-        if not any(_is_of(self, h) for h in hooks): w.register_post_accumulate_grad_hook(self.grad)
+        if not any(_is_of(self, h) for h in hooks): w.register_post_accumulate_grad_hook(_GradHook(self))
     def grad(self, w):
         "Hook after a gradient has been added to that of `w`: take away that of what is pruned"
         if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
         w.grad.mul_(self.m.weight_mask)
+
+class _GradHook:
+    "Calls `grad` of a mask as long as there is one: what hooks on tensors hold, the garbage collector does not see, and would keep for ever"
+    def __init__(self, mask): self.mask = ref(mask)
+    def __call__(self, w):
+        if (mask:=self.mask()) is not None: mask.grad(w)
+    __self__ = property(lambda self: self.mask())
 
 def _is_of(a, hook): return getattr(hook, '__self__', None) is a
 
