@@ -100,9 +100,9 @@ class PruneScheduleCallback(MaskingCallback):
         share = self.schedule(self.step/self.n_steps)
         if not share or not self.due(): return
         wanted = needs(self.selection.criterion)
-        if 'sqr_in' in wanted: self.watched['sqr_in'] = watch_inputs(self.net, self.to_prune, *self.xb)
+        watch_inputs(self.watched, self.net, self.to_prune, wanted, *self.xb)
         self.change(self.plan.choose(self.watched, share))
-        self.watched.pop('grad', None)
+        self.watched = {o:v for o,v in self.watched.items() if statistics[o].lasts}
         if self.step>=self.schedule.last(self.n_steps) and num_distrib()<2: self.settle()
     def settle(self):
         "What is pruned stays so from here on, in the way of its structure"

@@ -68,22 +68,18 @@ def _prune(learn, selection, dl):
 def _watched(learn, criterion, layers, dl):
     "The statistics that `criterion` needs, from all of `dl`"
     names,found = needs(criterion),{}
-    if 'moved' in names: raise ValueError(f"The criterion {criterion!r} watches how weights move in training, so there is none in one shot. Train with PruneScheduleCallback(criterion={criterion!r}), or use another.")
-    if 'sqr_in' in names: found['sqr_in'] = _squares(learn, layers, dl)
-    if 'grad' in names: found.update(_gradients(learn, layers, dl))
+    for o in [o for o in names if statistics[o].lasts]:
+        raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and there are none in one shot. Train with PruneScheduleCallback(criterion={criterion!r}), or use another.")
+    asked = [statistics[o] for o in names]
+    if any(s.of_inputs for s in asked):
+        for xb in inputs(learn, dl, None): watch_inputs(found, learn.model, layers, names, *xb)
+    if any(s.of_gradient for s in asked): found.update(_gradients(learn, layers, names, dl))
     return found
 
 # %% ../../nbs/learner/02_prune.ipynb #23prun40bb00
-def _squares(learn, layers, dl):
-    sums = {}
-    for xb in inputs(learn, dl, None):
-        seen = watch_inputs(learn.model, layers, *xb)
-        sums = {k:v+sums.get(k, 0) for k,v in seen.items()}
-    return sums
-
-def _gradients(learn, layers, dl):
+def _gradients(learn, layers, names, dl):
     model = clean_copy(learn.model)
-    cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, ['grad'])
+    cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, names)
     scratch = trainable_twin(learn, model)
     scratch.dls = DataLoaders(dl, dl)
     with scratch.no_bar(), scratch.no_logging(): scratch.fit(1, cbs=cb)

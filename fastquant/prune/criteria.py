@@ -7,13 +7,14 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/criteria.html.md"""
 # %% ../../nbs/prune/00_criteria.ipynb #10prunb9c31e
 from __future__ import annotations
 import inspect, torch
+from dataclasses import dataclass
 from torch import nn, Tensor
 from torch.func import functional_call
 from ..core.basics import *
 from ..core.model import evaluating
 
 # %% auto #0
-__all__ = ['criteria', 'statistics', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']
+__all__ = ['criteria', 'statistics', 'Statistic', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun616f7d
 criteria = Registry('criterion')
@@ -52,8 +53,18 @@ def fpgm(w):
     return torch.cdist(w, w).mean(1)
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prund934d9
-statistics = dict(grad="the loss's gradient", moved='the gradient over many steps of training',
-    sqr_in='the inputs of each layer', gamma='the scale of a batchnorm')
+@dataclass(frozen=True)
+class Statistic:
+    "What a criterion may ask for besides the weights, and what it is added up from, if that has to be watched"
+    words:str               # What it is, for messages
+    of_gradient:object=None # What a step adds to it, from a weight and its gradient
+    of_inputs:object=None   # What a batch adds to it, from a layer and its inputs
+    lasts:bool=False        # Is it about the whole fit, so that there is none in one shot?
+    def __str__(self): return self.words
+
+statistics = dict(grad=Statistic("the loss's gradient", lambda w,g: g), gamma=Statistic('the scale of a batchnorm'))
+statistics['moved'] = Statistic('the gradient over many steps of training', lambda w,g: -g*w, lasts=True)
+statistics['sqr_in'] = Statistic('the inputs of each layer', of_inputs=lambda m,x: input_squares(m, x))
 
 def needs(
     criterion # A criterion, or the name of one
@@ -85,22 +96,28 @@ def input_squares(
         return torch.autograd.grad(y.sum(), w)[0]
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun6e9257
+def _add(watched, name, path, v):
+    seen = watched.setdefault(name, {})
+    seen[path] = seen.get(path, 0)+v
+
 def watch_inputs(
+    watched:dict,    # Where to add: for each statistic, tensors by path
     model:nn.Module, # Runs in evaluation mode and without gradients
     layers:dict,     # The layers to watch, by path
+    names,           # Which statistics, as from `needs`
     *xb              # A batch of inputs
-)->dict: # A tensor shaped like its weight for each layer that ran
-    "`input_squares` of each of `layers` while `model` runs on `xb`"
-    found,paths = {},{m:k for k,m in layers.items()}
+):
+    "Add what the inputs of `layers` say to `watched` while `model` runs on `xb`; layers that do not run are left out"
+    of = {o:f for o in names if (f:=statistics[o].of_inputs)}
+    if not of: return
+    paths = {m:k for k,m in layers.items()}
     def see(m, args):
-        k = paths[m]
-        found[k] = found.get(k, 0)+input_squares(m, args[0])
+        for o,f in of.items(): _add(watched, o, paths[m], f(m, args[0]))
     hooks = [m.register_forward_pre_hook(see) for m in paths]
     try:
         with evaluating(model): model(*xb)
     finally:
         for h in hooks: h.remove()
-    return found
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun1da377
 @torch.no_grad()
@@ -110,9 +127,7 @@ def watch_gradients(
     names         # Which statistics, as from `needs`
 ):
     "Add what the gradients say to `watched`; layers without a gradient are left out"
+    of = {o:f for o in names if (f:=statistics[o].of_gradient)}
     for k,m in layers.items():
         if (g:=m.weight.grad) is None: continue
-        for o,v in (('grad',g), ('moved',-g*m.weight)):
-            if o not in names: continue
-            seen = watched.setdefault(o, {})
-            seen[k] = seen.get(k, 0)+v
+        for o,f in of.items(): _add(watched, o, k, f(m.weight, g))
