@@ -108,7 +108,7 @@ def _put_back(self:StepGroup, out, state, slow):
     for i,g in out.items(): groups.insert(i, g)
     _set_groups(self, groups)
     _state(self).update(state)
-    if not slow: return
+    if not slow or self.slow_weights is None: return # what was loaded may have none
     def both(ps, ss): return L(slow.get(p, s) for p,s in zip(ps, ss))
     self.slow_weights = L(map(both, self.param_lists, self.slow_weights))
 

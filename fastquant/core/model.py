@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from contextlib import contextmanager
 from copy import deepcopy
+from pickle import PicklingError
 from fastai.layers import ToTensorBase
+from fastcore.basics import ifnone
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'evaluating', 'catching', 'clean_copy',
@@ -72,14 +75,50 @@ def catching(
         if hook: hook.remove()
 
 # %% ../../nbs/core/01_model.ipynb #01mod000005
+class _Copying(TorchFunctionMode):
+    "While it is on, `deepcopy` takes tensors that were computed too"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not Tensor.__deepcopy__ or args[0].is_leaf: return func(*args, **(kwargs or {}))
+        t,memo = args
+        memo[id(t)] = new = t.detach().clone() if t._base is None else _same_view(t, memo)
+        return new
+
+def _same_view(t, memo):
+    "What `t` shows of its base, of the copy's"
+    with _Copying(): base = deepcopy(t._base, memo)
+    at = t.storage_offset()-t._base.storage_offset()+base.storage_offset()
+    with torch.enable_grad(): return base.as_strided(t.shape, t.stride(), at)
+
+# %% ../../nbs/core/01_model.ipynb #01mod00cp04
+def _copied(o, memo=None):
+    "A copy of `o`; raises `ValueError` if there is none"
+    try:
+        with _Copying(): return deepcopy(o, memo)
+    except torch.OutOfMemoryError: raise
+    except (TypeError,RuntimeError,AttributeError,ValueError,PicklingError) as e: raise ValueError(str(e)) from e
+
+def _obstacle(model):
+    "What of `model` cannot be copied, and why"
+    def own(m): return ((k,v) for k,v in vars(m).items() if k!='_modules')
+    for path,m in reversed(list(model.named_modules())):
+        for k,v in own(m):
+            try: _copied(v)
+            except ValueError as e: return '.'.join(filter(None, (path,k))),e
+    return 'it',None
+
+# %% ../../nbs/core/01_model.ipynb #01mod00cp07
 def clean_copy(
     model:nn.Module # Left as it is
 )->nn.Module:
-    "A copy of `model` without what fastai's hooks have stored in it"
+    "A copy of `model` without what fastai's hooks have stored in it; raises `ValueError` if something in it cannot be copied"
     def several(v): return v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])
     held = [v for m in model.modules() for v in vars(m).values()]
     hooks = [h for v in held for h in several(v) if hasattr(h, 'stored')]
-    return deepcopy(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+    try: return _copied(model, {id(t):None for h in hooks for t in tensors(h.stored)})
+    except ValueError as e:
+        at,why = _obstacle(model)
+        say = "Make it where it is used, or leave it out of what the module's `__getstate__` returns."
+        raise ValueError(f"The model cannot be copied, since {at!r} cannot be: {ifnone(why, e)}. {say}") from e
 
 # %% ../../nbs/core/01_model.ipynb #22lear2e7f2e
 def copy_model(
