@@ -44,7 +44,7 @@ class DistillCallback(TeachingCallback):
     teacher = None
     def __init__(self,
         teacher,             # A trained Learner or model; it runs in evaluation mode and without gradients
-        loss='soft_targets', # How outputs are compared: `soft_targets`, `soft_labels`, `mse`, `cosine`, or one of your own; None to leave them
+        loss='auto',         # How outputs are compared: as the Learner's loss implies, `soft_targets`, `soft_labels`, `mse`, `cosine`, or one of your own; a dictionary from the places of some outputs to these; None to leave them
         weight=.5,           # Share of the loss that is the teacher's, from 0 to 1, or a function of the position in the fit
         temperature=4.,      # What outputs are divided by before they are compared, or a function of the position in the fit
         features=None        # Features to compare too: each a `Match`, a module name or pattern, or a dictionary from the student's to the teacher's
@@ -53,13 +53,15 @@ class DistillCallback(TeachingCallback):
         model_of(teacher, 'teacher')
         self.teacher,self.features = teacher,find_matches(features)
         if loss is None and not self.features: raise ValueError("loss=None and no features: there is nothing to learn. Pass one of them.")
+    @property
+    def company(self): return [('the teacher',model_of(self.teacher, 'teacher'))] if self.teacher is not None else []
     def find_teacher(self):
         "The model that teaches"
         if self.teacher is None: raise ValueError("The teacher is not in an exported file. Take this callback off with `learn.remove_cb(DistillCallback)`, and pass a new one with a teacher.")
         model = model_of(self.teacher, 'teacher')
         if model is self.net: raise ValueError("The teacher is the student itself: it would agree with itself all the time. Pass a copy, `DistillCallback(copy_model(learn.model))`, to learn from how it is now, or see `PastSelfCallback` and `AverageSelfCallback`.")
         _check_classes(self.learn, self.teacher)
-        return model.to(next(self.net.parameters()).device)
+        return model.to(self.device)
     def begin(self, *xb):
         self.guide = self.find_teacher()
         matched = [(m,m.pairs(self.net, self.guide)) for m in self.features]
@@ -71,7 +73,7 @@ class DistillCallback(TeachingCallback):
         for p in pairs: _check_found(p.teacher, theirs, 'teacher')
         self.pairs,self.paths = pairs,list({p.student for p in pairs})
         bridges = [self.bridge(p.match, *p.features(ours, theirs)) for p in pairs]
-        bridges = [b.to(s.device) for b in bridges]
+        bridges = [b.to(self.device) for b in bridges]
         for p,b in zip(pairs, bridges):
             term = self.compare_features(p.match, b, *p.features(ours, theirs))
             self.check_loss(term, p.match.loss, f" of {p.student!r} and the teacher's {p.teacher!r}")
@@ -90,8 +92,8 @@ class DistillCallback(TeachingCallback):
 def terms(self:DistillCallback):
     "How far the student is from its teacher on this batch: outputs, and each pair of features"
     paths = {p.teacher for p in self.pairs}
-    with evaluating(self.guide), catching(self.guide, paths) as theirs: t = self.outputs(self.guide(*self.xb))
-    if self.how is not None: yield self.compared(self.outputs(self.learn.pred), t)
+    with evaluating(self.guide), catching(self.guide, paths) as theirs: t = self.outputs(self.guide(*self.xb), 'The teacher')
+    if self.how: yield self.compared(self.outputs(self.said), t)
     for p,b in zip(self.pairs, self.extra): yield self.compare_features(p.match, b, *p.features(self.found, theirs))
 
 @patch

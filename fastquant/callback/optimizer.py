@@ -158,6 +158,12 @@ def _has_group(opt, params, name):
     group = opt.param_lists[guests.index(name)]
     return [*map(id, params)]==[*map(id, group)]
 
+def _unowned(opt, params, name):
+    "Those of `params` that are in no other group"
+    names = [*getattr(opt, 'guests', {}),*[None]*len(opt.param_lists)]
+    others = {id(p) for k,ps in zip(names, opt.param_lists) if k!=name for p in ps}
+    return [p for p in params if id(p) not in others]
+
 def own_group(
     opt,             # A fastai optimizer, or an `OptimWrapper`; changed in place
     params:list,     # Step sizes, or others; nothing happens if there are none, and nothing `beside`
@@ -167,7 +173,8 @@ def own_group(
     aside:bool=False, # Do checkpoints of the middle have them nevertheless, for a fit that is resumed?
     beside=()        # Tensors that are saved with them then, and filled again, though no optimizer moves them
 ):
-    "Put these parameters into a group of their own, the first, and take them out of the others"
+    "Put these parameters into a group of their own, the first, and take them out of the others; who is only passing leaves them what they have"
+    if opt is not None and passing: params = _unowned(opt, params, name)
     if opt is None or not (params or beside): return
     if not _has_group(opt, params, name):
         drop_group(opt, name)

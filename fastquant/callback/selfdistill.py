@@ -10,6 +10,7 @@ import math
 from fastai.basics import *
 from ..core.model import *
 from ..distill.losses import *
+from ..distill.outputs import *
 from .teach import *
 from .distill import *
 
@@ -20,7 +21,7 @@ __all__ = ['PastSelfCallback', 'AverageSelfCallback', 'SelfDistillCallback', 'Mu
 class PastSelfCallback(DistillCallback):
     "Learn from the model as it was at the end of the epoch before; the first epoch has no teacher"
     def __init__(self,
-        loss='soft_targets', # As in `DistillCallback`
+        loss='auto',         # As in `DistillCallback`
         weight=.3,           # Likewise
         temperature=4.,      # Likewise
         features=None        # Likewise
@@ -38,7 +39,7 @@ class AverageSelfCallback(PastSelfCallback):
     "Learn from an exponential moving average of the model's own weights"
     def __init__(self,
         mom=.99,             # Share of the average that stays, in each step
-        loss='soft_targets', # As in `DistillCallback`
+        loss='auto',         # As in `DistillCallback`
         weight=.3,           # Likewise
         temperature=4.,      # Likewise
         features=None        # Likewise
@@ -63,7 +64,7 @@ class SelfDistillCallback(TeachingCallback):
     "Let shallow layers predict too, through heads that are gone after the fit, and learn from the deepest (Zhang et al. 2019)"
     def __init__(self,
         at,                  # Modules that get a head: a name or pattern, or a list of them
-        loss='soft_targets', # As in `DistillCallback`
+        loss='auto',         # As in `DistillCallback`
         weight=.5,           # Share of a head's loss that is the deepest layer's, the rest is the labels'; or a function of the position in the fit
         temperature=3.,      # As in `DistillCallback`
         width:int=64,        # Channels in the bottleneck of a head
@@ -87,22 +88,29 @@ class SelfDistillCallback(TeachingCallback):
         self.paths = [*self.heads,*self.deepest]
         y,found = self.look(self.net, self.paths, xb, 'The model')
         self.check_outputs(y, y, 'The model')
-        if y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {shape_of(y)}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
+        y = self.one_vector(y)
         for k in self.paths:
             if k not in found or found[k].ndim<2: raise ValueError(f"{k!r} gave no features when it ran on a batch. Choose a module that runs and returns some for each item.")
         heads = [self.new_head(found[k], y) for k in self.heads]
         return [*heads,*self.bridges(heads, found)]
+    def one_vector(self, said):
+        "The output that heads are to predict; raises `ValueError` if that is no vector"
+        k,y = next(iter(said.items()))
+        gives = shape_of(y) if len(said)==1 else ', '.join(map(repr, said))
+        if len(said)>1 or y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {gives}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
+        return y
     def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()
     def new_head(self, x, y):
         head = small_head(self.turned(x), y.shape[1], self.width)
         return head.to(y.device)
     def bottleneck(self, head, x): return head[0](self.turned(x))
     def combined(self, loss, w):
-        deep = self.outputs(self.learn.pred).detach()
+        (k,deep), = self.outputs(self.said).items()
+        deep = {k:deep.detach()}
         found = [self.found[k] for k in self.heads]
         narrow = [self.bottleneck(h, x) for h,x in zip(self.extra, found)]
         preds = [h[1](b) for h,b in zip(self.extra, narrow)]
-        term = sum(self.compared(p, deep) for p in preds)
+        term = sum(self.compared({k:p}, deep) for p in preds)
         hint = self.hints(narrow)
         total = loss+(1-w)*self.from_labels(preds)+w*term+hint
         return total,term+hint
@@ -137,11 +145,11 @@ def _pooled(narrow, deep):
 # %% ../../nbs/callback/07_selfdistill.ipynb #24call42f2e3
 class MutualCallback(TeachingCallback):
     "Train `peers` along in the same fit, each learning from the labels and from all others (Zhang et al. 2018)"
-    _stateattrs,aside = (*TeachingCallback._stateattrs,'peers'),False
+    _stateattrs,aside,trains = (*TeachingCallback._stateattrs,'peers'),False,True
     peers = ()
     def __init__(self,
         *peers,              # Learners or models, which are trained
-        loss='soft_targets', # As in `DistillCallback`
+        loss='auto',         # As in `DistillCallback`
         weight=.5,           # Share of the loss that is the others', from 0 to 1, or a function of the position in the fit
         temperature=1.       # As in `DistillCallback`
     ):
@@ -150,21 +158,27 @@ class MutualCallback(TeachingCallback):
         if loss is None: raise ValueError("loss=None: peers learn from each other's outputs, so say how to compare them.")
         for p in peers: model_of(p, 'peer')
         self.peers = peers
+    @property
+    def company(self): return [('a peer',model_of(p, 'peer')) for p in self.peers]
     def begin(self, *xb):
         if not self.peers: raise ValueError("The peers are not in an exported file. Take this callback off with `learn.remove_cb(MutualCallback)`, and pass a new one.")
         models = [model_of(p, 'peer') for p in self.peers]
         if len({id(m) for m in (self.net,*models)})<len(models)+1: raise ValueError("A model is its own peer: it would agree with itself all the time. Every Learner needs a model of its own.")
         s,_ = self.look(self.net, [], xb)
         for m in models:
-            said,_ = self.look(m.to(s.device), [], xb, 'A peer')
+            said,_ = self.look(m.to(self.device), [], xb, 'A peer')
             self.check_outputs(s, said, 'A peer')
         return models
+    def as_pred(self, out):
+        "What the Learner's loss gets of `out`: a tensor, where some callback makes one of what the student says"
+        if len(self.how)>1 or not isinstance(self.learn.pred, Tensor): return out
+        return pick(outputs_in(out), first(self.how), 'A peer').float()
     def combined(self, loss, w):
         raw = [m(*self.xb) for m in self.extra]
-        preds = [floats(o)[0].float() for o in raw]
-        said = [self.outputs(o) for o in (self.learn.pred,*raw)]
+        preds = [self.as_pred(o) for o in raw]
+        said = [self.outputs(self.said),*[self.outputs(o, 'A peer') for o in raw]]
         def from_others(a):
-            others = [b.detach() for b in said if b is not a]
+            others = [{k:t.detach() for k,t in b.items()} for b in said if b is not a]
             return sum(self.compared(a, b) for b in others)/len(raw)
         terms = [from_others(a) for a in said]
         labels = loss+self.from_labels(preds)

@@ -10,8 +10,10 @@ import math
 from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
+from fastai.callback.rnn import RNNCallback
 from ..core.model import *
 from ..distill.losses import *
+from ..distill.outputs import *
 from .core import *
 from .data import *
 from .optimizer import *
@@ -59,13 +61,14 @@ def check_curve(
 class TeachingCallback(FitCallback):
     "What callbacks that add to the loss have in common; `losses` is what they added, batch by batch"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # fake-quant is on the model, autocast is still on after the loss, and nobody has scaled it
-    _stateattrs = ('extra','_open','found','kept')
+    _stateattrs = ('extra','_open','found','kept','said')
     _learn,extra,aside,losses = None,None,True,()
+    said,company,trains = None,(),False # what the student said of this batch; models beside it, by what they are; whether these learn too
     def __init__(self, loss, weight, temperature):
-        if loss is not None: find_loss(loss)
+        check_asked(loss)
         check_curve('weight', weight, lambda v: 0<=v<=1, 'pass the share of the loss that is not the labels\', from 0 to 1.')
         check_curve('temperature', temperature, lambda v: 0<v<math.inf, 'a temperature divides what nets say, so it must be above 0. From 2 to 8 is usual, 1 changes nothing.')
-        self.how,self.weight,self.temperature = loss,weight,temperature
+        self.asked,self.weight,self.temperature = loss,weight,temperature
         self.column,self.paths = LossColumn(self),[]
         self._init_state()
     def _init_state(self): self._state,self._open = {},ExitStack()
@@ -79,6 +82,8 @@ class TeachingCallback(FitCallback):
         self._learn = learn
         if learn is not None: learn.add_cb(self.column)
     @property
+    def device(self): return next(self.net.parameters()).device
+    @property
     def beside(self):
         "Tensors of this fit that nothing trains"
         return []
@@ -87,13 +92,15 @@ class TeachingCallback(FitCallback):
         return at_pos(o, min(1., self.pct_train))
     def before_fit(self):
         self.leave()
-        self.losses,self.going = [],False
+        self.losses,self.going,self.how = [],False,None
         if self.fitting: self.start()
     def before_train(self):
         if self.going: self.join()
         else: self.start()
         self.extra.train()
-    def after_pred(self): self._open.close()
+    def after_pred(self):
+        self.said = self.learn.pred
+        self._open.close()
     def after_loss(self):
         if not len(self.yb): return
         loss,term = self.combined(self.learn.loss_grad, self.now(self.weight))
@@ -115,7 +122,8 @@ def start(self:TeachingCallback,
         with no_random(reproducible=False): return self.start(some_inputs(self.learn))
     self.paths = []
     extra = nn.ModuleList(self.begin(*[x[:2] for x in xb]))
-    self.extra = extra.to(next(self.net.parameters()).device)
+    self.check_company()
+    self.extra = extra.to(self.device)
     self.going,self.shapes = True,_shapes(self.net)
     self.kept = {m:deepcopy(m.state_dict()) for m in extra} if self.searching else {}
     self.join()
@@ -170,15 +178,40 @@ def leave(self:TeachingCallback):
     self._open.close()
     for m,state in getattr(self, 'kept', {}).items(): m.load_state_dict(state)
     if self.learn.opt is not None: drop_group(self.learn.opt, self.name)
-    self.extra,self.kept,self.found = None,{},{}
+    self.extra,self.said,self.kept,self.found = None,None,{},{}
+
+# %% ../../nbs/callback/05_teach.ipynb #24callapa02
+@patch
+def check_company(self:TeachingCallback):
+    "Raise a `ValueError` if models that take part in this fit share what moves in it"
+    cbs = [cb for cb in self.learn.cbs if isinstance(cb, TeachingCallback)]
+    others = [(who,m,cb.trains) for cb in cbs for who,m in cb.company]
+    owned = {id(p) for ps in self.learn.opt.param_lists for p in ps}
+    check_apart([('the student',self.net,True),*others], owned)
 
 # %% ../../nbs/callback/05_teach.ipynb #24tch0000008
 @patch
-def outputs(self:TeachingCallback, out):
-    "What a model says, with classes in the second dimension"
-    x = floats(out)[0].as_subclass(Tensor)
-    return x.movedim(self.axis, 1) if x.ndim>2 else x
+def heard(self:TeachingCallback, said):
+    "Places of the outputs in `said` that the Learner's loss is about"
+    rnn = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)
+    return rnn and [k for k in said if k.split('.')[0]=='0'][-1:] or list(said)
 
+@patch
+def labels_of_two(self:TeachingCallback):
+    "Labels of the two items that a fit starts with"
+    with calibration_dl(self.learn, None, 1) as dl: b = first(dl)
+    yb = to_device(b, self.device)[getattr(self.dls, 'n_inp', max(1, len(b)-1)):]
+    return [y[:2] if isinstance(y, Tensor) else y for y in yb]
+
+@patch
+def outputs(self:TeachingCallback, out, whose='The student'):
+    "What a model says that is compared, by place, with classes in the second dimension"
+    said = outputs_in(out)
+    return {k:_second(pick(said, k, whose).as_subclass(Tensor), self.axis) for k in self.how}
+
+def _second(x, axis): return x.movedim(axis, 1) if x.ndim>2 else x
+
+# %% ../../nbs/callback/05_teach.ipynb #24callset03
 @patch
 def from_labels(self:TeachingCallback, preds):
     "What the labels say of all `preds`, by the Learner's own loss"
@@ -186,8 +219,9 @@ def from_labels(self:TeachingCallback, preds):
 
 @patch
 def compared(self:TeachingCallback, student, teacher):
-    "The loss between two outputs, at the temperature of the moment"
-    return distill_loss(self.how, student, teacher, self.now(self.temperature))
+    "The sum of the losses between outputs, at the temperature of the moment"
+    t = self.now(self.temperature)
+    return sum(distill_loss(loss, student[k], teacher[k], t) for k,loss in self.how.items())
 
 # %% ../../nbs/callback/05_teach.ipynb #24call089c40
 def _run(model, xb, whose):
@@ -197,14 +231,25 @@ def _run(model, xb, whose):
     except (RuntimeError,TypeError) as e: raise ValueError(f"{whose} cannot be run on what the student gets, {' and '.join(map(shape_of, xb))} an item: {e}. It has to take the same inputs.") from e
 
 @patch
+def find_how(self:TeachingCallback, out, said):
+    "Settle for this fit which outputs of the student are compared, and how"
+    if self.how is not None: return
+    heard = self.heard(said)
+    self.how = settle(self.asked, out, heard, self.learn.loss_func, self.labels_of_two, self.axis)
+    self.all_count = self.how.keys()==said.keys() and not isinstance(self.asked, dict)
+
+@patch
 def look(self:TeachingCallback, model, paths, xb, whose='The student'):
-    "What `model` says of `xb`, and features at `paths`; raises `ValueError` if that is nothing to compare"
+    "What `model` says of `xb` by place, and features at `paths`; raises `ValueError` if that is nothing to compare"
     self.axis = getattr(self.learn.loss_func, 'axis', 1)
     with evaluating(model), catching(model, paths) as found: out = model(*xb) if model is self.net else _run(model, xb, whose)
-    if not floats(out): raise ValueError(f"{whose} gives no floating-point tensor to compare, but {type(out).__name__}. Pass a model that returns its predictions.")
-    y = self.outputs(out)
-    if y.isnan().any() or self.how is not None and y.isinf().any(): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
-    return y,found
+    said = outputs_in(out)
+    if not said: raise ValueError(f"{whose} gives no floating-point tensor to compare, but {type(out).__name__}. Pass a model that returns its predictions.")
+    if model is self.net: self.find_how(out, said)
+    elif self.all_count: check_as_many(said, self.how, whose)
+    ys = self.outputs(out, whose)
+    if any(y.isnan().any() or ys and y.isinf().any() for y in (ys or said).values()): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
+    return ys,found
 
 # %% ../../nbs/callback/05_teach.ipynb #24call1fb6e2
 def check_term(
@@ -231,15 +276,12 @@ def check_loss(self:TeachingCallback, term, loss, of=''):
 
 @patch
 def check_outputs(self:TeachingCallback, student, teacher, whose):
-    "Raise a `ValueError` if two outputs cannot be compared"
-    if self.how is None: return
-    if student.shape!=teacher.shape:
-        of = whose[0].lower()+whose[1:]
-        advice = 'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'
-        raise ValueError(f"The student's output is {shape_of(student)} an item and that of {of} {shape_of(teacher)}: they must say the same things. {advice} another.")
-    one = student.ndim<2 or student.shape[1]==1
-    if self.how in ('soft_targets',distill_losses['soft_targets']) and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
-    self.check_loss(self.compared(student, teacher), self.how)
+    "Raise a `ValueError` if outputs cannot be compared"
+    for k,loss in self.how.items():
+        check_alike(student[k], teacher[k], whose, k if len(self.how)>1 else '')
+        one = student[k].ndim<2 or student[k].shape[1]==1
+        if find_loss(loss) is distill_losses['soft_targets'] and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
+        self.check_loss(distill_loss(loss, student[k], teacher[k], self.now(self.temperature)), loss)
 
 # %% ../../nbs/callback/05_teach.ipynb #24call16758d
 def model_of(

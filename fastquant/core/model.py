@@ -12,13 +12,14 @@ from copy import deepcopy
 from pickle import PicklingError
 from fastai.layers import ToTensorBase
 from fastcore.basics import ifnone
+from itertools import permutations
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'evaluating', 'catching', 'clean_copy',
-           'copy_model', 'FileModel', 'check_weights']
+           'copy_model', 'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def tensors(
@@ -129,6 +130,49 @@ def copy_model(
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
+
+# %% ../../nbs/core/01_model.ipynb #01mod00sh02
+def all_tensors(
+    model:nn.Module # Any model
+)->dict:
+    "Parameters and buffers by name"
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+def _span(t):
+    "Where in memory `t` begins and ends; the same twice if it has no numbers"
+    if t.layout!=torch.strided or not t.numel(): return 0,0
+    last = sum((n-1)*step for n,step in zip(t.shape, t.stride()))
+    return t.data_ptr(),t.data_ptr()+(last+1)*t.element_size() if t.data_ptr() else 0
+
+def shared(
+    these:dict, # Tensors by name
+    those:dict  # Tensors by name
+)->dict: # From names in `these` to names in `those`
+    "Which of `these` tensors lie in the memory of which of `those`"
+    spans = {k:_span(t) for k,t in those.items()}
+    def meets(t, k):
+        (a,b),(c,d) = _span(t),spans[k]
+        return t is those[k] or t.device==those[k].device and max(a, c)<min(b, d)
+    found = {n:next((k for k in those if meets(t, k)), None) for n,t in these.items()}
+    return {n:k for n,k in found.items() if k}
+
+# %% ../../nbs/core/01_model.ipynb #01mod00sh05
+def _moving(model, owned):
+    "Tensors of `model` that a fit can change whose optimizer has those with ids in `owned`"
+    params = {k:p for k,p in model.named_parameters() if p.requires_grad or id(p) in owned}
+    return {**params, **{k:b for k,b in model.named_buffers() if b.is_floating_point()}}
+
+def check_apart(
+    models:list, # Of each what it is, the model, and whether it is trained
+    owned=()     # Ids of tensors that the optimizer has, frozen ones too
+):
+    "Raise a `ValueError` if what one model learns would change another"
+    for (a,x,learns),(b,y,_) in permutations(models, 2):
+        found = shared(_moving(x, owned), all_tensors(y)) if learns else {}
+        if not found: continue
+        names = [k if k==n else f'{k} ({n} there)' for n,k in found.items()]
+        more = f' and {len(names)-4} more' if len(names)>4 else ''
+        raise ValueError(f"{b.capitalize()} shares {', '.join(names[:4])}{more} with {a}, so what {a} learns would change it too. Pass a copy of its model, as `copy_model` makes one.")
 
 # %% ../../nbs/core/01_model.ipynb #01mod00000c
 class FileModel(nn.Module):
