@@ -160,8 +160,9 @@ def _has_group(opt, params, name):
 
 def _unowned(opt, params, name):
     "Those of `params` that are in no other group"
-    names = [*getattr(opt, 'guests', {}),*[None]*len(opt.param_lists)]
-    others = {id(p) for k,ps in zip(names, opt.param_lists) if k!=name for p in ps}
+    guests = list(getattr(opt, 'guests', {}))
+    mine = guests.index(name) if name in guests else None
+    others = {id(p) for i,ps in enumerate(opt.param_lists) for p in ps if i!=mine}
     return [p for p in params if id(p) not in others]
 
 def own_group(

@@ -96,7 +96,7 @@ class SelfDistillCallback(TeachingCallback):
     def one_vector(self, said):
         "The output that heads are to predict; raises `ValueError` if that is no vector"
         k,y = next(iter(said.items()))
-        gives = shape_of(y) if len(said)==1 else ', '.join(map(repr, said))
+        gives = shape_of(y) if len(said)==1 else f"has several outputs: {', '.join(map(repr, said))}"
         if len(said)>1 or y.ndim!=2: raise ValueError(f"Heads predict one vector an item, and this model {gives}. `PastSelfCallback` and `AverageSelfCallback` work with any output.")
         return y
     def turned(self, x): return x.float().movedim(2,1) if x.ndim==3 else x.float()

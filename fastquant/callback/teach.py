@@ -63,7 +63,7 @@ class TeachingCallback(FitCallback):
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # fake-quant is on the model, autocast is still on after the loss, and nobody has scaled it
     _stateattrs = ('extra','_open','found','kept','said')
     _learn,extra,aside,losses = None,None,True,()
-    said,company,trains = None,(),False # what the student said of this batch; models beside it, by what they are; whether these learn too
+    company,trains,said = (),False,None # models beside it, by what they are, whether these learn too, what the student said of this batch
     def __init__(self, loss, weight, temperature):
         check_asked(loss)
         check_curve('weight', weight, lambda v: 0<=v<=1, 'pass the share of the loss that is not the labels\', from 0 to 1.')
@@ -193,23 +193,22 @@ def check_company(self:TeachingCallback):
 @patch
 def heard(self:TeachingCallback, said):
     "Places of the outputs in `said` that the Learner's loss is about"
-    rnn = any(isinstance(cb, RNNCallback) for cb in self.learn.cbs)
-    return rnn and [k for k in said if k.split('.')[0]=='0'][-1:] or list(said)
+    if not any(isinstance(cb, RNNCallback) for cb in self.learn.cbs): return list(said)
+    in_first = [k for k in said if k.split('.')[0]=='0']
+    return in_first[-1:] or list(said)
 
 @patch
 def labels_of_two(self:TeachingCallback):
     "Labels of the two items that a fit starts with"
     with calibration_dl(self.learn, None, 1) as dl: b = first(dl)
-    yb = to_device(b, self.device)[getattr(self.dls, 'n_inp', max(1, len(b)-1)):]
-    return [y[:2] if isinstance(y, Tensor) else y for y in yb]
+    n_inp = getattr(self.dls, 'n_inp', max(1, len(b)-1))
+    return [y[:2] if isinstance(y, Tensor) else y for y in to_device(b, self.device)[n_inp:]]
 
 @patch
 def outputs(self:TeachingCallback, out, whose='The student'):
     "What a model says that is compared, by place, with classes in the second dimension"
     said = outputs_in(out)
-    return {k:_second(pick(said, k, whose).as_subclass(Tensor), self.axis) for k in self.how}
-
-def _second(x, axis): return x.movedim(axis, 1) if x.ndim>2 else x
+    return {k:classes_second(pick(said, k, whose), self.axis) for k in self.how}
 
 # %% ../../nbs/callback/05_teach.ipynb #24callset03
 @patch
@@ -221,7 +220,8 @@ def from_labels(self:TeachingCallback, preds):
 def compared(self:TeachingCallback, student, teacher):
     "The sum of the losses between outputs, at the temperature of the moment"
     t = self.now(self.temperature)
-    return sum(distill_loss(loss, student[k], teacher[k], t) for k,loss in self.how.items())
+    terms = [distill_loss(loss, student[k], teacher[k], t) for k,loss in self.how.items()]
+    return sum(terms)
 
 # %% ../../nbs/callback/05_teach.ipynb #24call089c40
 def _run(model, xb, whose):
@@ -236,7 +236,8 @@ def find_how(self:TeachingCallback, out, said):
     if self.how is not None: return
     heard = self.heard(said)
     self.how = settle(self.asked, out, heard, self.learn.loss_func, self.labels_of_two, self.axis)
-    self.all_count = self.how.keys()==said.keys() and not isinstance(self.asked, dict)
+    chosen = isinstance(self.asked, dict)
+    self.all_count = self.how.keys()==said.keys() and not chosen
 
 @patch
 def look(self:TeachingCallback, model, paths, xb, whose='The student'):
@@ -248,7 +249,8 @@ def look(self:TeachingCallback, model, paths, xb, whose='The student'):
     if model is self.net: self.find_how(out, said)
     elif self.all_count: check_as_many(said, self.how, whose)
     ys = self.outputs(out, whose)
-    if any(y.isnan().any() or ys and y.isinf().any() for y in (ys or said).values()): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
+    def lost(y): return y.isnan().any() or ys and y.isinf().any()
+    if any(map(lost, (ys or said).values())): raise ValueError(f"{whose} gives NaN or infinity on the training data, so there is nothing to learn from it. Look at its weights, or load them again.")
     return ys,found
 
 # %% ../../nbs/callback/05_teach.ipynb #24call1fb6e2
@@ -278,10 +280,11 @@ def check_loss(self:TeachingCallback, term, loss, of=''):
 def check_outputs(self:TeachingCallback, student, teacher, whose):
     "Raise a `ValueError` if outputs cannot be compared"
     for k,loss in self.how.items():
-        check_alike(student[k], teacher[k], whose, k if len(self.how)>1 else '')
-        one = student[k].ndim<2 or student[k].shape[1]==1
-        if find_loss(loss) is distill_losses['soft_targets'] and one: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
-        self.check_loss(distill_loss(loss, student[k], teacher[k], self.now(self.temperature)), loss)
+        s,t = student[k],teacher[k]
+        check_alike(s, t, whose, k if len(self.how)>1 else '')
+        one = s.ndim<2 or s.shape[1]==1
+        if one and find_loss(loss) is distill_losses['soft_targets']: raise ValueError("The output is one number an item, of which the softmax is always 1. Use loss='soft_labels' if it says yes or no, and loss='mse' if it is a quantity.")
+        self.check_loss(distill_loss(loss, s, t, self.now(self.temperature)), loss)
 
 # %% ../../nbs/callback/05_teach.ipynb #24call16758d
 def model_of(

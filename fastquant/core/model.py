@@ -18,8 +18,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'evaluating', 'catching', 'clean_copy',
-           'copy_model', 'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights']
+__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'modules_in', 'evaluating', 'catching',
+           'clean_copy', 'copy_model', 'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def tensors(
@@ -48,14 +48,35 @@ def own_weight(
     return m._parameters.get('weight')
 
 # %% ../../nbs/core/01_model.ipynb #04trac4f1743
+def _held(m):
+    "Modules in lists and dictionaries that are attributes of `m`, by name and place"
+    for name,v in vars(m).items():
+        if name.startswith('_') or not isinstance(v, (list,tuple,dict)): continue
+        places = v if isinstance(v, dict) else dict(enumerate(v))
+        for k,x in places.items():
+            if isinstance(x, nn.Module): yield f'{name}.{k}',x
+
+def _path(*names): return '.'.join(filter(None, names))
+
+def modules_in(
+    model:nn.Module, # Any model
+    at:str=''        # Where in something larger it is
+)->dict:
+    "Modules of `model` by path, and those in its plain lists and dictionaries"
+    found = {_path(at, k):m for k,m in model.named_modules()}
+    for path,m in list(found.items()):
+        for k,x in _held(m):
+            if x not in found.values(): found.update(modules_in(x, _path(path, k)))
+    return found
+
 @contextmanager
 def evaluating(
     model:nn.Module # Any model
 ):
     "`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in"
-    modes = {m:m.training for m in model.modules()}
+    modes = {m:m.training for m in modules_in(model).values()}
     try:
-        model.eval()
+        for m in modes: m.eval()
         with torch.no_grad(): yield model
     finally:
         for m,training in modes.items(): m.training = training
@@ -104,7 +125,7 @@ def _obstacle(model):
     for path,m in reversed(list(model.named_modules())):
         for k,v in own(m):
             try: _copied(v)
-            except ValueError as e: return '.'.join(filter(None, (path,k))),e
+            except ValueError as e: return _path(path, k),e
     return 'it',None
 
 # %% ../../nbs/core/01_model.ipynb #01mod00cp07
@@ -135,32 +156,44 @@ def copy_model(
 def all_tensors(
     model:nn.Module # Any model
 )->dict:
-    "Parameters and buffers by name"
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    "Parameters and buffers by name, those of modules in plain lists too"
+    found = {}
+    for path,m in modules_in(model).items():
+        own = {**m._parameters, **m._buffers}
+        found.update({_path(path, k):t for k,t in own.items() if t is not None})
+    return found
 
-def _span(t):
-    "Where in memory `t` begins and ends; the same twice if it has no numbers"
-    if t.layout!=torch.strided or not t.numel(): return 0,0
+def _place(t):
+    "On which device `t` lies, from where to where; what has no memory of its own lies in itself"
+    if t.layout!=torch.strided or not t.numel() or not t.data_ptr(): return None,id(t),id(t)+1
     last = sum((n-1)*step for n,step in zip(t.shape, t.stride()))
-    return t.data_ptr(),t.data_ptr()+(last+1)*t.element_size() if t.data_ptr() else 0
+    start = t.data_ptr()
+    return t.device,start,start+(last+1)*t.element_size()
+
+def _meet(a, b): return a[0]==b[0] and max(a[1], b[1])<min(a[2], b[2])
 
 def shared(
     these:dict, # Tensors by name
     those:dict  # Tensors by name
 )->dict: # From names in `these` to names in `those`
     "Which of `these` tensors lie in the memory of which of `those`"
-    spans = {k:_span(t) for k,t in those.items()}
-    def meets(t, k):
-        (a,b),(c,d) = _span(t),spans[k]
-        return t is those[k] or t.device==those[k].device and max(a, c)<min(b, d)
-    found = {n:next((k for k in those if meets(t, k)), None) for n,t in these.items()}
-    return {n:k for n,k in found.items() if k}
+    places = {k:_place(t) for k,t in those.items()}
+    def first_at(a): return next((k for k,b in places.items() if _meet(a, b)), None)
+    found = {n:first_at(_place(t)) for n,t in these.items()}
+    return {n:k for n,k in found.items() if k is not None}
 
 # %% ../../nbs/core/01_model.ipynb #01mod00sh05
 def _moving(model, owned):
     "Tensors of `model` that a fit can change whose optimizer has those with ids in `owned`"
-    params = {k:p for k,p in model.named_parameters() if p.requires_grad or id(p) in owned}
+    def moves(p): return p.requires_grad or id(p) in owned
+    params = {k:p for k,p in model.named_parameters() if moves(p)}
     return {**params, **{k:b for k,b in model.named_buffers() if b.is_floating_point()}}
+
+def _some(found):
+    "The first of some names, with those that others have for the same"
+    names = [k if k==n else f'{k} ({n} there)' for n,k in found.items()]
+    more = f' and {len(names)-4} more' if len(names)>4 else ''
+    return ', '.join(names[:4])+more
 
 def check_apart(
     models:list, # Of each what it is, the model, and whether it is trained
@@ -169,10 +202,8 @@ def check_apart(
     "Raise a `ValueError` if what one model learns would change another"
     for (a,x,learns),(b,y,_) in permutations(models, 2):
         found = shared(_moving(x, owned), all_tensors(y)) if learns else {}
-        if not found: continue
-        names = [k if k==n else f'{k} ({n} there)' for n,k in found.items()]
-        more = f' and {len(names)-4} more' if len(names)>4 else ''
-        raise ValueError(f"{b.capitalize()} shares {', '.join(names[:4])}{more} with {a}, so what {a} learns would change it too. Pass a copy of its model, as `copy_model` makes one.")
+        advice = "Begin with a copy of one of them, which shares nothing: `copy_model(model)`."
+        if found: raise ValueError(f"{b.capitalize()} shares {_some(found)} with {a}, so what {a} learns would change it too. {advice}")
 
 # %% ../../nbs/core/01_model.ipynb #01mod00000c
 class FileModel(nn.Module):

@@ -9,24 +9,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from copy import deepcopy
+from fastcore.basics import first
 from torch import nn, Tensor
 from .losses import *
 
 # %% auto #0
-__all__ = ['outputs_in', 'pick', 'say_which', 'fitting_loss', 'by_activation', 'ignores_shift', 'implied_loss', 'check_asked',
-           'settle', 'check_as_many', 'check_alike']
+__all__ = ['outputs_in', 'pick', 'classes_second', 'fitting_loss', 'by_activation', 'ignores_shift', 'implied_loss',
+           'check_asked', 'settle', 'check_as_many', 'check_alike']
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00007
+def _in_order(o):
+    "What is in `o` by key or place"
+    if isinstance(o, (list,tuple)): return dict(enumerate(o))
+    return o if isinstance(o, dict) else {}
+
 def outputs_in(
     o,        # What a model returns
     at:str='' # Where in something larger it is
 )->dict: # From places, as in `'1.boxes'`, to tensors
     "All the floating-point tensors in nested lists, tuples and dictionaries, by place"
     if isinstance(o, Tensor): return {at:o} if o.is_floating_point() else {}
-    if isinstance(o, (list,tuple)): o = dict(enumerate(o))
-    if not isinstance(o, dict): return {}
-    inner = [outputs_in(x, f'{at}.{k}' if at else str(k)) for k,x in o.items()]
-    return {k:t for found in inner for k,t in found.items()}
+    found = {}
+    for k,x in _in_order(o).items(): found.update(outputs_in(x, f'{at}.{k}' if at else str(k)))
+    return found
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00010
 def pick(
@@ -38,21 +43,31 @@ def pick(
     if k in said: return said[k]
     if len(said)==1: return next(iter(said.values()))
     no = f'no output {k!r}, but' if k else 'several outputs:'
-    raise ValueError(f"{whose} has {no} {', '.join(map(repr, said))}. {say_which(said)}")
+    raise ValueError(f"{whose} has {no} {', '.join(map(repr, said))}. {_say_which(said)}")
 
-def say_which(
+def _say_which(
     said:dict # Outputs of a model by place
 )->str:
     "How to choose among `said`, for errors"
     k = next(iter(said), '0')
     return f"Say which are to be learned, and how: loss={{{k!r}:'soft_targets'}}, with a distillation loss for each."
 
+# %% ../../nbs/distill/01_outputs.ipynb #09outp00032
+def classes_second(
+    x:Tensor, # An output
+    axis:int  # Where it has its classes, if it has more than two dimensions
+)->Tensor:
+    "The output with classes in the second dimension"
+    x = x.as_subclass(Tensor)
+    return x.movedim(axis, 1) if x.ndim>2 else x
+
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00013
-_fits = dict(
-    soft_targets=(nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss),
-    soft_labels=(nn.BCEWithLogitsLoss, nn.MultiLabelSoftMarginLoss, F.binary_cross_entropy_with_logits, F.multilabel_soft_margin_loss),
-    mse=(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss))
-_fits = {f:k for k,fs in _fits.items() for f in fs}
+_softmax = nn.CrossEntropyLoss,nn.NLLLoss,F.cross_entropy,F.nll_loss
+_sigmoid = (nn.BCEWithLogitsLoss,F.binary_cross_entropy_with_logits,
+    nn.MultiLabelSoftMarginLoss,F.multilabel_soft_margin_loss)
+_quantity = (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,
+    F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss)
+_fits = {**dict.fromkeys(_softmax, 'soft_targets'), **dict.fromkeys(_sigmoid, 'soft_labels'), **dict.fromkeys(_quantity, 'mse')}
 
 def _inside(loss_func):
     "The function or module that computes what `loss_func` gives"
@@ -68,7 +83,7 @@ def fitting_loss(
     return next((_fits[k] for k in kinds if k in _fits), None)
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00015
-_refusals = RuntimeError,TypeError,ValueError,LookupError,AttributeError # of a function that wants something else than what the model says
+_refusals = RuntimeError,TypeError,ValueError,LookupError,AttributeError # of who wants something else
 
 def by_activation(
     loss_func, # A loss of labels, with an `activation` or without
@@ -81,8 +96,10 @@ def by_activation(
     if act is None: return None
     try: x,y = pick(outputs_in(out), k),pick(outputs_in(act(out)), k)
     except _refusals: return None
-    made = dict(soft_targets=x.softmax(axis if x.ndim>2 else -1), soft_labels=x.sigmoid())
-    return next((name for name,p in made.items() if y.shape==p.shape and y.allclose(p)), None)
+    classes = axis if x.ndim>2 else -1
+    made = dict(soft_targets=x.softmax(classes), soft_labels=x.sigmoid())
+    def same(p): return y.shape==p.shape and y.allclose(p)
+    return first(name for name,p in made.items() if same(p))
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00018
 def ignores_shift(
@@ -109,10 +126,11 @@ def implied_loss(
     "The distillation loss that `loss_func` implies for the output at `k`; raises `ValueError` if it implies none"
     if name:=by_activation(loss_func, out, k, axis): return name
     if ignores_shift(loss_func, out, labels(), k): return 'soft_targets'
-    said,f = outputs_in(out),getattr(loss_func, '__name__', loss_func)
-    of,which = (f' for output {k!r}',f' {say_which(said)}') if len(said)>1 else ('','')
+    said,name = outputs_in(out),getattr(loss_func, '__name__', loss_func)
+    of = f' for output {k!r}' if len(said)>1 else ''
+    which = f' {_say_which(said)}' if len(said)>1 else ''
     say = "loss='soft_targets' for classes, 'soft_labels' for several labels an item, 'mse' for quantities"
-    raise ValueError(f"The Learner's loss, {f}, does not show how the teacher is to be read{of}. Pass {say}.{which}")
+    raise ValueError(f"The Learner's loss, {name}, does not show how the teacher is to be read{of}. Pass {say}.{which}")
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00025
 def check_asked(
@@ -136,11 +154,14 @@ def settle(
 )->dict: # From places to distillation losses
     "How each output is compared; raises `ValueError` where nobody says it"
     if loss is None: return {}
-    said,ask = outputs_in(out),loss if isinstance(loss, dict) else {k:loss for k in heard}
+    said = outputs_in(out)
+    ask = loss if isinstance(loss, dict) else dict.fromkeys(heard, loss)
     ask = {str(k):o for k,o in ask.items()}
     for k in ask: pick(said, k, 'The student')
     known = fitting_loss(loss_func) if len(ask)==1 else None
-    def found(k, o): return (known or implied_loss(loss_func, out, k, labels, axis)) if _is_auto(o) else o
+    def found(k, o):
+        if not _is_auto(o): return o
+        return known or implied_loss(loss_func, out, k, labels, axis)
     return {k:found(k, o) for k,o in ask.items()}
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00028
@@ -152,7 +173,8 @@ def check_as_many(
     "Raise a `ValueError` if `said` is more or less than the student says"
     if said.keys()==how.keys() or len(said)==len(how)==1: return
     def names(o): return ', '.join(map(repr, o)) if len(o)>1 else 'one output'
-    raise ValueError(f"{whose} gives {names(said)}, and the student {names(how)}. {say_which(max(said, how, key=len))}")
+    advice = _say_which(max(said, how, key=len))
+    raise ValueError(f"{whose} gives {names(said)}, and the student {names(how)}. {advice}")
 
 def check_alike(
     student:Tensor, # What the student says
@@ -164,4 +186,6 @@ def check_alike(
     if student.shape==other.shape: return
     of = whose[0].lower()+whose[1:]
     advice = 'Compare features only, with loss=None, or take' if whose=='The teacher' else 'Take'
-    raise ValueError(f"The student's output{name and f' {name!r}'} is {shape_of(student)} an item and that of {of} {shape_of(other)}: they must say the same things. {advice} another.")
+    out = f'output {name!r}' if name else 'output'
+    sizes = f"{shape_of(student)} an item and that of {of} {shape_of(other)}"
+    raise ValueError(f"The student's {out} is {sizes}: they must say the same things. {advice} another.")

@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 # %% ../../nbs/learner/00_core.ipynb #22cor1df7637
 from __future__ import annotations
 from fastai.basics import *
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from ..core.attach import *
 from ..quant.train import *
 from ..prune.mask import *
@@ -29,6 +30,7 @@ def twin_of(
     new.model,new.splitter = model,trainable_params
     new.cbs,new.opt,new.training = L(),None,False
     new.add_cbs(_default_cbs(learn))
+    new.add_cbs(type(cb)() for cb in learn.cbs if type(cb) in (ModelResetter,RNNCallback)) # a text model says more than losses and metrics take
     new('after_create')
     return new
 
