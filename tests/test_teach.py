@@ -2,7 +2,7 @@
 import pytest, threading, torch
 import torch.nn.functional as F
 from collections import Counter
-from fastai.callback.rnn import RNNCallback, rnn_cbs
+from fastai.callback.rnn import rnn_cbs
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
 from fastai.vision.all import Callback, DataLoaders, Learner, MixUp, OptimWrapper, noop, partial, ranger, set_seed
@@ -64,8 +64,9 @@ def norm_only(t):
     s = net()
     s[0][2].register_buffer('running_mean', t[0][2].running_mean)
     return s
-made_of = dict(slice=lambda t: (nn.Sequential(*t[:2]),t), other_head=lambda t: (net(t[0]),t), tied=lambda t: (tied(t),t), part=lambda t: (part(t),t), assigned=lambda t: (assigned(t),t),
-    statistics=lambda t: (norm_only(t),t), inside=lambda t: (Around(t),t), around=lambda t: (t,Around(t)), parallel=lambda t: (net(t[0]),nn.DataParallel(t)), listed=lambda t: (net(t[0]),Ensemble(net(),t)))
+made_of = dict(slice=lambda t: (nn.Sequential(*t[:2]),t), other_head=lambda t: (net(t[0]),t), tied=lambda t: (tied(t),t), part=lambda t: (part(t),t),
+    assigned=lambda t: (assigned(t),t), statistics=lambda t: (norm_only(t),t), inside=lambda t: (Around(t),t), around=lambda t: (t,Around(t)),
+    parallel=lambda t: (net(t[0]),nn.DataParallel(t)), listed=lambda t: (net(t[0]),Ensemble(net(),t)))
 
 opts = dict(adam={}, ranger=dict(opt_func=ranger), torch=dict(opt_func=partial(OptimWrapper, opt=torch.optim.AdamW)))
 
@@ -77,7 +78,8 @@ def test_shares_with_the_student(make, cb):
     learn = learner(student)
     learn.fit(1, 1e-3)
     was,groups = state(student, other),[[id(p) for p in ps] for ps in learn.opt.param_lists]
-    with pytest.raises(ValueError, match=r'shares .*(weight|running_mean).* with the student.*copy_model\(model\)'): learn.fit(1, 1e-3, cbs=cb(other))
+    say = r'shares .*(weight|running_mean).* with the student.*copy_model\(model\)'
+    with pytest.raises(ValueError, match=say): learn.fit(1, 1e-3, cbs=cb(other))
     assert same(was, state(student, other)) and [[id(p) for p in ps] for ps in learn.opt.param_lists]==groups
     twin = copy_model(other)
     before = state(twin)
@@ -90,9 +92,10 @@ def test_peers_that_share(kwargs):
     "With each other, or with who teaches in another callback, whichever comes first"
     trunk,other,learn = body(),net(),learner(net(), **kwargs)
     was = state(other)
-    for cbs,say in (([MutualCallback(net(trunk), net(trunk))], 'A peer shares .* with a peer'), ([DistillCallback(other),MutualCallback(other)], 'teacher shares .* with a peer'),
-                    ([MutualCallback(other),DistillCallback(other)], 'teacher shares .* with a peer')):
-        with pytest.raises(ValueError, match=say): learn.fit(1, 1e-2, cbs=cbs)
+    def twice(): return DistillCallback(other),MutualCallback(other)
+    for cbs,who in (([MutualCallback(net(trunk), net(trunk))], 'A peer'), (twice(), 'The teacher'), (twice()[::-1], 'The teacher')):
+        say = f'{who} shares .* with a peer'
+        with pytest.raises(ValueError, match=say): learn.fit(1, 1e-2, cbs=list(cbs))
         check_owned(learn)
     assert same(was, state(other))
 
@@ -138,9 +141,12 @@ def own_bce(p, y): return F.binary_cross_entropy_with_logits(p, y)
 class Combined:
     def __call__(self, p, y): return FocalLossFlat()(p, y)
     def activation(self, x): return x.softmax(-1)
-losses = [(BCEWithLogitsLossFlat(),several,'soft_labels'), (nn.BCEWithLogitsLoss(),several,'soft_labels'), (F.multilabel_soft_margin_loss,several,'soft_labels'), (MSELossFlat(),several,'mse'), (L1LossFlat(),several,'mse'),
-    (nn.CrossEntropyLoss(),Y,'soft_targets'), (LabelSmoothingCrossEntropyFlat(),Y,'soft_targets'), (Combined(),Y,'soft_targets'), (partial(F.cross_entropy, label_smoothing=.1),Y,'soft_targets'), (own_ce,Y,'soft_targets')]
-callbacks = dict(teacher=lambda: DistillCallback(net()), past=PastSelfCallback, average=AverageSelfCallback, depth=lambda: SelfDistillCallback('0.1'), peer=lambda: MutualCallback(net()))
+losses = [(f,several,'soft_labels') for f in (BCEWithLogitsLossFlat(),nn.BCEWithLogitsLoss(),F.multilabel_soft_margin_loss)]
+losses += [(f,several,'mse') for f in (MSELossFlat(),L1LossFlat())]
+exclusive = nn.CrossEntropyLoss(),LabelSmoothingCrossEntropyFlat(),Combined(),partial(F.cross_entropy, label_smoothing=.1),own_ce
+losses += [(f,Y,'soft_targets') for f in exclusive]
+callbacks = dict(teacher=lambda: DistillCallback(net()), past=PastSelfCallback, average=AverageSelfCallback,
+    depth=lambda: SelfDistillCallback('0.1'), peer=lambda: MutualCallback(net()))
 
 @pytest.mark.parametrize('loss_func,y,want', losses, ids=[getattr(f, '__name__', type(f).__name__) for f,*_ in losses])
 def test_loss_implies(loss_func, y, want): assert read_as(learner(net(), loss_func, y), DistillCallback(net()))=={'':want}
@@ -151,7 +157,8 @@ def test_all_follow_the_loss(make):
     assert read_as(learner(net(), cbs=MixUp()), make())=={'':'soft_targets'}
     learn = learner(net(), own_bce, several)
     was = state(learn.model)
-    with pytest.raises(ValueError, match="own_bce, does not show how the teacher is to be read. Pass loss='soft_targets' for classes, 'soft_labels'"): learn.fit(1, cbs=make())
+    say = "own_bce, does not show how the teacher is to be read. Pass loss='soft_targets' for classes, 'soft_labels'"
+    with pytest.raises(ValueError, match=say): learn.fit(1, cbs=make())
     assert same(was, state(learn.model))
 
 def test_classes_of_pixels():
@@ -182,7 +189,8 @@ def test_all_outputs_are_taught(kind, theirs):
         order = DistillCallback.order+1
         def after_loss(self):
             if not self.training: return
-            with torch.no_grad(): want = sum(16*F.kl_div((s/4).log_softmax(1), (t/4).softmax(1), reduction='batchmean') for s,t in zip(parts(self.pred), parts(teacher(*self.xb))))
+            def kl(s, t): return 16*F.kl_div((s/4).log_softmax(1), (t/4).softmax(1), reduction='batchmean')
+            with torch.no_grad(): want = sum(map(kl, parts(self.pred), parts(teacher(*self.xb))))
             seen.append(torch.allclose(self.distill.losses[-1], want, atol=1e-5))
     learn.fit(1, 1e-2, cbs=[DistillCallback(teacher, weight=1.),Note()])
     assert len(seen)==4 and all(seen) and still(student, was)==[]
@@ -256,7 +264,8 @@ class Cached(nn.Module):
         self.seen['last'] = x@self.turned+self.lin.bias
         return self.seen['last']
 
-norms = dict(old_weight_norm=torch.nn.utils.weight_norm, weight_norm=parametrizations.weight_norm, old_spectral_norm=spectral_norm, spectral_norm=parametrizations.spectral_norm)
+norms = dict(old_weight_norm=torch.nn.utils.weight_norm, weight_norm=parametrizations.weight_norm,
+    old_spectral_norm=spectral_norm, spectral_norm=parametrizations.spectral_norm)
 @pytest.mark.filterwarnings('ignore:.*weight_norm. is deprecated')
 @pytest.mark.parametrize('norm', norms.values(), ids=norms)
 def test_copies_of_normed_weights(norm):

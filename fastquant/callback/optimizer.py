@@ -158,13 +158,6 @@ def _has_group(opt, params, name):
     group = opt.param_lists[guests.index(name)]
     return [*map(id, params)]==[*map(id, group)]
 
-def _unowned(opt, params, name):
-    "Those of `params` that are in no other group"
-    guests = list(getattr(opt, 'guests', {}))
-    mine = guests.index(name) if name in guests else None
-    others = {id(p) for i,ps in enumerate(opt.param_lists) for p in ps if i!=mine}
-    return [p for p in params if id(p) not in others]
-
 def own_group(
     opt,             # A fastai optimizer, or an `OptimWrapper`; changed in place
     params:list,     # Step sizes, or others; nothing happens if there are none, and nothing `beside`
@@ -202,6 +195,13 @@ def _add_group(opt, params, name):
         for p in params: _state(opt).setdefault(p, {}) # a state that was loaded has no default
     opt.guests = {name:Guest(), **getattr(opt, 'guests', {})}
     if not isinstance(opt, StepGroup): opt.__class__ = _with_group(type(opt))
+
+def _unowned(opt, params, name):
+    "Those of `params` that are in no other group"
+    guests = list(getattr(opt, 'guests', {}))
+    mine = guests.index(name) if name in guests else None
+    others = {id(p) for i,ps in enumerate(opt.param_lists) for p in ps if i!=mine}
+    return [p for p in params if id(p) not in others]
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti88a18e
 def drop_group(

@@ -82,8 +82,6 @@ class TeachingCallback(FitCallback):
         self._learn = learn
         if learn is not None: learn.add_cb(self.column)
     @property
-    def device(self): return next(self.net.parameters()).device
-    @property
     def beside(self):
         "Tensors of this fit that nothing trains"
         return []
@@ -98,9 +96,6 @@ class TeachingCallback(FitCallback):
         if self.going: self.join()
         else: self.start()
         self.extra.train()
-    def after_pred(self):
-        self.said = self.learn.pred
-        self._open.close()
     def after_loss(self):
         if not len(self.yb): return
         loss,term = self.combined(self.learn.loss_grad, self.now(self.weight))
@@ -136,6 +131,9 @@ def join(self:TeachingCallback):
     for p in norm_bias_params(self.extra, True) if not self.learn.wd_bn_bias else (): opt.state[p]['do_wd'] = False
     self.share([*ps,*self.beside])
 
+@patch(as_prop=True)
+def device(self:TeachingCallback): return next(self.net.parameters()).device
+
 # %% ../../nbs/callback/05_teach.ipynb #24callcut002
 def _shapes(net): return [p.shape for p in net.parameters()]
 
@@ -157,6 +155,11 @@ def before_batch(self:TeachingCallback):
     self.keep_up()
     self._open.close()
     self.found = self._open.enter_context(catching(self.net, self.paths))
+
+@patch
+def after_pred(self:TeachingCallback):
+    self.said = self.learn.pred # before other callbacks make something else of it: who teaches has none
+    self._open.close()
 
 # %% ../../nbs/callback/05_teach.ipynb #24call2ad9c7
 @patch

@@ -47,7 +47,7 @@ def own_weight(
     "The weight of `m`, if that is a parameter of its own"
     return m._parameters.get('weight')
 
-# %% ../../nbs/core/01_model.ipynb #04trac4f1743
+# %% ../../nbs/core/01_model.ipynb #04trac4f1m1
 def _held(m):
     "Modules in lists and dictionaries that are attributes of `m`, by name and place"
     for name,v in vars(m).items():
@@ -69,6 +69,7 @@ def modules_in(
             if x not in found.values(): found.update(modules_in(x, _path(path, k)))
     return found
 
+# %% ../../nbs/core/01_model.ipynb #04trac4f1743
 @contextmanager
 def evaluating(
     model:nn.Module # Any model
@@ -163,6 +164,7 @@ def all_tensors(
         found.update({_path(path, k):t for k,t in own.items() if t is not None})
     return found
 
+# %% ../../nbs/core/01_model.ipynb #01mod00sh09
 def _place(t):
     "On which device `t` lies, from where to where; what has no memory of its own lies in itself"
     if t.layout!=torch.strided or not t.numel() or not t.data_ptr(): return None,id(t),id(t)+1

@@ -6,8 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/distill/outputs.html.md"""
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00004
 from __future__ import annotations
-import torch
-import torch.nn.functional as F
+import torch, torch.nn.functional as F
 from copy import deepcopy
 from fastcore.basics import first
 from torch import nn, Tensor
@@ -62,12 +61,11 @@ def classes_second(
     return x.movedim(axis, 1) if x.ndim>2 else x
 
 # %% ../../nbs/distill/01_outputs.ipynb #09outp00013
-_softmax = nn.CrossEntropyLoss,nn.NLLLoss,F.cross_entropy,F.nll_loss
-_sigmoid = (nn.BCEWithLogitsLoss,F.binary_cross_entropy_with_logits,
-    nn.MultiLabelSoftMarginLoss,F.multilabel_soft_margin_loss)
-_quantity = (nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,
-    F.mse_loss,F.l1_loss,F.smooth_l1_loss,F.huber_loss)
-_fits = {**dict.fromkeys(_softmax, 'soft_targets'), **dict.fromkeys(_sigmoid, 'soft_labels'), **dict.fromkeys(_quantity, 'mse')}
+_fits = dict.fromkeys((nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss), 'soft_targets')
+_fits |= dict.fromkeys((nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits), 'soft_labels')
+_fits |= dict.fromkeys((nn.MultiLabelSoftMarginLoss, F.multilabel_soft_margin_loss), 'soft_labels')
+_fits |= dict.fromkeys((nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss), 'mse')
+_fits |= dict.fromkeys((F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss), 'mse')
 
 def _inside(loss_func):
     "The function or module that computes what `loss_func` gives"
