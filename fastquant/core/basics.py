@@ -6,14 +6,17 @@ Docs: https://fastquant-dev.github.io/fastquant/core/basics.html.md"""
 
 # %% ../../nbs/core/00_basics.ipynb #00basi4451f6
 from __future__ import annotations
-import os
+import os, platform, re, secrets
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from pathlib import Path
+from stat import S_IMODE
+from zlib import crc32
 from fastcore.all import *
 
 # %% auto #0
-__all__ = ['near_misses', 'Registry', 'matches', 'check_patterns', 'check_writable', 'write_whole']
+__all__ = ['near_misses', 'Registry', 'matches', 'check_patterns', 'check_writable', 'remove_litter', 'write_whole']
 
 # %% ../../nbs/core/00_basics.ipynb #00basia54d82
 def near_misses(
@@ -60,22 +63,73 @@ def check_patterns(
 # %% ../../nbs/core/00_basics.ipynb #00basi1681c6
 def check_writable(fname)->Path:
     "`fname` as a `Path`, or an `OSError` that says why no file can be written there"
-    fname = Path(fname)
-    if fname.is_dir(): raise IsADirectoryError(f"fname={str(fname)!r} is a folder: add a file name to it.")
-    if not fname.parent.is_dir(): raise FileNotFoundError(f"fname={str(fname)!r}: there is no folder {str(fname.parent)!r}. Make it first, or pass another `fname`.")
-    if not os.access(fname.parent, os.W_OK): raise PermissionError(f"fname={str(fname)!r}: the folder {str(fname.parent)!r} cannot be written to. Pass another `fname`.")
+    fname,said = Path(fname),f"fname={str(fname)!r}"
+    to = Path(os.path.realpath(fname)) # `resolve` gives up on a link to itself
+    if to.is_symlink(): raise OSError(f"{said} is a link that leads back to itself. Pass another `fname`.")
+    if to.is_dir(): raise IsADirectoryError(f"{said} is a folder: add a file name to it.")
+    if to.exists() and not to.is_file(): raise OSError(f"{said} is a pipe, a device or the like, and no file that can be replaced. Pass another `fname`.")
+    if not to.parent.is_dir(): raise FileNotFoundError(f"{said}: there is no folder {str(to.parent)!r}. Make it first, or pass another `fname`.")
+    if to.exists() and not os.access(to, os.W_OK): raise PermissionError(f"{said} is there already, and is read-only. Pass another `fname`, or change its mode.")
+    if not os.access(to.parent, os.W_OK): raise PermissionError(f"{said}: the folder {str(to.parent)!r} cannot be written to. Pass another `fname`.")
     return fname
 
 # %% ../../nbs/core/00_basics.ipynb #00basi8b3808
+def _here():
+    "Where process numbers mean what they mean here, in a few letters"
+    try: space = os.readlink('/proc/self/ns/pid')
+    except OSError: space = ''
+    return f'{crc32(f"{platform.node()} {space}".encode()):08x}'
+
+def _is_dead(pid):
+    if os.name!='posix': return False
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return True
+    except (PermissionError,OverflowError): pass
+    return False
+
+def remove_litter(
+    folder:Path # Where files are written
+):
+    "Remove what processes of this machine that are dead were writing to `folder`"
+    for f in folder.glob(f'.fq-{_here()}-*.tmp'):
+        m = re.fullmatch(r'\.fq-\w+-(\d+)-\w+\.tmp', f.name)
+        if not m or not _is_dead(int(m[1])): continue
+        with suppress(OSError): f.unlink()
+
+# %% ../../nbs/core/00_basics.ipynb #00basilitt03
+@contextmanager
+def _neighbour(to:Path):
+    "A new file beside `to`, open for writing, with the mode that `to` has; gone in the end"
+    tmp = to.parent/f'.fq-{_here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp'
+    with open(os.open(tmp, os.O_WRONLY|os.O_CREAT|os.O_EXCL, 0o666), 'wb') as f:
+        try:
+            if to.exists():
+                old = to.stat()
+                with suppress(OSError,AttributeError): os.chown(tmp, old.st_uid, old.st_gid)
+                os.chmod(tmp, S_IMODE(old.st_mode))
+            yield f,tmp
+        finally: tmp.unlink(missing_ok=True)
+
+def _sync(folder):
+    "Let the names in `folder` be on the disk too, where a folder can be asked that"
+    with suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
+# %% ../../nbs/core/00_basics.ipynb #00basilitt05
 def write_whole(
     fname,     # Where to; the folder must exist
     data:bytes # What
 )->Path:
     "Write `data` to `fname` in one step: after an error there is the old file or none, never half a new one"
     fname = check_writable(fname)
-    tmp = fname.with_name(f'.{fname.name}.{os.getpid()}.tmp')
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, fname)
-    finally: tmp.unlink(missing_ok=True)
+    to = Path(os.path.realpath(fname))
+    remove_litter(to.parent)
+    with _neighbour(to) as (f,tmp):
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+        os.replace(tmp, to)
+    _sync(to.parent)
     return fname
