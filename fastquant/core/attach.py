@@ -6,12 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/core/attach.html.md"""
 
 # %% ../../nbs/core/04_attach.ipynb #04attfed374d
 from __future__ import annotations
-import json, torch
+import torch
 from contextlib import contextmanager
 from fastcore.all import camel2snake
 from functools import partial
 from torch import nn, Tensor
 from .basics import *
+from .plain import *
 from .model import *
 
 # %% auto #0
@@ -105,10 +106,14 @@ def text_to_tensor(
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 def tensor_to_text(
-    t:Tensor # From `text_to_tensor`
+    t:Tensor,        # From `text_to_tensor`
+    what='The text' # What it is, for messages
 )->str:
-    "The text again"
-    return bytes(t.tolist()).decode()
+    "The text again; raises `ValueError` if `t` holds none"
+    is_text = isinstance(t, Tensor) and t.dtype==torch.uint8 and t.ndim==1
+    check_field(is_text, what, t, 'a row of bytes')
+    try: return bytes(t.tolist()).decode()
+    except UnicodeDecodeError as e: raise ValueError(f"{what} cannot be read: {e}. It is damaged: save it again.") from e
 
 # %% ../../nbs/core/04_attach.ipynb #04att0000e
 structure_steps = Registry('structural step')
@@ -121,7 +126,7 @@ class Structure(Attachment):
     ): self.steps = list(steps)
     def saving(self, m, state, prefix):
         said = [(_kind(s),s.to_json()) for s in self.steps]
-        state[prefix+'structure'] = text_to_tensor(json.dumps(said))
+        state[prefix+'structure'] = text_to_tensor(to_text(dict(steps=said)))
     def loading(self, m, state, prefix, errors):
         with naming(m): todo = _lead(steps_in(state, prefix), self.steps)
         for s in todo: s.adapt(m, state, prefix)
@@ -156,11 +161,20 @@ def steps_in(
 )->list:
     "What was done to the structure of the model that `state` was taken from"
     text,before = state.get(prefix+'structure'),state.get(prefix+'channels_left')
+    what = f"'{prefix}structure'"
     if before is not None: # all that there could be, before there were steps
-        return [structure_steps.find('recipe').from_json(tensor_to_text(before))]
+        return [structure_steps.find('recipe').from_json(tensor_to_text(before, what))]
     if text is None: return []
-    said = json.loads(tensor_to_text(text))
-    return [structure_steps.find(k).from_json(s) for k,s in said]
+    return from_text(tensor_to_text(text, what), what, lambda o: _steps(o, what))
+
+def _steps(o, what):
+    "The steps that plain data says"
+    if isinstance(o, dict) and set(o)=={'steps'}: o = o['steps'] # a list alone, before there was a digest beside it
+    check_field(isinstance(o, list), what, o, 'a list of steps')
+    for s in o:
+        pair = isinstance(s, list) and len(s)==2 and isinstance(s[0], str)
+        check_field(pair, f'A step of {what}', s, 'its kind and what it says')
+    return [structure_steps.find(k).from_json(s) for k,s in o]
 
 # %% ../../nbs/core/04_attach.ipynb #04att000fb
 def _lead(mine, theirs):
@@ -224,7 +238,13 @@ def try_first(
 ):
     "Raise what loading `state` into `model` would raise, and leave both alone"
     def sizes(s): return {k:v.shape for k,v in s.items() if isinstance(v, Tensor)}
-    if sizes(model.state_dict())!=sizes(state): put_all(clean_copy(model), state, batch, strict)
+    own = model.state_dict()
+    if sizes(own)!=sizes(state) or any(_other_text(own[k], v) for k,v in state.items()): put_all(clean_copy(model), state, batch, strict)
+
+def _other_text(a, b):
+    "Whether `b` is no tensor, or text or masks that are not those of `a`"
+    if not isinstance(b, Tensor): return True
+    return b.dtype!=a.dtype or b.dtype==torch.uint8 and not b.equal(a.to(b.device))
 
 def load_attached(
     model:nn.Module,  # Changed in place

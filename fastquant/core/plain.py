@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from reprlib import Repr
 
 # %% auto #0
-__all__ = ['check_field', 'is_size', 'check_kind', 'check_fields', 'digest_of', 'to_text', 'parsed', 'from_text']
+__all__ = ['check_field', 'is_size', 'check_fields', 'digest_of', 'to_text', 'parsed', 'from_text']
 
 # %% ../../nbs/core/00_plain.ipynb #00plain0006
 _short = Repr()
@@ -40,7 +40,7 @@ _kinds = {'int':('a whole number', lambda v: type(v) is int), 'float':('a number
     'str':('text', lambda v: isinstance(v, str)), 'dict':('an object', lambda v: isinstance(v, dict)),
     'tuple':('a list', lambda v: isinstance(v, list)), 'list':('a list', lambda v: isinstance(v, list)), 'None':('null', lambda v: v is None)}
 
-def check_kind(field, value, annotation):
+def _check_kind(field, value, annotation):
     "Raise a `ValueError` if `value` is none of what an `annotation` like `'int|None'` says; kinds that JSON does not have go through"
     wanted = [_kinds.get(k.strip()) for k in str(annotation).split('|')]
     if None in wanted: return
@@ -48,18 +48,20 @@ def check_kind(field, value, annotation):
     check_field(fits, field, value, ' or '.join(name for name,_ in wanted))
 
 def check_fields(
-    d,       # From JSON
-    cls,     # A dataclass
-    what:str # What `d` is, for messages
+    d,            # From JSON
+    cls,          # A dataclass
+    what:str,     # What `d` is, for messages
+    optional=None # Fields that may be missing; None is those that have a default
 ):
     "Raise a `ValueError` that names the first field of `d` that is none of `cls`, is missing, or is of another kind"
     known = {f.name:f for f in fields(cls)}
+    if optional is None: optional = [k for k,f in known.items() if not f.default is f.default_factory is MISSING]
     check_field(isinstance(d, dict), what, d, f"an object with the fields {', '.join(known)}")
     for k in d:
         if k not in known: raise ValueError(f"{what} has a field {_short.repr(k)}, which is not known here. There are {', '.join(known)}.")
     for k,f in known.items():
-        if k in d: check_kind(f'{what}: {k}', d[k], f.type)
-        elif f.default is MISSING and f.default_factory is MISSING: raise ValueError(f"{what} has no field {k!r}.")
+        if k in d: _check_kind(f'{what}: {k}', d[k], f.type)
+        elif k not in optional: raise ValueError(f"{what} has no field {k!r}.")
 
 # %% ../../nbs/core/00_plain.ipynb #00plain0012
 _seal = '.digest'

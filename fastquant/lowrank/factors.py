@@ -10,6 +10,7 @@ import json, torch, warnings
 from torch import nn, Tensor
 from fastcore.basics import *
 from ..core.basics import *
+from ..core.plain import *
 from ..core.attach import *
 
 # %% auto #0
@@ -44,7 +45,8 @@ class LowRank(nn.Sequential):
     def recipe(self)->dict: return dict(kind=self.kind, rank=list(self.rank))
     def get_extra_state(self): return text_to_tensor(json.dumps(self.recipe))
     def set_extra_state(self, state):
-        if (r:=json.loads(tensor_to_text(state)))!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
+        r = parsed(tensor_to_text(state), 'What these factors are')
+        if r!=self.recipe: raise ValueError(f"These are the weights of {r}, and this layer is {self.recipe}. Load them into the model that this one was made of.")
     def extra_repr(self): return f'{self.kind}, rank {self.rank}'
 
 # %% ../../nbs/lowrank/00_factors.ipynb #09alowf8088b

@@ -6,11 +6,12 @@ Docs: https://fastquant-dev.github.io/fastquant/lowrank/layers.html.md"""
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09aly120bc90
 from __future__ import annotations
-import json, torch
+import torch
 from collections import Counter
 from torch import nn, Tensor
 from fastcore.basics import *
 from ..core.basics import *
+from ..core.plain import *
 from ..core.model import *
 from ..core.trace import *
 from .factors import *
@@ -221,14 +222,25 @@ def put_factors(
     return model
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alowstep2
+def _factors(d):
+    "The step that plain data says"
+    check_field(isinstance(d, dict), 'The list of factorised layers', d, 'an object, by path')
+    for k,r in d.items():
+        check_field(isinstance(r, dict) and set(r)=={'kind','rank'}, f'Layer {k!r}', r, "an object with 'kind' and 'rank'")
+        kind,rank = r['kind'],r['rank']
+        check_field(isinstance(kind, str), f"'kind' of layer {k!r}", kind, 'the name of a factorisation')
+        factorisations.find(kind)
+        check_field(isinstance(rank, list) and all(is_size(o, 1) for o in rank), f"'rank' of layer {k!r}", rank, 'a list of ranks')
+    return Factors(d)
+
 @structure_steps
 @dataclass(frozen=True)
 class Factors:
     "Layers that were factorised, as a step of a model's structure"
     recipe:dict # From `factor_recipe`
-    def to_json(self): return json.dumps(self.recipe)
+    def to_json(self): return to_text(self.recipe)
     @classmethod
-    def from_json(cls, text): return cls(json.loads(text))
+    def from_json(cls, text): return from_text(text, 'The list of factorised layers', _factors)
     def apply(self, model): follow_recipe(model, self.recipe)
     def then(self, other): "Two of them are two"
     def beyond(self, before): raise ValueError("These are the weights of a model that was factorised in another way.")

@@ -128,7 +128,7 @@ def restore(cls:Mask, model, state, batch):
     layers = dict(model.named_modules())
     for k in [k for k in state if k.split('.')[-1]=='weight_mask']:
         m = layers.get(k.removesuffix('weight_mask').rstrip('.'))
-        if m is None or mask_of(m) or not hasattr(m, 'weight'): continue
+        if m is None or mask_of(m) or not isinstance(getattr(m, 'weight', None), Tensor): continue
         set_mask(m, torch.ones_like(m.weight, dtype=torch.bool))
 
 # %% ../../nbs/prune/04_mask.ipynb #14prunbd497b

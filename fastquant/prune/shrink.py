@@ -6,12 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/shrink.html.md"""
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru4a2ec5
 from __future__ import annotations
-import json, torch
+import torch
 from dataclasses import dataclass
 from functools import singledispatch
 from fastcore.all import patch
 from torch import nn, Tensor
 from .structures import prunable
+from ..core.plain import *
 from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
@@ -30,42 +31,67 @@ class Recipe:
     shapes:dict # The shape of each before
     def __post_init__(self):
         if set(self.left)!=set(self.shapes): raise ValueError("A recipe must have a shape for each tensor, and positions for each shape.")
+        all_ = [idx for dims in self.left.values() for idx in dims.values()]
+        if (n:=sum(map(len, all_)))>2**25: raise ValueError(f"The recipe has {n:,} positions, more than any model it could be for.")
+        rising = {id(idx):_rises(idx) for idx in {id(idx):idx for idx in all_}.values()} # many tensors share a list
         for k,dims in self.left.items():
-            for d,idx in dims.items(): _check_positions(k, d, idx, self.shapes[k])
+            for d,idx in dims.items(): _check_positions(k, d, idx, self.shapes[k], rising[id(idx)])
     @classmethod
     def from_json(cls, text): return recipe_from_json(text)
     def __bool__(self): return bool(self.left)
     def __eq__(self, other): return self.to_json()==other.to_json()
 
-def _check_positions(name, dim, idx, shape):
+def _rises(idx):
+    "Whether `idx` are positions in order, at least one"
+    return len(idx)>0 and all(map(is_size, idx)) and list(idx)==sorted(set(idx))
+
+def _check_positions(name, dim, idx, shape, rising):
+    check_field(all(map(is_size, shape)), f'The shape of {name!r} in the recipe', shape, 'a list of sizes')
     if not 0<=dim<len(shape): raise ValueError(f"The recipe cuts {name!r} along dimension {dim}, and its shape is {list(shape)}.")
-    rising = all(isinstance(i, int) for i in idx) and list(idx)==sorted(set(idx))
-    if not idx or not rising or idx[0]<0 or idx[-1]>=shape[dim]: raise ValueError(f"What the recipe leaves of {name!r} along dimension {dim} is no rising list of positions below {shape[dim]}.")
+    if not rising or idx[-1]>=shape[dim]: raise ValueError(f"What the recipe leaves of {name!r} along dimension {dim} is no rising list of positions below {shape[dim]}.")
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprucc5726
 @patch
 def to_json(self:Recipe)->str:
     "`self` as text"
-    all_ = [i for dims in self.left.values() for i in dims.values()]
+    all_ = [i for _,dims in sorted(self.left.items()) for _,i in sorted(dims.items())]
     lists = list(dict.fromkeys(map(tuple, all_)))
     at,tensors = {l:i for i,l in enumerate(lists)},{}
     for k,dims in sorted(self.left.items()):
         left = {d:at[tuple(i)] for d,i in sorted(dims.items())}
         tensors[k] = [list(self.shapes[k]),left]
-    return json.dumps(dict(lists=lists, tensors=tensors), separators=(',',':'))
+    return to_text(dict(lists=lists, tensors=tensors))
+
+# %% ../../nbs/prune/06_shrink.ipynb #14aprurec002
+def _sizes(o): return isinstance(o, list) and all(map(is_size, o))
+
+def _tensor_left(name, o, lists):
+    "Shape, and positions that stay by dimension, of the tensor `name`"
+    what = f'{name!r} in the recipe'
+    check_field(isinstance(o, list) and len(o)==2, what, o, 'a shape, and lists by dimension')
+    shape,dims = o
+    check_field(_sizes(shape), f'The shape of {what}', shape, 'a list of sizes')
+    check_field(isinstance(dims, dict), f'What is left of {what}', dims, 'lists by dimension')
+    for d,n in dims.items():
+        check_field(d in map(str, range(len(shape))), f'A dimension of {what}', d, f'below {len(shape)}')
+        check_field(is_size(n) and n<len(lists), f'Dimension {d} of {what}', n, f'the number of one of {len(lists)} lists')
+    return tuple(shape),{int(d):lists[n] for d,n in dims.items()}
+
+def _recipe(d):
+    "The recipe that plain data says"
+    check_field(isinstance(d, dict) and set(d)=={'lists','tensors'}, 'The recipe', d, "an object with 'lists' and 'tensors'")
+    lists,tensors = d['lists'],d['tensors']
+    check_field(isinstance(lists, list), "'lists' in the recipe", lists, 'a list of lists of positions')
+    for i,l in enumerate(lists): check_field(_sizes(l), f"'lists' {i} in the recipe", l, 'a list of positions')
+    check_field(isinstance(tensors, dict), "'tensors' in the recipe", tensors, 'an object, by name')
+    found = {k:_tensor_left(k, o, lists) for k,o in tensors.items()}
+    return Recipe({k:l for k,(_,l) in found.items()}, {k:s for k,(s,_) in found.items()})
 
 def recipe_from_json(
     text:str # From `Recipe.to_json`
 )->Recipe:
-    "The recipe again; raises `ValueError` if `text` is none"
-    left,shapes = {},{}
-    try:
-        d = json.loads(text)
-        for k,(shape,dims) in d['tensors'].items():
-            left[k] = {int(i):list(d['lists'][n]) for i,n in dims.items()}
-            shapes[k] = tuple(shape)
-    except (KeyError,IndexError,TypeError,ValueError,AttributeError) as e: raise ValueError(f"This is no recipe of what was cut, or it is damaged: {e}. Save it again.") from e
-    return Recipe(left, shapes)
+    "The recipe again; raises `ValueError` if `text` is none, or damaged"
+    return from_text(text, 'The recipe of what was cut', _recipe)
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru734fd6
 @patch
@@ -82,6 +108,8 @@ def then(self:Recipe,
 def _both(first, second):
     "Positions that stay, by dimension, after two cuts of a tensor"
     left = {**first, **second}
+    for d in first.keys()&second.keys():
+        if second[d][-1]>=len(first[d]): raise ValueError(f"The second recipe leaves position {second[d][-1]} of what the first has left, which are {len(first[d])}.")
     for d in first.keys()&second.keys(): left[d] = [first[d][i] for i in second[d]]
     return dict(sorted(left.items()))
 
@@ -107,6 +135,7 @@ def inside(self:Recipe,
 
 def _where(places, idx):
     "At which of `places` each of `idx` is; None for one that is at none"
+    if isinstance(places, range): return [i if i in places else None for i in idx] # of any size that is claimed
     at = {j:i for i,j in enumerate(places)}
     return [at.get(j) for j in idx]
 

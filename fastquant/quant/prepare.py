@@ -103,7 +103,7 @@ def loading(self:FakeQuant, m, state, prefix, errors):
     for k,v in blank(self, self.scale.device).items(): state.setdefault(prefix+k, v)
     text = state.pop(prefix+'fake_quant_spec', None)
     if text is None: return
-    text = tensor_to_text(text)
+    text = tensor_to_text(text, 'fake_quant_spec')
     if spec_from_json(text)!=self.spec:
         raise ValueError(f"These are the weights of a model that rounds with {text}, and this one rounds with {spec_to_json(self.spec)}. Take that off first with `learn.remove_quant()`.")
 
@@ -112,7 +112,7 @@ def restore(cls:FakeQuant, model, state, batch):
     text = new_names(dict(state)).get('fake_quant_spec')
     if text is None or fake_quant_of(model): return
     if batch is None: raise ValueError("These are the weights of a model that rounds. To see where, it has to be run: pass a batch of inputs, or load them with a Learner.")
-    prepare(model, spec_from_json(tensor_to_text(text)), *batch())
+    prepare(model, spec_from_json(tensor_to_text(text, 'fake_quant_spec')), *batch())
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcut002
 @patch

@@ -6,10 +6,11 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/spec.html.md"""
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec6bbd29
 from __future__ import annotations
-import json, torch
+import re, torch
 from dataclasses import InitVar, dataclass, fields, replace
 from fastcore.all import *
 from ..core.basics import *
+from ..core.plain import *
 from .grid import *
 from .observe import *
 
@@ -170,32 +171,56 @@ def _plain(o):
 
 def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
-    return json.dumps(_plain(spec), default=_in_words)
+    return to_text(_plain(spec), default=_in_words)
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76s09
 _before_pairs = dict(portable=False, float_bias=False) # what specs from before these fields meant
+_halves = {str(t).removeprefix('torch.'):t for t in halves}
 
-def _granularity(word):
+def _granularity(word, what):
+    fits = isinstance(word, str) and re.fullmatch(r'per_tensor|per_channel|per_group \d{1,9}', word)
+    check_field(fits, f'{what}: granularity', word, "'per_tensor', 'per_channel', or 'per_group' and a number")
     name,_,n = word.partition(' ')
     return PerGroup(int(n)) if n else PerChannel() if name=='per_channel' else PerTensor()
 
-def _tensor_spec(d):
-    if not d: return d
-    grid = d['grid']
-    grid = getattr(torch, grid) if isinstance(grid, str) else Grid(**grid)
-    how = dict(granularity=_granularity(d['granularity'])) if 'granularity' in d else {} # else it says `per_channel`
-    return TensorSpec(**{**d, **how, 'grid':grid})
+def _grid(d, what):
+    if isinstance(d, str) and d in _halves: return _halves[d]
+    check_fields(d, Grid, f'{what}: grid', optional=['whole'])
+    return Grid(**d)
 
-def _spec(d):
-    if not d: return d
-    parts = {k:_tensor_spec(d[k]) for k in ('weight','act','stream')}
-    parts['ends'] = _spec(d['ends'])
-    parts['overrides'] = tuple((p,_spec(s)) for p,s in d['overrides'])
+def _tensor_spec(d, what):
+    if d is None: return None
+    check_field(isinstance(d, dict), what, d, 'an object')
+    older = d.get('per_channel') # before granularity was a value
+    d = {k:v for k,v in d.items() if k!='per_channel'}
+    check_fields(d, TensorSpec, what, optional=['dynamic'] if older is None else ['dynamic','granularity'])
+    check_field(type(older) in (bool,type(None)), f'{what}: per_channel', older, 'true or false')
+    check_field(isinstance(d['observer'], str), f'{what}: observer', d['observer'], 'the name of an observer')
+    word = d.get('granularity', 'per_channel' if older else 'per_tensor')
+    return TensorSpec(**{**d, 'granularity':_granularity(word, what), 'grid':_grid(d['grid'], what)})
+
+# %% ../../nbs/quant/04_spec.ipynb #03specback02
+def _override(o, what):
+    pair = isinstance(o, list) and len(o)==2 and isinstance(o[0], str)
+    check_field(pair, f'{what}: one of overrides', o, 'a pattern, and a spec or null')
+    return o[0],_spec(o[1], f'{what}: {o[0]!r}')
+
+def _spec(d, what):
+    if d is None: return None
+    check_fields(d, Spec, what, optional=_before_pairs)
+    check_field(d['weight'] is not None, f'{what}: weight', None, 'an object')
+    parts = {k:_tensor_spec(d[k], f'{what}: {k}') for k in ('weight','act','stream')}
+    parts['ends'] = _spec(d['ends'], f'{what}: ends')
+    parts['overrides'] = tuple(_override(o, what) for o in d['overrides'])
     return Spec(**{**_before_pairs, **d, **parts})
+
+def _whole_spec(d):
+    check_field(isinstance(d, dict), 'The spec', d, 'an object')
+    return _spec(d, 'The spec')
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76s19
 def spec_from_json(
     text:str # From `spec_to_json`, of this version or an older one
 )->Spec:
-    "The spec that was written; raises `ValueError` if it has an observer that is not registered here"
-    return _spec(json.loads(text))
+    "The spec that was written; raises `ValueError` that says which field is wrong, as an observer is that is not registered here"
+    return from_text(text, 'The spec', _whole_spec)
