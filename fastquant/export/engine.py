@@ -11,12 +11,14 @@ import onnx, torch
 from dataclasses import dataclass
 from fastcore.all import camel2snake, patch
 from pathlib import Path
-from google.protobuf.message import DecodeError
+from warnings import warn
 from torch import nn, Tensor
 from .. import __version__
 from ..core.basics import *
+from ..core.plain import *
 from ..core.model import *
 from .onnx import *
+from .intact import *
 from .portable import *
 
 # %% auto #0
@@ -51,7 +53,13 @@ class Report:
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
 engines = Registry('engine')
 
-def _as_bytes(o): return o if isinstance(o, bytes) else o.cpu().numpy().tobytes()
+def _as_bytes(o):
+    "The file in a state dict or a pickle, if it is whole"
+    is_file = isinstance(o, bytes) or isinstance(o, Tensor) and o.dtype==torch.uint8
+    check_field(is_file, 'The file in this state', o, 'bytes')
+    data = o if isinstance(o, bytes) else o.cpu().numpy().tobytes()
+    check_digest(read_onnx(data, 'The file in this state'), 'The file in this state')
+    return data
 
 class Engine(FileModel):
     "Runs an ONNX file, for inference only"
@@ -76,15 +84,15 @@ class Engine(FileModel):
     def __setstate__(self, state): super().__setstate__({**state, 'data':_as_bytes(state['data'])})
     def get_extra_state(self): return torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
     def set_extra_state(self, state):
-        self.__dict__.pop('_opened', None)
         self.data = _as_bytes(state)
+        self.__dict__.pop('_opened', None)
     @property
     def opened(self):
         "The file, ready to run on as many threads as torch uses, exact on every processor; with the types of its inputs and the names of its outputs"
         n = torch.get_num_threads()
         if self.__dict__.get('_threads')!=n or '_opened' not in self.__dict__:
-            g = _graph(self.data)
-            types = {i.name:_arrays[i.type.tensor_type.elem_type] for i in g.input}
+            g = read_onnx(self.data).graph
+            types = {i.name:_array_type(i) for i in g.input}
             names = [o.name for o in g.output]
             self._opened = self.open(as_run(self.data), n),types,names
             self._threads = n
@@ -94,9 +102,16 @@ class Engine(FileModel):
         plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
         wanted = zip(types.items(), xb, strict=True)
         feed = {k:plain(x, t) for (k,t),x in wanted}
-        arrays = self.compute(opened, feed, names)
+        arrays = self.computed(opened, feed, names)
         out = [torch.from_numpy(o).to(xb[0].device) for o in arrays]
         return out[0] if len(out)==1 else tuple(out)
+    def checked(self, what='This file')->Engine:
+        "`self`, opened; raises `ValueError` if it is damaged, or says of itself what cannot be"
+        proto = read_onnx(self.data, what)
+        check_metadata(proto, what)
+        check_digest(proto, what)
+        self.opened
+        return self
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
 engines['onnxruntime'] = Engine
@@ -106,9 +121,19 @@ _of = onnx.TensorProto
 _arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64,
     _of.INT64:torch.int64, _of.INT32:torch.int32, _of.BOOL:torch.bool}
 
-def _graph(data):
-    try: return onnx.load_from_string(data).graph
-    except DecodeError as e: raise ValueError("This is not an ONNX model, or it is damaged. Export it again with `export_onnx`.") from e
+def _array_type(i):
+    "The type of tensors that the input `i` of a graph takes"
+    dtype = i.type.tensor_type.elem_type
+    check_field(dtype in _arrays, f'The type of the input {i.name!r}', dtype, 'a number that PyTorch has: a float, an integer of 32 or 64 bits, or a bool')
+    return _arrays[dtype]
+
+@patch
+def computed(self:Engine, opened, feed, names)->list:
+    "What `compute` gives; raises `ValueError` where the file and the inputs do not go together"
+    try: return self.compute(opened, feed, names)
+    except (RuntimeError,*ort_errors) as e:
+        shapes = {k:v.shape for k,v in feed.items()}
+        raise ValueError(f"The file does not run on inputs of shape {shapes}: {str(e).splitlines()[0]}") from e
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00f1lf
 @patch(as_prop=True)
@@ -129,13 +154,32 @@ def n_params(self:Engine)->int:
 @patch(as_prop=True)
 def metadata(self:Engine)->dict:
     "What is written in the file besides the model"
-    return {p.key:json.loads(p.value) for p in onnx.load_from_string(self.data).metadata_props}
+    return metadata_of(onnx.load_from_string(self.data))
 
 @patch(as_prop=True)
 def report(self:Engine)->Report|None:
     "How the file was verified when it was made; None if it is a float model"
-    r = self.metadata.get('report')
-    return Report(**r) if r else None
+    return report_in(self.metadata)
+
+# %% ../../nbs/export/02_engine.ipynb #07engaintac2
+def metadata_of(proto, what='This file'):
+    "What `proto` says besides the model, but for its digest"
+    return {p.key:parsed(p.value, f'{what}: {p.key!r} in its metadata') for p in proto.metadata_props if p.key!='digest'}
+
+def report_in(said, what='This file'):
+    "The report among the metadata `said`, if there is one"
+    if (r:=said.get('report')) is None: return None
+    check_fields(r, Report, f"{what}: 'report' in its metadata")
+    return Report(**r)
+
+def check_metadata(proto, what):
+    "Raise a `ValueError` that names what of the metadata cannot be"
+    said = metadata_of(proto, what)
+    report_in(said, what)
+    for k,ok,wanted in (('portable',(bool,type(None)),'true or false'), ('fastquant',str,'a version'), ('vocab',(list,type(None)),'a list of classes or null'),
+            ('preprocess',dict,'an object')):
+        if k in said: check_field(isinstance(said[k], ok), f'{what}: {k!r} in its metadata', said[k], wanted)
+    check_portable(proto, said.get('portable'), what)
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00ask2
 @patch(as_prop=True)
@@ -220,18 +264,18 @@ def in_float(
     for field,new in (g.node,kept),(g.initializer,ini):
         del field[:]
         field.extend(new)
-    return proto.SerializeToString()
+    return unseal(proto).SerializeToString()
 
 # %% ../../nbs/export/02_engine.ipynb #07expo413e87
 def to_bytes(
     proto:onnx.ModelProto, # The model
     **metadata             # Anything that JSON can say
 )->bytes:
-    "The file's content: `proto`, its `metadata`, and whether its int8 weights are `portable`, if it has any"
+    "The file's content: `proto`, its `metadata`, whether its int8 weights are `portable`, if it has any, and what all of it adds up to"
     range_ = dict(portable=not misfits(proto)) if int8_weights(proto) else {}
     facts = dict(metadata, **range_, fastquant=__version__)
     onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in facts.items()})
-    return proto.SerializeToString()
+    return seal(proto).SerializeToString()
 
 def load_engine(
     fname, # A file that fastquant wrote
@@ -240,21 +284,10 @@ def load_engine(
     "An engine that runs the file; raises `ValueError` if it is damaged, somebody else's, or not what it says of itself, and `ImportError` if there is no such engine here"
     cls = engines.find(engine)
     cls.check()
-    try: proto = onnx.load(fname, load_external_data=False)
-    except DecodeError as e: raise ValueError(f"{str(fname)!r} is not an ONNX file, or it is damaged. Export it again with `export_onnx`.") from e
-    props = {p.key:p.value for p in proto.metadata_props}
-    if 'fastquant' not in props: raise ValueError(f"{str(fname)!r} was not written by fastquant, so nothing is known of its inputs and classes. Run it with `onnxruntime.InferenceSession`, or export the Learner again with `export_onnx`.")
-    check_range(fname, proto, props)
-    engine = cls(Path(fname).read_bytes())
-    engine.opened
+    data,what = Path(fname).read_bytes(),repr(str(fname))
+    proto = read_onnx(data, what)
+    keys = {p.key for p in proto.metadata_props}
+    if 'fastquant' not in keys: raise ValueError(f"{what} was not written by fastquant, so nothing is known of its inputs and classes. Run it with `onnxruntime.InferenceSession`, or export the Learner again with `export_onnx`.")
+    engine = cls(data).checked(what)
+    if 'digest' not in keys: warn(f"{what} does not say what it adds up to, as files of fastquant do now: whether it is damaged cannot be told. Export it again with `export_onnx` where it is from.")
     return engine
-
-# %% ../../nbs/export/02_engine.ipynb #07enga000070
-def check_range(fname, proto, props):
-    "Raise a `ValueError` if the file says something else of its weights than is in it"
-    said = json.loads(props.get('portable', 'null'))
-    if said is None or said!=bool(bad:=misfits(proto)): return
-    is_,says = 'has none that do',"that its weights use their whole range"
-    if bad: is_,says = 'uses their whole range',"that its weights are the same on every processor"
-    where = f' in {bad[0]!r}' if bad else ''
-    raise ValueError(f"{str(fname)!r} says {says}, and {is_}{where}: it was changed after it was written. Export it again with `export_onnx`.")

@@ -10,7 +10,9 @@ import logging, warnings
 import numpy as np, onnx, torch
 from collections.abc import Sequence
 from contextlib import contextmanager
+from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
+from google.protobuf.message import DecodeError
 from torch import nn, Tensor
 from ..quant.grid import *
 from ..quant.convert import room
@@ -269,11 +271,15 @@ def file_tensors(
 def file_bytes(
     tensors:dict # From `file_tensors`
 )->bytes:
-    "The file again"
-    proto = onnx.load_from_string(tensors[''].numpy().tobytes())
+    "The file again; raises `ValueError` if something is missing, or is there that is not asked for"
+    if '' not in tensors: raise ValueError("There is no graph among the tensors of this file. It is damaged: save it again.")
+    try: proto = onnx.load_from_string(tensors[''].numpy().tobytes())
+    except DecodeError as e: raise ValueError("The graph in this file is damaged. Save it again.") from e
+    names = {i.name for i in proto.graph.initializer if not i.raw_data}
+    if (odd:=set(tensors)-names-{''}): raise ValueError(f"The graph in this file does not ask for {min(odd)!r}. It is damaged: save it again.")
     for i in proto.graph.initializer:
         if i.name not in tensors: continue
         q = tensors[i.name].view(torch.uint8).numpy()
-        if i.data_type in _nibbles: q = q[::2]|q[1::2]<<4
+        if i.data_type in _nibbles and len(q)%2==0: q = q[::2]|q[1::2]<<4
         i.raw_data = q.tobytes()
     return proto.SerializeToString()

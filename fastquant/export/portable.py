@@ -9,14 +9,17 @@ from __future__ import annotations
 import warnings
 import numpy as np, onnx, onnxruntime as ort, torch
 from functools import lru_cache
-from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from ..quant.pairs import *
 from .onnx import *
 
 # %% auto #0
-__all__ = ['session', 'saturates', 'constants', 'constant_names', 'int8_weights', 'misfits', 'unsigned', 'as_run']
+__all__ = ['ort_errors', 'session', 'saturates', 'constants', 'constant_names', 'int8_weights', 'misfits', 'check_portable',
+           'unsigned', 'as_run']
 
 # %% ../../nbs/export/01_portable.ipynb #07expoc9931b
+ort_errors = tuple(o for o in vars(ort_state).values() if isinstance(o, type) and issubclass(o, Exception))
+
 def session(
     data:bytes,    # An ONNX file
     threads:int=1, # Threads within an operation
@@ -27,7 +30,7 @@ def session(
     o.intra_op_num_threads,o.log_severity_level = threads,3
     for k,v in options.items(): setattr(o, k, v)
     try: return ort.InferenceSession(data, o, providers=['CPUExecutionProvider'])
-    except (Fail, InvalidArgument, InvalidGraph, InvalidProtobuf) as e:
+    except ort_errors as e:
         raise ValueError(f"This is not an ONNX model that ONNX Runtime can run, or it is damaged: {str(e).splitlines()[0]}") from e
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000011
@@ -125,6 +128,19 @@ def misfits(
     found = int8_weights(proto)
     arrays = constants(proto, list(found))
     return [k for k,w in arrays.items() if not _fits(w, *found[k])]
+
+# %% ../../nbs/export/01_portable.ipynb #01poraintc2
+def check_portable(
+    proto:onnx.ModelProto, # As in `int8_weights`
+    said:bool|None, # What the file says: are its weights the same on every processor? None if it says nothing
+    what='This file' # What it is, for messages
+):
+    "Raise a `ValueError` if the file says something else of its weights than is in it"
+    if said is None or said!=bool(bad:=misfits(proto)): return
+    is_,says = 'has none that do',"that its weights use their whole range"
+    if bad: is_,says = 'uses their whole range',"that its weights are the same on every processor"
+    where = f' in {bad[0]!r}' if bad else ''
+    raise ValueError(f"{what} says {says}, and {is_}{where}: it was changed after it was written. Export it again with `export_onnx`.")
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000017
 def unsigned(

@@ -6,12 +6,10 @@ Docs: https://fastquant-dev.github.io/fastquant/export/sparse.html.md"""
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun9e5764
 from __future__ import annotations
-import hashlib, json, math, numpy as np, torch, zstandard
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+import torch
 from torch import nn, Tensor
-from .. import __version__
 from functools import partial
+from ..core.plain import *
 from ..core.model import *
 from ..core.attach import *
 from ..quant.prepare import new_names
@@ -19,180 +17,10 @@ from ..prune.mask import *
 from ..prune.shrink import *
 from .onnx import file_bytes, file_tensors
 from .engine import *
+from .packed import *
 
 # %% auto #0
-__all__ = ['deltas', 'positions', 'deflate', 'inflate', 'encode', 'check_facts', 'check_parts', 'decode', 'to_sparse',
-           'from_sparse', 'pack_model', 'unpack_model', 'check_fit', 'layer_report']
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun5b5f53
-def deltas(
-    at:np.ndarray # Positions, rising
-)->np.ndarray: # Bytes
-    "Gaps between positions; each 255 skips that many and stands for no position"
-    gap = np.diff(at, prepend=-1)-1
-    skips = gap//255
-    out = np.full(len(at)+skips.sum(), 255, dtype=np.uint8)
-    out[np.arange(len(at))+np.cumsum(skips)] = gap%255
-    return out
-
-def positions(
-    gaps:np.ndarray # From `deltas`
-)->np.ndarray:
-    "The positions again"
-    moved = np.where(gaps==255, 255, gaps.astype(np.int64)+1)
-    return (np.cumsum(moved)-1)[gaps!=255]
-
-# %% ../../nbs/export/06_sparse.ipynb #15pruna811e5
-def deflate(
-    data:bytes # Anything
-)->bytes: # `data` itself, if it cannot be made smaller
-    "`data` compressed with Zstandard"
-    small = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress(data)
-    return small if len(small)<len(data) else data
-
-def inflate(
-    data:bytes, # From `deflate`
-    n:int # Bytes that should come out
-)->bytes:
-    "What was deflated; raises `ValueError` if it is damaged, or of another size, before it is unpacked"
-    if len(data)==n: return data
-    try:
-        if zstandard.get_frame_parameters(data).content_size!=n: raise ValueError('a part of it has another size than the file says')
-        return zstandard.ZstdDecompressor().decompress(data)
-    except zstandard.ZstdError as e: raise ValueError(f'a part of it is damaged ({e})') from e
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun08fcfc
-def _ranks(b, size): return np.ascontiguousarray(b.reshape(-1, size).T).tobytes()
-def _unranks(b, size): return np.frombuffer(b, np.uint8).reshape(size, -1).T.copy()
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun9c774f
-def _digest(b, *facts): return hashlib.blake2b(json.dumps(facts).encode()+b, digest_size=8).hexdigest()
-
-def encode(
-    t:Tensor # Of any type and shape
-)->tuple: # Its bytes, and what has to be known to read them
-    "`t` in the smallest of three ways"
-    size,flat = t.element_size(),t.detach().cpu().contiguous().reshape(-1)
-    b = flat.view(torch.uint8).numpy().reshape(-1, size)
-    left = b.any(1)
-    vals,bits = _ranks(b[left], size),np.packbits(left).tobytes()
-    gaps = deltas(left.nonzero()[0]).tobytes()
-    ways = dict(dense=[_ranks(b, size)], bitmask=[bits,vals], deltas=[gaps,vals])
-    small = {k:[deflate(p) for p in parts] for k,parts in ways.items()}
-    how = min(small, key=lambda k: sum(map(len, small[k])))
-    sizes = [[len(p),len(s)] for p,s in zip(ways[how], small[how])]
-    dtype,shape = str(t.dtype).removeprefix('torch.'),list(t.shape)
-    digest = _digest(b.tobytes(), dtype, shape)
-    return b''.join(small[how]),dict(dtype=dtype, shape=shape, how=how, parts=sizes, digest=digest)
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun7bab03
-_types = {k:getattr(torch, k) for k in '''float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool
-    float8_e4m3fn float8_e5m2'''.split()}
-_facts = 'dtype','shape','how','parts','digest'
-
-def _is_size(o): return isinstance(o, int) and not isinstance(o, bool) and 0<=o<2**48
-
-def _is_part(p): # its size in full, and as it is stored
-    if not isinstance(p, list) or len(p)!=2: return False
-    return all(map(_is_size, p)) and p[1]<=p[0]
-
-def check_facts(
-    facts # From the file
-)->tuple: # Number of values, and bytes of each
-    "Raise a `ValueError` if `facts` cannot be true"
-    if not isinstance(facts, dict) or set(facts)!=set(_facts): raise ValueError('its description is incomplete')
-    if facts['dtype'] not in _types or facts['how'] not in ('dense','bitmask','deltas'): raise ValueError('its description names no known type or way')
-    if not isinstance(facts['shape'], list) or not all(map(_is_size, facts['shape'])): raise ValueError('its shape is not a list of sizes')
-    parts = facts['parts']
-    if not isinstance(parts, list) or not all(map(_is_part, parts)): raise ValueError('its parts are not sizes')
-    n,size = math.prod(facts['shape']),_types[facts['dtype']].itemsize
-    return check_parts(facts['how'], [p[0] for p in parts], n, size)
-
-# %% ../../nbs/export/06_sparse.ipynb #15prunc6a1df
-def _can_hold(how, sizes, n, size):
-    "Whether parts of these `sizes` can hold `n` values of `size` bytes"
-    if how=='dense': return sizes==[n*size]
-    if len(sizes)!=2 or sizes[1]%size!=0 or sizes[1]>n*size: return False
-    where,left = sizes[0],sizes[1]//size
-    if how=='bitmask': return where==-(-n//8)
-    return left<=where<=left+n//255
-
-def check_parts(how, sizes, n, size):
-    "Raise a `ValueError` if parts of these `sizes` cannot hold `n` values of `size` bytes"
-    if not _can_hold(how, sizes, n, size): raise ValueError('its parts are not as large as its shape says')
-    return n,size
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun79ba17
-def _spread(where, vals, how, n, size):
-    "Bytes of `n` values: those in `vals` at their places, and zeros elsewhere"
-    at = np.unpackbits(where, count=n).nonzero()[0] if how=='bitmask' else positions(where)
-    if len(at)*size!=len(vals) or (len(at) and at[-1]>=n): raise ValueError('it has more or fewer values than places')
-    b = np.zeros((n,size), np.uint8)
-    b[at] = _unranks(vals, size)
-    return b
-
-def decode(
-    data:bytes, # From `encode`
-    facts:dict  # Likewise
-)->Tensor:
-    "The tensor again; raises `ValueError` if anything does not fit"
-    n,size = check_facts(facts)
-    if len(data)!=sum(p[1] for p in facts['parts']): raise ValueError('it has more or fewer bytes than the file says')
-    how,parts,at = facts['how'],[],0
-    for raw,small in facts['parts']:
-        parts.append(np.frombuffer(inflate(data[at:at+small], raw), np.uint8))
-        at += small
-    b = _unranks(*parts, size) if how=='dense' else _spread(*parts, how, n, size)
-    if _digest(b.tobytes(), facts['dtype'], facts['shape'])!=facts['digest']: raise ValueError('its checksum is wrong')
-    flat = torch.from_numpy(b.reshape(-1))
-    return flat.view(_types[facts['dtype']]).reshape(facts['shape'])
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun0d7ecf
-def to_sparse(
-    tensors:dict, # By name
-    **about       # Anything that JSON can say
-)->bytes: # A safetensors file
-    "All of `tensors` in the smallest way, with what has to be known to read them"
-    coded = {k:encode(t) for k,t in tensors.items()}
-    said,rows = json.dumps(about),{k:list(f.values()) for k,(_,f) in coded.items()}
-    facts = json.dumps(rows, separators=(',',':'))
-    digest = _digest(said.encode())
-    meta = dict(format='fastquant sparse 1', fastquant=__version__, about=said, about_digest=digest, tensors=facts)
-    blob = lambda b: torch.from_numpy(np.frombuffer(bytearray(b), np.uint8))
-    return save({k:blob(b) for k,(b,_) in coded.items()}, meta)
-
-def from_sparse(
-    data:bytes,            # From `to_sparse`
-    max_bytes:int=2**32    # Refuse what would unpack to more
-)->tuple: # Tensors by name, and what was said about them
-    "The tensors again, all of them or none; raises `ValueError` that names what is damaged"
-    try: blobs,meta = load(data),_metadata(data)
-    except (SafetensorError,ValueError) as e: raise ValueError(f"This is not a safetensors file, or it is damaged or cut off: {e}. Save it again.") from e
-    if meta.get('format')!='fastquant sparse 1': raise ValueError("This safetensors file holds no sparse tensors that this version of fastquant can read. Load other files with `safetensors.torch.load_file`.")
-    facts,about = _header(meta)
-    if set(facts)!=set(blobs): raise ValueError(f"The file is damaged: its header says nothing of {sorted(set(facts)^set(blobs))[0]!r}, or has it without data. Save it again.")
-    n_bytes = lambda k,f: math.prod(_named(k, check_facts, f))
-    sizes = {k:n_bytes(k, f) for k,f in facts.items()}
-    if (n:=sum(sizes.values()))>max_bytes: raise ValueError(f"The file unpacks to {n:,} bytes ({max(sizes, key=sizes.get)!r} is the largest part), more than max_bytes={max_bytes:,}. Pass a larger `max_bytes` if that is what you expect.")
-    whole = lambda k,f: _named(k, decode, blobs[k].numpy().tobytes(), f)
-    return {k:whole(k, f) for k,f in facts.items()},about
-
-# %% ../../nbs/export/06_sparse.ipynb #15prun6d8606
-def _metadata(data): # what the header of a safetensors file says besides tensors
-    end = 8+int.from_bytes(data[:8], 'little')
-    return json.loads(data[8:end]).get('__metadata__', {})
-
-def _header(meta):
-    try: facts,about = json.loads(meta['tensors']),json.loads(meta['about'])
-    except (KeyError,ValueError) as e: raise ValueError("The file is damaged: its metadata cannot be read. Save it again.") from e
-    if meta.get('about_digest')!=_digest(meta['about'].encode()): raise ValueError("The file is damaged: the checksum of its metadata is wrong. Save it again.")
-    if not isinstance(facts, dict) or not isinstance(about, dict): raise ValueError("The file is damaged: its metadata are of the wrong kind. Save it again.")
-    whole = lambda f: isinstance(f, list) and len(f)==len(_facts)
-    return {k:dict(zip(_facts, f)) if whole(f) else None for k,f in facts.items()},about
-
-def _named(name, f, *args):
-    try: return f(*args)
-    except ValueError as e: raise ValueError(f"The tensor {name!r} is damaged: {e}. Save the file again.") from e
+__all__ = ['pack_model', 'unpack_model', 'check_fit', 'layer_report']
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun5f8e59
 def _model_tensors(model):
@@ -236,21 +64,35 @@ def unpack_model(
     "Weights of the file on `model`, and all that sat on the model they are of; raises `ValueError` if they do not fit, and leaves `model` as it was"
     tensors,about = from_sparse(data, max_bytes)
     if (runs:=about.pop('engine', False)) is True: runs = 'onnxruntime' # in files from before there were others
-    if runs: return engines.find(runs)(file_bytes(tensors)),about
+    if runs: return _engine(runs, tensors),about
     state = _whole_state(tensors, about)
-    put_all(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state)) # raises what would go wrong
+    try: put_all(remove_masks(clean_copy(model)), state, batch, check=partial(check_fit, state)) # raises what would go wrong
+    except RuntimeError as e: raise ValueError(f"The file does not fit {type(model).__name__}: {e}") from e
     return put_all(remove_masks(model), state, batch),about
+
+# %% ../../nbs/export/06_sparse.ipynb #15spars002
+def _engine(runs, tensors):
+    "The engine called `runs` around the file that `tensors` are of, ready to run"
+    check_field(isinstance(runs, str), "'engine' in the file", runs, 'the name of an engine')
+    cls = engines.find(runs)
+    cls.check()
+    return cls(file_bytes(tensors)).checked()
 
 def _whole_state(tensors, about):
     "The state dict that a file was made of"
-    masks,same = about.pop('masks', []),about.pop('same', {})
-    recipe = about.pop('recipe', None)
-    tied = {k:tensors[o] for k,o in same.items() if o in tensors}
-    tensors.update(tied)
+    masks,same,recipe = (about.pop(k, d) for k,d in (('masks',[]),('same',{}),('recipe',None)))
+    check_field(isinstance(masks, list), "'masks' in the file", masks, 'a list of paths')
+    check_field(isinstance(same, dict), "'same' in the file", same, 'an object, by name')
+    for k,o in same.items():
+        check_field(isinstance(o, str) and o in tensors, f"What {k!r} is the same as in the file", o, 'the name of a tensor in it')
+    tensors.update({k:tensors[o] for k,o in same.items()})
     for k in masks:
-        w = _key(k, 'weight')
-        if w in tensors: tensors[_key(k, 'weight_mask')] = pack_bits(tensors[w]!=0)
-    if recipe: tensors['structure'] = text_to_tensor(json.dumps([('recipe',recipe)]))
+        known = isinstance(k, str) and _key(k, 'weight') in tensors
+        check_field(known, "One of 'masks' in the file", k, 'the path of a layer whose weight is in it')
+        tensors[_key(k, 'weight_mask')] = pack_bits(tensors[_key(k, 'weight')]!=0)
+    if recipe is not None:
+        check_field(isinstance(recipe, str), "'recipe' in the file", recipe, 'text')
+        tensors['structure'] = text_to_tensor(to_text(dict(steps=[('recipe',recipe)])))
     return new_names(tensors)
 
 # %% ../../nbs/export/06_sparse.ipynb #15prun8cbfbd
@@ -272,7 +114,9 @@ def check_fit(
         has,wants = said(theirs, k),said(own, k)
         if has!=wants: raise ValueError(f"The file does not fit {type(model).__name__}: {k!r} is {has} in the file, and {wants} in the model.")
     for k in state:
-        if k.split('.')[-1]=='weight_mask': _named(k, unpack_bits, state[k], own.get(k.removesuffix('_mask'), ()))
+        if k.split('.')[-1]!='weight_mask': continue
+        try: unpack_bits(state[k], own.get(k.removesuffix('_mask'), ()))
+        except ValueError as e: raise ValueError(f"The tensor {k!r} is damaged: {e}. Save the file again.") from e
 
 # %% ../../nbs/export/06_sparse.ipynb #15prunb6898d
 def layer_report(
