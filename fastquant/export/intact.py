@@ -59,12 +59,13 @@ def read_onnx(
     max_bytes:int=2**31  # Refuse what has a larger value for one item
 )->onnx.ModelProto:
     "The model in `data`; raises `ValueError` if there is none that could be run, if it names other files, or is not as large as it says"
-    try: proto = onnx.load_from_string(data)
-    except DecodeError as e: raise ValueError(f"{what} is not an ONNX file, or it is damaged. Export it again with `export_onnx`.") from e
-    for t in _tensors(proto): _check_tensor(t, what)
-    try: onnx.checker.check_model(proto)
+    try:
+        proto = onnx.load_from_string(data)
+        for t in _tensors(proto): _check_tensor(t, what)
+        _check_values(proto, what, max_bytes)
+        onnx.checker.check_model(proto)
+    except (DecodeError,UnicodeDecodeError) as e: raise ValueError(f"{what} is not an ONNX file, or it is damaged: {e}. Export it again with `export_onnx`.") from e
     except onnx.checker.ValidationError as e: raise ValueError(f"{what} is not an ONNX file that can be run, or it is damaged: {str(e).splitlines()[0]}") from e
-    _check_values(proto, what, max_bytes)
     return proto
 
 # %% ../../nbs/export/01_intact.ipynb #01intact14
