@@ -6,8 +6,12 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 
 # %% ../../nbs/core/02_trace.ipynb #04tracbda96d
 from __future__ import annotations
+import dis, os, sys, torch, torch.utils.checkpoint
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import groupby, islice
+from fastcore.all import patch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -16,7 +20,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .model import *
 
 # %% auto #0
-__all__ = ['kinds', 'op_name', 'Where', 'kind_of', 'Op', 'Tracer', 'Trace', 'trace']
+__all__ = ['kinds', 'op_name', 'Where', 'kind_of', 'position', 'loop_names', 'Op', 'Tracer', 'Trace', 'trace', 'places',
+           'Matching', 'like']
 
 # %% ../../nbs/core/02_trace.ipynb #04trac6cdc48
 _names = {}
@@ -32,29 +37,36 @@ def op_name(
 # %% ../../nbs/core/02_trace.ipynb #04trac0e3e03
 class Where(TorchFunctionMode):
     "Shows each tensor operation that `model` runs to `see`, together with its key `(module path, name, count)`"
+    bare = () # paths of modules without tensors of their own
     def __init__(self, model):
         super().__init__()
         named = list(model.named_modules())
         self.paths = {id(vars(m)):k for k,m in reversed(named)}
-        self.stack,self.count = [''],Counter()
+        self.stack,self.count,self.ran = [],Counter(),set()
     def __enter__(self):
+        self.stack = [('',sys._getframe(1))]
         before = register_module_forward_pre_hook(self.push)
         after = register_module_forward_hook(self.pop, always_call=True)
         self.hooks = before,after
         return super().__enter__()
     def __exit__(self, *args):
         for h in self.hooks: h.remove()
+        self.stack = []
         return super().__exit__(*args)
     def push(self, m, args):
-        around = self.stack[-1]
-        self.stack.append(self.paths.get(id(vars(m)), around))
-    def pop(self, m, args, out): self.stack = self.stack[:-1] or ['']
+        path = self.paths.get(id(vars(m)))
+        self.ran.add(path)
+        known = (path,sys._getframe(1)) if path is not None else self.stack[-1]
+        self.stack.append(known)
+    def pop(self, m, args, out): self.stack = self.stack[:-1] or self.stack
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        place = self.stack[-1],op_name(func)
-        key = *place,self.count[place]
+        place = self.stack[-1][0],op_name(func)
+        key = self.key(place, sys._getframe(1))
         out = self.see(key, func, args, kwargs or {})
-        if floats(out): self.count[place] += 1
+        if floats(out): self.count[self.counted(key)] += 1
         return out
+    def key(self, place, frame): return *place,self.count[place]
+    def counted(self, key): return key[:2]
     def see(self, key, func, args, kwargs): return func(*args, **kwargs)
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
@@ -87,6 +99,67 @@ def kind_of(
     if name in ('interpolate','upsample') and kwargs.get('mode', args[3] if len(args)>3 else 'nearest')!='nearest': return 'float'
     return kind
 
+# %% ../../nbs/core/02_trace.ipynb #04tracsame02
+_torch = os.path.dirname(torch.__file__)+os.sep
+_checkpoint = torch.utils.checkpoint.__file__
+
+@lru_cache(None)
+def position(
+    code,  # Of a function
+    at:int # Offset of an instruction in it
+)->str: # Empty for code of PyTorch's
+    "Where in its function an instruction is"
+    if code.co_filename.startswith(_torch): return ''
+    line,_,column,_ = next(islice(code.co_positions(), at//2, None))
+    return f'line {(line or 0)-code.co_firstlineno+1}, column {column} of {code.co_qualname}'
+
+# %% ../../nbs/core/02_trace.ipynb #04tracsame05
+@lru_cache(None)
+def loop_names(
+    code # Of a function
+)->tuple:
+    "The names that get their values from a `for`"
+    found,left = [],0
+    for i in dis.get_instructions(code):
+        if i.opname=='FOR_ITER': left = 1
+        elif left and i.opname=='UNPACK_SEQUENCE': left += i.arg-1
+        elif left and i.opname.startswith('STORE_'):
+            stored = i.argval if isinstance(i.argval, tuple) else (i.argval,)
+            stored = stored[:1+(i.opname=='STORE_FAST_STORE_FAST')] # newer Pythons join two instructions
+            found += stored
+            left -= len(stored)
+    return tuple(dict.fromkeys(found))
+
+# %% ../../nbs/core/02_trace.ipynb #04tracsame08
+@patch
+def marks(self:Where, frame):
+    "What tells the operation that `frame` calls from others of its name, from the inside to the outside: calls, turns, calls, turns, and so on"
+    at,frames,recomputed = [],[],False
+    stack = self.stack[1:] if len(self.stack)>1 and self.stack[1][0]=='' else self.stack
+    for (path,base),_ in groupby(reversed(stack)):
+        while frame is not None and frame is not base:
+            if (where:=position(frame.f_code, frame.f_lasti)):
+                at.append(None if recomputed else where)
+                frames.append(frame)
+            recomputed = frame.f_code.co_filename==_checkpoint or recomputed and not where
+            frame = frame.f_back
+        at.append(path)
+        if path and path in self.bare: continue
+        yield tuple(at)
+        yield tuple(t for f in frames for t in self.turns(f))
+        at,frames = [],[]
+
+@patch
+def turns(self:Where, frame)->list:
+    "What the loops of the function in `frame` are at: paths of modules, numbers and strings, None for anything else"
+    names = loop_names(frame.f_code)
+    if not names: return []
+    of = frame.f_locals
+    def shown(o):
+        if isinstance(o, nn.Module): return self.paths.get(id(vars(o)))
+        return o if isinstance(o, (int,str)) else None
+    return [shown(of.get(k)) for k in names]
+
 # %% ../../nbs/core/02_trace.ipynb #04trac2eb2ec
 @dataclass(frozen=True)
 class Op:
@@ -106,12 +179,14 @@ class Tracer(Where):
     "Writes down all operations on activations"
     def __init__(self, model):
         super().__init__(model)
-        self.model,self.ops,self.ran = model,[],set()
+        self.model,self.ops,self.found = model,[],{}
+        self.bare = {k for k,m in model.named_modules() if not [*m.parameters(),*m.buffers()]}
         self.vals,self.keep = {},[]
         self.users = WeakTensorKeyDictionary()
-    def push(self, m, args):
-        super().push(m, args)
-        self.ran.add(self.stack[-1])
+    def key(self, place, frame):
+        key = super().key(place, frame)
+        self.found[key] = tuple(self.marks(frame))
+        return key
     def value(self, t):
         "A new value for `t`"
         self.keep.append(t)
@@ -150,10 +225,16 @@ class Trace:
     outputs:set  # Values that the model returns
     ran:set      # Paths of modules that ran
     users:WeakTensorKeyDictionary # The key of the first operation that used a tensor, for tensors that are still there
+    marks:dict=field(default_factory=dict, repr=False) # What tells each operation from others, by key
+    bare:set=field(default_factory=set, repr=False) # Paths of modules without tensors of their own
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
     def __post_init__(self):
         for o in self.ops:
             for v in o.ins: self.consumers[v].append(o)
+    def line(self, key)->str:
+        "Where in the source an operation is, empty if that is PyTorch's own"
+        first,*_ = self.marks[key][0]
+        return '' if first==key[0] else first
 
 # %% ../../nbs/core/02_trace.ipynb #04tracbf8e1c
 def trace(
@@ -165,4 +246,66 @@ def trace(
     inputs = [t.value(x) for x in floats(xb)]
     with parametrize.cached(), evaluating(model), t: out = model(*xb)
     outputs = set(t.known(floats(out)))
-    return Trace(t.ops, inputs, outputs, t.ran, t.users)
+    return Trace(t.ops, inputs, outputs, t.ran, t.users, t.found, t.bare)
+
+# %% ../../nbs/core/02_trace.ipynb #04trac7085a0
+def places(
+    tr:Trace, # What the model does
+    keys      # Of operations that have to be found again
+)->dict: # By path and name a dictionary, by the first marks, of dictionaries by the next, or of keys
+    "A tree to find operations in by their marks"
+    def tree(found, depth=0):
+        if depth and len(found)==1 or any(len(tr.marks[k])<=depth for k in found): return tuple(found)
+        by = {}
+        for k in found: by.setdefault(tr.marks[k][depth], []).append(k)
+        return {m:tree(ks, depth+1) for m,ks in by.items()}
+    wanted,by = {k[:2] for k in keys},{}
+    for o in tr.ops: by.setdefault(o.key[:2], []).append(o.key)
+    return {place:tree(by[place]) for place in by if place in wanted}
+
+class Matching(Where):
+    "Gives operations the keys of the same ones in a trace; raises `ValueError` if it cannot be told which are the same"
+    def __init__(self,
+        model:nn.Module, # The model that was traced, or a copy
+        places:dict,     # From `places`
+        bare             # As in the trace
+    ):
+        super().__init__(model)
+        self.places,self.bare,self.leaf,self.lines = places,bare,(),{}
+    def key(self, place, frame):
+        self.leaf = self.find(place, frame)
+        if not self.leaf: return *place,None
+        n = self.count[self.leaf] if len(self.leaf)>1 else 0
+        if n==len(self.leaf): raise ValueError(_unlike(place, self.lines[self.leaf], f'{n+1} times', n))
+        return self.leaf[n]
+    def counted(self, key): return self.leaf if len(self.leaf)>1 else key
+    def find(self, place, frame)->tuple:
+        "The keys that the operation which `frame` calls may have"
+        node,line = self.places.get(place, ()),''
+        if not node: return ()
+        for i,m in enumerate(self.marks(frame)):
+            if isinstance(node, tuple): break
+            line = line or m[0]
+            if i%2 and m and m not in node and all(isinstance(t, int) for t in m):
+                raise ValueError(_unlike(place, line, f'in turn {m[0]} of a loop', len(node)))
+            node = node.get(m) or like(node, m)
+        if len(node)>1: self.lines[node] = line
+        return node if isinstance(node, tuple) else ()
+    def __exit__(self, kind, *args):
+        super().__exit__(kind, *args)
+        short = [k for k in self.lines if self.count[k]<len(k)]
+        for k in short if kind is None else (): raise ValueError(_unlike(k[0], self.lines[k], f'{self.count[k]} times', len(k)))
+
+def like(
+    node:dict, # Keys by marks
+    mark:tuple # Has a None where a call may be on any line
+)->tuple|dict: # What `node` has for it, empty if that is nothing, or could be several
+    "What fits to a mark that leaves a call open"
+    def same(m): return len(m)==len(mark) and all(None in o or o[0]==o[1] for o in zip(m, mark))
+    found = [v for m,v in node.items() if same(m)] if None in mark else []
+    return found[0] if len(found)==1 else ()
+
+def _unlike(key, line, now, then):
+    path,name,*_ = key
+    return (f"{name!r} in {path!r} ({line}) ran {now} in this pass, and {then} times in the one that was traced, in turns that look the same: which operation is which, "
+        "and so the range of each, cannot be told. Let it run equally often in training and in evaluation, or in a loop over modules or numbers (`for i in range(n)`).")

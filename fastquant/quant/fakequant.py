@@ -35,12 +35,15 @@ class Site:
     ):
         self.of,self.i,self.spec = of,i,spec
         self.source,self.touching,self.observer = source,list(touching),None
+        self.at = '' # where in the source, if that is not PyTorch's
     @property
     def numbers(self)->tuple: return self.of.numbers[self.i]
     @property
     def scale(self)->Tensor: return self.of.scale[self.i]
     @property
     def zero_point(self)->Tensor: return self.of.zero_point[self.i].round().int()
+    @property
+    def name(self)->str: return f'{self.source} ({self.at})' if self.at else self.source
     def as_is(self, x): return x
     def watch(self, x):
         "Show `x` to the observer"
@@ -142,10 +145,13 @@ class FakeQuant(Attachment):
         self.all = list(site.values())
         self.inputs = {i:at[v] for i,v in enumerate(plan.tr.inputs) if v in at}
         self.sites = {o.key:at[v] for o in plan.tr.ops for v in o.outs if v in at}
+        for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
         self.gates = _gates(plan, self.sites)
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.doors = {k:site[k] for k in plan.doors}
         self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
+        found = [*self.sites,*plan.norms.values()]
+        self.places,self.bare = places(plan.tr, found),plan.tr.bare
         clipped = plan.clipped()
         self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
     def set_layers(self, plan):
@@ -270,10 +276,10 @@ def cap_of(
     if name=='relu6': return 6.
     if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
 
-class FakeQuantMode(Where):
+class FakeQuantMode(Matching):
     "Does what `fake_quant` says to the operations of `model`"
     def __init__(self, model, fake_quant):
-        super().__init__(model)
+        super().__init__(model, fake_quant.places, fake_quant.bare)
         self.model,self.fake_quant = model,fake_quant
     def see(self, key, func, args, kwargs):
         r,(path,name,_) = self.fake_quant,key
@@ -314,5 +320,5 @@ def pop(self:FakeQuantMode, m, args, out):
     if not isinstance(m, nn.SyncBatchNorm): return None
     key = self.paths.get(id(vars(m)), ''),'batch_norm',0
     site = self.fake_quant.sites.get(key)
-    if site is None or self.count[key[:2]]: return None
+    if site is None or self.count[key]: return None
     return self.fake_quant.act(site, out)

@@ -96,7 +96,7 @@ def unseen(
 )->list:
     "Names of what has been noted at no site of `model` so far"
     r = fake_quant_of(model)
-    return [s.source for s in r.all if r.range[s.i,0].isnan()]
+    return [s.name for s in r.all if r.range[s.i,0].isnan()]
 
 # %% ../../nbs/quant/08_train.ipynb #05atra3a456b
 def steps(
