@@ -1,7 +1,12 @@
 "Operations of a model that is not a plain stack of layers: each keeps its place, whatever runs beside it, and does to its arguments what it does in float"
 import copy, pickle, pytest, torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from fastquant.export.onnx import to_onnx
+from fastquant.export.verify import sqnr, verify
+from fastquant.prune.structures import groups
+from fastquant.quant.convert import convert
 from fastquant.quant.fakequant import Site, fake_quant_of
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.quant.spec import Spec
@@ -114,3 +119,170 @@ def test_turns_that_cannot_be_told_apart(more):
     net.more = 0
     watch(net, x)
     set_ranges(net)
+
+def stmt(f):
+    "A net of three convolutions around `f`"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b,self.c = nn.Conv2d(3,4,3,padding=1),nn.Conv2d(4,4,1),nn.Conv2d(4,2,1)
+        def forward(self, x): return self.c(f(self.a(x), self.b))
+    torch.manual_seed(0)
+    return Net()
+
+def relu(a, b):
+    F.relu(a, inplace=True)
+    y = b(a)
+    y.relu_()
+    return y
+def clip(a, b):
+    a.clamp_(min=0)
+    return b(a).clamp_(0, 6)
+def add(a, b):
+    y = b(a)
+    y.add_(a)
+    return y
+def mul(a, b):
+    y = b(a)
+    y.mul_(a)
+    y.mul_(.5)
+    return y
+def silu(a, b):
+    F.silu(a, inplace=True)
+    y = b(a)
+    F.silu(y, inplace=True)
+    return y
+def part(a, b):
+    y = b(a)
+    y[:,:2].relu_()
+    return y
+def earlier_view(a, b):
+    y = b(a)
+    seen = y.flatten(2)
+    y.relu_()
+    return seen.view_as(y)
+def put(a, b):
+    y = b(a*1)
+    y[:,1:] = a[:,1:]
+    return y
+def mask(a, b):
+    y = b(a)
+    y[y<0] = 0
+    return y
+def made_before(a, b):
+    y = torch.zeros_like(a)
+    y[:,:2],y[:,2:] = b(a)[:,2:],a[:,:2]
+    return y
+def copied(a, b):
+    y = torch.empty_like(a)
+    y.copy_(b(a))
+    return y
+def indexed(a, b):
+    y = b(a)
+    y.index_put_((torch.tensor([0,1]),), a[:2])
+    return y
+def keyword(a, b): return b(F.relu(input=a))
+
+def plain(f):
+    "What `f` does, without writing into anything"
+    return dict(relu=lambda a,b: b(a.relu()).relu(), clip=lambda a,b: b(a.clamp(min=0)).clamp(0, 6), add=lambda a,b: b(a)+a,
+        mul=lambda a,b: b(a)*a*.5, silu=lambda a,b: F.silu(b(F.silu(a))), keyword=lambda a,b: b(a.relu())).get(f.__name__)
+
+effects = [relu,clip,add,mul,silu,part,earlier_view,put,mask,made_before,copied,indexed,keyword]
+
+@pytest.mark.parametrize('f', effects)
+def test_effects_are_those_of_float(f):
+    "Nothing is rounded: to the bit. Rounded: close, with all layers in int8. Converted: as when it rounds"
+    net = stmt(f).eval()
+    with torch.no_grad():
+        want = net(x)
+        prepare(net, 'int8', x)
+        assert net(x).equal(want) and not fake_quant_of(net).float_layers
+        watch(net, x)
+        set_ranges(net)
+        rounded = net(x)
+        assert sqnr(want, rounded)>30
+        assert sqnr(rounded, convert(copy.deepcopy(net))(x))>40
+    net.train()
+    fake_quant_of(net).how = Site.follow
+    assert net(x).equal(rounded)
+
+@pytest.mark.parametrize('f', [f for f in effects if plain(f)])
+def test_effects_have_the_gradients_of_values(f):
+    nets = [stmt(f),stmt(plain(f))]
+    for net in nets:
+        prepare(net, 'int8', x)
+        watch(net, x)
+        set_ranges(net)
+        net.train()(x).square().sum().backward()
+    for p,q in zip(*(n.parameters() for n in nets), strict=True): assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('f', [relu,add,silu,part,put])
+def test_file_has_the_effects(f):
+    net = stmt(f).eval()
+    rounded = prepare(copy.deepcopy(net), 'int8', x)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert report.n_int8==report.n_layers==3, report
+
+class Born(nn.Module):
+    "Activations that are made from `f` of the batch"
+    def __init__(self, f, n):
+        super().__init__()
+        self.f,self.emb,self.lin,self.head = f,nn.Embedding(9,4),nn.Linear(n,8),nn.Linear(8,2)
+    def forward(self, x): return self.head(self.lin(self.f(self, x)).relu())
+
+ids = torch.arange(16).view(8,2)%9
+born = dict(embedding=(lambda m,x: m.emb(x).flatten(1), 8, ids), cast=(lambda m,x: x.float()/9, 2, ids),
+    bytes=(lambda m,x: x.to(torch.float32)-3, 2, ids.byte()), one_hot=(lambda m,x: F.one_hot(x, 9).float().flatten(1), 18, ids),
+    spectrum=(lambda m,x: torch.fft.rfft(x).abs(), 5, torch.randn(8,8)),
+    mask=(lambda m,x: (x>0).float(), 8, torch.randn(8,8)), table=(lambda m,x: m.emb.weight[x].sum(1), 4, ids))
+
+@pytest.mark.parametrize('name', born)
+def test_born_inside(name):
+    "What is made from integers or complex numbers is an activation, and the last layer is found"
+    f,n,x = born[name]
+    net = Born(f, n).eval()
+    assert list(groups(net, 'weight', x)[0])==['lin']
+    with torch.no_grad():
+        want = net(x)
+        prepare(net, 'int8', x)
+        watch(net, x)
+        set_ranges(net)
+        assert set(fake_quant_of(net).layers)=={'lin','head'} and sqnr(want, net(x))>25
+
+class Both(nn.Module):
+    "An int8 layer and a float operation that use the same value, which `f` makes"
+    def __init__(self, f):
+        super().__init__()
+        self.f,self.lin,self.norm = f,nn.Linear(8,8),nn.LayerNorm(8)
+    def forward(self, x):
+        x = self.f(self, x)
+        return x, x+.001*self.lin(x).tanh()
+
+@pytest.mark.parametrize('f', [lambda m,x: x, lambda m,x: m.norm(x), lambda m,x: x.exp().flatten(1)])
+def test_what_stays_in_float_gets_floats(f):
+    net = Both(f).eval()
+    x = torch.randn(16,8)
+    rounded = prepare(copy.deepcopy(net), 'int8', x)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    with torch.no_grad():
+        for m in (rounded,sim): assert m(x)[0].equal(net(x)[0]) and 60<sqnr(net(x)[1], m(x)[1])<200
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert report.n_int8==1
+
+class Outside(nn.Module):
+    "Weights that are in no layer"
+    def __init__(self):
+        super().__init__()
+        self.lin,self.w,self.v = nn.Linear(8,8),nn.Parameter(torch.randn(8,8)),nn.Parameter(torch.randn(8,8))
+    def forward(self, x): return F.linear(torch.einsum('bi,ij->bj', self.lin(x), self.w), self.v)
+
+def test_all_work_is_accounted_for():
+    r = fake_quant_of(prepare(Outside(), 'int8', torch.randn(4,8)))
+    assert set(r.float_layers)=={'w','v'} and 'einsum multiplies with it' in r.float_layers['w']
+    assert {k:round(v, 3) for k,v in r.work.items()}==dict(lin=.333, w=.333, v=.333)

@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'modules_in', 'evaluating', 'catching',
-           'clean_copy', 'copy_model', 'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights']
+           'clean_copy', 'copy_model', 'check_python', 'all_tensors', 'shared', 'check_apart', 'FileModel',
+           'check_weights']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def tensors(
@@ -152,6 +153,16 @@ def copy_model(
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
+
+# %% ../../nbs/core/01_model.ipynb #01modscript2
+def check_python(
+    model:nn.Module # Any model
+):
+    "Raise a `ValueError` if a part of `model` is TorchScript"
+    for k,m in model.named_modules():
+        if isinstance(m, torch.jit.ScriptModule):
+            raise ValueError(f"{k or type(model).__name__!r} is TorchScript, whose operations nobody can see or export. Put the Python module there that it was made of, with its weights: "
+                "`load_state_dict(scripted.state_dict())`.")
 
 # %% ../../nbs/core/01_model.ipynb #01mod00sh02
 def all_tensors(

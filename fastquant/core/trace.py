@@ -1,4 +1,4 @@
-"""Which tensor operations a model runs, and what connects them
+"""What the operations of a model do, and what connects them
 
 Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 
@@ -6,68 +6,21 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 
 # %% ../../nbs/core/02_trace.ipynb #04tracbda96d
 from __future__ import annotations
-import dis, os, sys, torch, torch.utils.checkpoint
+import torch
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import groupby, islice
 from fastcore.all import patch
-from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch import nn, Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakTensorKeyDictionary
 from .model import *
+from .where import *
 
 # %% auto #0
-__all__ = ['kinds', 'op_name', 'Where', 'kind_of', 'position', 'loop_names', 'Op', 'Tracer', 'Trace', 'trace', 'places',
-           'Matching', 'like']
-
-# %% ../../nbs/core/02_trace.ipynb #04trac6cdc48
-_names = {}
-def op_name(
-    func # As a `TorchFunctionMode` gets it
-)->str:
-    "Short name of an operation, the same for its function, method and operator forms"
-    if func not in _names:
-        name = resolve_name(func) or func.__name__
-        _names[func] = name.removesuffix('.__get__').split('.')[-1]
-    return _names[func]
-
-# %% ../../nbs/core/02_trace.ipynb #04trac0e3e03
-class Where(TorchFunctionMode):
-    "Shows each tensor operation that `model` runs to `see`, together with its key `(module path, name, count)`"
-    bare = () # paths of modules without tensors of their own
-    def __init__(self, model):
-        super().__init__()
-        named = list(model.named_modules())
-        self.paths = {id(vars(m)):k for k,m in reversed(named)}
-        self.stack,self.count,self.ran = [],Counter(),set()
-    def __enter__(self):
-        self.stack = [('',sys._getframe(1))]
-        before = register_module_forward_pre_hook(self.push)
-        after = register_module_forward_hook(self.pop, always_call=True)
-        self.hooks = before,after
-        return super().__enter__()
-    def __exit__(self, *args):
-        for h in self.hooks: h.remove()
-        self.stack = []
-        return super().__exit__(*args)
-    def push(self, m, args):
-        path = self.paths.get(id(vars(m)))
-        self.ran.add(path)
-        known = (path,sys._getframe(1)) if path is not None else self.stack[-1]
-        self.stack.append(known)
-    def pop(self, m, args, out): self.stack = self.stack[:-1] or self.stack
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        place = self.stack[-1][0],op_name(func)
-        key = self.key(place, sys._getframe(1))
-        out = self.see(key, func, args, kwargs or {})
-        if floats(out): self.count[self.counted(key)] += 1
-        return out
-    def key(self, place, frame): return *place,self.count[place]
-    def counted(self, key): return key[:2]
-    def see(self, key, func, args, kwargs): return func(*args, **kwargs)
+__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'MacCounter', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
 _of_kind = dict(
@@ -99,67 +52,6 @@ def kind_of(
     if name in ('interpolate','upsample') and kwargs.get('mode', args[3] if len(args)>3 else 'nearest')!='nearest': return 'float'
     return kind
 
-# %% ../../nbs/core/02_trace.ipynb #04tracsame02
-_torch = os.path.dirname(torch.__file__)+os.sep
-_checkpoint = torch.utils.checkpoint.__file__
-
-@lru_cache(None)
-def position(
-    code,  # Of a function
-    at:int # Offset of an instruction in it
-)->str: # Empty for code of PyTorch's
-    "Where in its function an instruction is"
-    if code.co_filename.startswith(_torch): return ''
-    line,_,column,_ = next(islice(code.co_positions(), at//2, None))
-    return f'line {(line or 0)-code.co_firstlineno+1}, column {column} of {code.co_qualname}'
-
-# %% ../../nbs/core/02_trace.ipynb #04tracsame05
-@lru_cache(None)
-def loop_names(
-    code # Of a function
-)->tuple:
-    "The names that get their values from a `for`"
-    found,left = [],0
-    for i in dis.get_instructions(code):
-        if i.opname=='FOR_ITER': left = 1
-        elif left and i.opname=='UNPACK_SEQUENCE': left += i.arg-1
-        elif left and i.opname.startswith('STORE_'):
-            stored = i.argval if isinstance(i.argval, tuple) else (i.argval,)
-            stored = stored[:1+(i.opname=='STORE_FAST_STORE_FAST')] # newer Pythons join two instructions
-            found += stored
-            left -= len(stored)
-    return tuple(dict.fromkeys(found))
-
-# %% ../../nbs/core/02_trace.ipynb #04tracsame08
-@patch
-def marks(self:Where, frame):
-    "What tells the operation that `frame` calls from others of its name, from the inside to the outside: calls, turns, calls, turns, and so on"
-    at,frames,recomputed = [],[],False
-    stack = self.stack[1:] if len(self.stack)>1 and self.stack[1][0]=='' else self.stack
-    for (path,base),_ in groupby(reversed(stack)):
-        while frame is not None and frame is not base:
-            if (where:=position(frame.f_code, frame.f_lasti)):
-                at.append(None if recomputed else where)
-                frames.append(frame)
-            recomputed = frame.f_code.co_filename==_checkpoint or recomputed and not where
-            frame = frame.f_back
-        at.append(path)
-        if path and path in self.bare: continue
-        yield tuple(at)
-        yield tuple(t for f in frames for t in self.turns(f))
-        at,frames = [],[]
-
-@patch
-def turns(self:Where, frame)->list:
-    "What the loops of the function in `frame` are at: paths of modules, numbers and strings, None for anything else"
-    names = loop_names(frame.f_code)
-    if not names: return []
-    of = frame.f_locals
-    def shown(o):
-        if isinstance(o, nn.Module): return self.paths.get(id(vars(o)))
-        return o if isinstance(o, (int,str)) else None
-    return [shown(of.get(k)) for k in names]
-
 # %% ../../nbs/core/02_trace.ipynb #04trac2eb2ec
 @dataclass(frozen=True)
 class Op:
@@ -169,12 +61,48 @@ class Op:
     outs:tuple # Values that come out
     kind:str # See `kinds`
     ndim:int=0 # Dimensions of the first of these
+    given:tuple=() # The value of each floating-point tensor that it was called with, None for one that is no activation
+    writes:int|None=None # Which of those it writes into
+    macs:int=0 # Its multiply-accumulates
+    weight:str='' # The name of a parameter that it multiplies with
     @property
     def path(self)->str: return self.key[0]
     @property
     def name(self)->str: return self.key[1]
 
 # %% ../../nbs/core/02_trace.ipynb #04tracdcd333
+_blank = set('''new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like
+    randn_like randint_like'''.split())
+_fresh = 'copy_','fill_','zero_','normal_','uniform_' # what was there before is gone
+
+def memory(t):
+    "What identifies the memory that `t` is in"
+    return t.untyped_storage()._cdata if t.layout==torch.strided else id(t)
+
+def written(t)->int:
+    "How often somebody wrote to the memory of `t`"
+    return 0 if t.is_inference() else t._version
+
+def argument(
+    args:tuple, # What an operation was called with
+    kwargs:dict,
+    i:int,      # Position of an argument
+    name:str    # And its name
+):
+    "An argument, wherever it was given; None if it was not"
+    return args[i] if len(args)>i else kwargs.get(name)
+
+# %% ../../nbs/core/02_trace.ipynb #04tracmacs2
+class MacCounter(TorchDispatchMode):
+    "Counts the multiply-accumulates of convolutions and matrix products"
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        flops = flop_registry.get(func.overloadpacket)
+        if flops: self.n += flops(*args, **(kwargs or {}), out_val=out)//2
+        return out
+
+# %% ../../nbs/core/02_trace.ipynb #04traceff02
 class Tracer(Where):
     "Writes down all operations on activations"
     def __init__(self, model):
@@ -182,39 +110,117 @@ class Tracer(Where):
         self.model,self.ops,self.found = model,[],{}
         self.bare = {k for k,m in model.named_modules() if not [*m.parameters(),*m.buffers()]}
         self.vals,self.keep = {},[]
-        self.users = WeakTensorKeyDictionary()
+        self.between,self.plain,self.keep_too = {},{},[]
+        self.writes,self.whole,self.homes,self.reread = Counter(),{},{},set()
+        self.users,self.counter = WeakTensorKeyDictionary(),MacCounter()
+        self.params = {id(p):k for k,p in model.named_parameters()}
     def key(self, place, frame):
         key = super().key(place, frame)
         self.found[key] = tuple(self.marks(frame))
         return key
     def value(self, t):
         "A new value for `t`"
+        at = memory(t)
         self.keep.append(t)
-        self.vals[id(t)] = len(self.keep)-1
-        return self.vals[id(t)]
+        self.vals[id(t)] = len(self.keep)-1,self.writes[at]
+        self.homes[at] = max(self.homes.get(at, t), t, key=Tensor.numel)
+        return len(self.keep)-1
+    def now(self, t):
+        "The value of `t`: if its memory was written to since it got one, what is there now; None if it is no activation"
+        v,time = self.vals.get(id(t), (None,0))
+        at = memory(t)
+        if time==self.writes[at]: return v
+        self.reread.add(self.whole[at])
+        return self.whole[at]
     def known(self, ts):
         "The values of those of `ts` that have one"
-        return [self.vals[id(t)] for t in ts if id(t) in self.vals]
-    def owns(self, path, kind, args):
-        "Whether a layer's weight, or a batchnorm's mean, is the module's own, and not computed"
-        m = self.model.get_submodule(path)
-        if kind=='norm': own = m._buffers.get('running_mean')
-        else: own = m.weight if parametrize.is_parametrized(m, 'weight') else own_weight(m)
-        return len(args)>1 and own is not None and args[1] is own
-    def see(self, key, func, args, kwargs):
-        given = floats((args,kwargs))
-        acts = self.known(given)
-        for t in given: self.users.setdefault(t, key)
-        out = func(*args, **kwargs)
-        made = floats(out)
-        path,name,_ = key
-        kind = kind_of(name, len(acts), len(given)-len(acts), args, kwargs)
-        if kind in ('layer','norm') and not self.owns(path, kind, args): kind = 'float'
-        same = kind=='move' and any(o is i for o in made for i in given)
-        if acts and made and not same:
-            outs = tuple(map(self.value, made))
-            self.ops.append(Op(key, tuple(acts), outs, kind, made[0].ndim))
-        return out
+        return [v for t in ts if (v:=self.now(t)) is not None]
+    def behind(self, ts):
+        "The values that those of `ts` depend on that are `between`; None if there are none of these"
+        found = [self.between[id(t)] for t in ts if id(t) in self.between]
+        return [v for vs in found for v in vs] if found else None
+
+# %% ../../nbs/core/02_trace.ipynb #04traceff14
+@patch
+def owns(self:Tracer, path, kind, args, kwargs):
+    "Whether a layer's weight, or a batchnorm's mean, is the module's own, and not computed"
+    m = self.model.get_submodule(path)
+    if kind=='norm': used,own = argument(args, kwargs, 1, 'running_mean'),m._buffers.get('running_mean')
+    else: used,own = argument(args, kwargs, 1, 'weight'),m.weight if parametrize.is_parametrized(m, 'weight') else own_weight(m)
+    return own is not None and used is own
+
+@patch
+def see(self:Tracer, key, func, args, kwargs):
+    name = key[1]
+    given = tensors(args[:1] if name.endswith('_as') else (args,kwargs))
+    reals = floats(given)
+    vals,behind = [self.now(t) for t in reals],self.behind(given)
+    for t in reals: self.users.setdefault(t, key)
+    before,done = [written(t) for t in reals],self.counter.n
+    out = func(*args, **kwargs)
+    cost = dict(macs=self.counter.n-done, weight=next((self.params[id(t)] for t in reals if id(t) in self.params), ''))
+    kind = self.kind(key, vals, behind, args, kwargs)
+    for i,t in enumerate(reals):
+        if written(t)!=before[i] and (out is None or out is t): return self.wrote(key, t, i, vals, behind, kind, out, 'out' in kwargs)
+    made = [t for t in tensors(out) if not any(t is o for o in given)]
+    if name in _blank: behind,vals = None,[]
+    self.note(key, vals, behind, kind, made, **cost)
+    return out
+
+# %% ../../nbs/core/02_trace.ipynb #04traceff04
+@patch
+def kind(self:Tracer, key, vals, behind, args, kwargs)->str:
+    "What kind of operation this is, on these tensors"
+    path,name,_ = key
+    acts = [v for v in vals if v is not None]
+    if not acts or behind: return 'float'
+    kind = kind_of(name, len(acts), len(vals)-len(acts), args, kwargs)
+    return 'float' if kind in ('layer','norm') and not self.owns(path, kind, args, kwargs) else kind
+
+@patch
+def note(self:Tracer, key, vals, behind, kind, made, **kwargs):
+    "Write down an operation, if it depends on the batch"
+    ins = [v for v in vals if v is not None]
+    if not ins and behind is None:
+        self.plain.update({id(t):t for t in made})
+        return ()
+    ins += [v for v in behind or () if v not in ins]
+    for t in made:
+        if not t.is_floating_point(): self.between[id(t)] = ins
+    self.keep_too += made
+    outs = tuple(map(self.value, floats(made)))
+    if outs: self.ops.append(Op(key, tuple(ins), outs, kind, floats(made)[0].ndim, tuple(vals), **kwargs))
+    return outs
+
+@patch
+def wrote(self:Tracer, key, t, i, vals, behind, kind, out, fresh):
+    "Write down that an operation wrote into its argument `t`, the one at `i`"
+    at = memory(t)
+    part = t.numel()*t.element_size()<t.untyped_storage().nbytes()
+    old = self.known([self.homes[at]]) if part and at in self.homes else []
+    if old: behind = [*(behind or ()),*old]
+    elif fresh or key[1] in _fresh: vals[i] = None
+    self.writes[at] += 1
+    shown = t if out is None else t.view_as(t)
+    outs = self.note(key, vals, behind, 'float' if part or out is None else kind, [shown], writes=i)
+    self.whole[at] = outs[0] if outs else None
+    if outs and out is None: self.reread.add(outs[0])
+    return None if out is None else shown
+
+# %% ../../nbs/core/02_trace.ipynb #04traceff06
+@patch
+def pop(self:Tracer, m, args, out):
+    super(Tracer, self).pop(m, args, out)
+    new = [t for t in floats(out) if self.now(t) is None]
+    stays = {id(t) for t in (*self.model.parameters(),*self.model.buffers())} if new else ()
+    made = [t for t in new if id(t) not in stays and id(t) not in self.plain]
+    if not made: return
+    used = {v for o in self.ops for v in o.ins}
+    ends = [v for o in self.ops for v in o.outs if v not in used]
+    behind = self.behind(tensors(args))
+    if ends: behind = [*(behind or ()),*ends]
+    key = self.paths.get(id(vars(m)), ''),type(m).__name__,len(self.ops)
+    self.reread.update(self.note(key, self.known(floats(args)), behind, 'float', made))
 
 # %% ../../nbs/core/02_trace.ipynb #04trac99e51e
 @dataclass(frozen=True)
@@ -225,6 +231,7 @@ class Trace:
     outputs:set  # Values that the model returns
     ran:set      # Paths of modules that ran
     users:WeakTensorKeyDictionary # The key of the first operation that used a tensor, for tensors that are still there
+    reread:frozenset=frozenset() # Values that an operation wrote into a tensor, or that no operation was seen to make
     marks:dict=field(default_factory=dict, repr=False) # What tells each operation from others, by key
     bare:set=field(default_factory=set, repr=False) # Paths of modules without tensors of their own
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
@@ -241,71 +248,16 @@ def trace(
     model:nn.Module, # Any model
     *xb              # A batch of its inputs
 )->Trace:
-    "Run `model` on `xb` and write down what happens"
+    "Run `model` on `xb` and write down what happens; raises `ValueError` if what it returns does not depend on `xb`"
     t = Tracer(model)
     inputs = [t.value(x) for x in floats(xb)]
-    with parametrize.cached(), evaluating(model), t: out = model(*xb)
-    outputs = set(t.known(floats(out)))
-    return Trace(t.ops, inputs, outputs, t.ran, t.users, t.found, t.bare)
+    t.between = {id(x):[] for x in tensors(xb) if not x.is_floating_point()}
+    with parametrize.cached(), evaluating(model), sdpa_kernel(SDPBackend.MATH), t.counter, t: out = model(*xb)
+    ends = {*t.known(floats(out)),*(t.behind(tensors(out)) or ())}
+    if not ends: raise ValueError(_nothing.format(model=type(model).__name__, out=type(out).__name__, xb=_shapes(xb)))
+    return Trace(t.ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare)
 
-# %% ../../nbs/core/02_trace.ipynb #04trac7085a0
-def places(
-    tr:Trace, # What the model does
-    keys      # Of operations that have to be found again
-)->dict: # By path and name a dictionary, by the first marks, of dictionaries by the next, or of keys
-    "A tree to find operations in by their marks"
-    def tree(found, depth=0):
-        if depth and len(found)==1 or any(len(tr.marks[k])<=depth for k in found): return tuple(found)
-        by = {}
-        for k in found: by.setdefault(tr.marks[k][depth], []).append(k)
-        return {m:tree(ks, depth+1) for m,ks in by.items()}
-    wanted,by = {k[:2] for k in keys},{}
-    for o in tr.ops: by.setdefault(o.key[:2], []).append(o.key)
-    return {place:tree(by[place]) for place in by if place in wanted}
+_nothing = ("Nothing that {model} returns (a {out}) can be followed back to the batch ({xb}), so it cannot be said what it does. "
+    "It has to return tensors, or lists, tuples or dictionaries of them, that are made from the batch.")
 
-class Matching(Where):
-    "Gives operations the keys of the same ones in a trace; raises `ValueError` if it cannot be told which are the same"
-    def __init__(self,
-        model:nn.Module, # The model that was traced, or a copy
-        places:dict,     # From `places`
-        bare             # As in the trace
-    ):
-        super().__init__(model)
-        self.places,self.bare,self.leaf,self.lines = places,bare,(),{}
-    def key(self, place, frame):
-        self.leaf = self.find(place, frame)
-        if not self.leaf: return *place,None
-        n = self.count[self.leaf] if len(self.leaf)>1 else 0
-        if n==len(self.leaf): raise ValueError(_unlike(place, self.lines[self.leaf], f'{n+1} times', n))
-        return self.leaf[n]
-    def counted(self, key): return self.leaf if len(self.leaf)>1 else key
-    def find(self, place, frame)->tuple:
-        "The keys that the operation which `frame` calls may have"
-        node,line = self.places.get(place, ()),''
-        if not node: return ()
-        for i,m in enumerate(self.marks(frame)):
-            if isinstance(node, tuple): break
-            line = line or m[0]
-            if i%2 and m and m not in node and all(isinstance(t, int) for t in m):
-                raise ValueError(_unlike(place, line, f'in turn {m[0]} of a loop', len(node)))
-            node = node.get(m) or like(node, m)
-        if len(node)>1: self.lines[node] = line
-        return node if isinstance(node, tuple) else ()
-    def __exit__(self, kind, *args):
-        super().__exit__(kind, *args)
-        short = [k for k in self.lines if self.count[k]<len(k)]
-        for k in short if kind is None else (): raise ValueError(_unlike(k[0], self.lines[k], f'{self.count[k]} times', len(k)))
-
-def like(
-    node:dict, # Keys by marks
-    mark:tuple # Has a None where a call may be on any line
-)->tuple|dict: # What `node` has for it, empty if that is nothing, or could be several
-    "What fits to a mark that leaves a call open"
-    def same(m): return len(m)==len(mark) and all(None in o or o[0]==o[1] for o in zip(m, mark))
-    found = [v for m,v in node.items() if same(m)] if None in mark else []
-    return found[0] if len(found)==1 else ()
-
-def _unlike(key, line, now, then):
-    path,name,*_ = key
-    return (f"{name!r} in {path!r} ({line}) ran {now} in this pass, and {then} times in the one that was traced, in turns that look the same: which operation is which, "
-        "and so the range of each, cannot be told. Let it run equally often in training and in evaluation, or in a loop over modules or numbers (`for i in range(n)`).")
+def _shapes(xb): return ', '.join(f'{t.dtype} of {tuple(t.shape)}'.removeprefix('torch.') for t in tensors(xb)) or 'no tensor'

@@ -41,13 +41,20 @@ class Report:
     trained:bool=False  # Did the Learner's own model round, after training or calibration? Then that one counts, and not float
     portable:bool|None=None # Is it the same on every processor? None in files from before that was known
     sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
+    float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
+    def in_float(self):
+        "What is in float, why, and its share of the work where that is a percent or more"
+        work = {k:f'{v:.0%} of the work' for k,v in (self.float_work or {}).items() if v>=.01}
+        both = {k:[why,*([work.pop(k)] if k in work else [])] for k,why in self.float_layers.items()}
+        return ', '.join(f"{k} ({', '.join(v)})" for k,v in {**both, **{k:[v] for k,v in work.items()}}.items())
     def __str__(self):
-        reasons = [f'{k} ({why})' for k,why in self.float_layers.items()]
-        rest = f"; in float: {', '.join(reasons)}" if reasons else ''
+        floats,work = self.in_float(),''
+        rest = f'; in float: {floats}' if floats else ''
+        if self.float_work: work = f', {1-sum(self.float_work.values()):.0%} of the work in int8'
         share,whom = (self.agrees_rounded,'the model that rounds') if self.trained else (self.agrees_float,'float')
         same = '' if share is None else f', {share:.1%} of {self.n_items} predictions equal to {whom}'
         whole = ', the whole range of weights: not for a plain session on x86 without VNNI' if self.portable is False else ''
-        return f'{self.n_int8} of {self.n_layers} layers quantized{rest}{same}{whole}'
+        return f'{self.n_int8} of {self.n_layers} layers quantized{work}{rest}{same}{whole}'
     __repr__ = _repr_markdown_ = __str__
 
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
@@ -119,7 +126,7 @@ engines['onnxruntime'] = Engine
 # %% ../../nbs/export/02_engine.ipynb #07enga000092
 _of = onnx.TensorProto
 _arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64,
-    _of.INT64:torch.int64, _of.INT32:torch.int32, _of.BOOL:torch.bool}
+    _of.INT64:torch.int64, _of.INT32:torch.int32, _of.INT16:torch.int16, _of.INT8:torch.int8, _of.UINT8:torch.uint8, _of.BOOL:torch.bool}
 
 def _array_type(i):
     "The type of tensors that the input `i` of a graph takes"

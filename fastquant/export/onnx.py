@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from google.protobuf.message import DecodeError
 from torch import nn, Tensor
+from ..core.model import check_python
 from ..quant.grid import *
 from ..quant.convert import room
 from ..quant.fakequant import fake_quant_of
@@ -73,6 +74,7 @@ def to_onnx(
     *xb              # Example inputs, a batch of 2 or more
 )->onnx.ModelProto:
     "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done"
+    check_python(model)
     if min(len(x) for x in xb)<2: xb = [torch.cat([x,x]) for x in xb]
     plain = lambda x: x.detach().as_subclass(Tensor).cpu().contiguous()
     xb = tuple(plain(x[:2]) for x in xb)

@@ -284,6 +284,7 @@ def report_on(r, engine, f, rounded, s, e, **facts):
     for k in r.layers:
         if not engine.in_integers(str(kernels.get(k))): why[k] = f'{who} runs it as {kernels.get(k)}'
     n = len(r.layers)+len(r.float_layers)
+    facts['float_work'] = {k:v for k,v in r.work.items() if k in why or k not in r.layers}
     db = dict(sqnr=min(sqnr(s, e), 200.), sqnr_float=min(sqnr(f, e), 200.))
     same = dict(agrees=agreement(s, e), agrees_float=agreement(f, e), agrees_rounded=agreement(rounded, e))
     return Report(n, n-len(why), why, len(s), **db, **same, **facts)

@@ -13,6 +13,7 @@ from fastcore.all import patch
 from torch import nn, Tensor
 from ..core.model import *
 from ..core.trace import *
+from ..core.match import *
 from ..core.attach import *
 from .grid import *
 from .lsq import *
@@ -21,7 +22,8 @@ from .spec import *
 from .plan import *
 
 # %% auto #0
-__all__ = ['rounding', 'Site', 'distributed', 'GateSite', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'FakeQuantMode']
+__all__ = ['rounding', 'Site', 'distributed', 'GateSite', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'swapped',
+           'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepc4ccca
 class Site:
@@ -109,8 +111,7 @@ class GateSite(Site):
 
 def _gates(plan, sites):
     "A site for the sigmoid of each SiLU between two that are rounded"
-    silus = [o for o in plan.tr.ops if o.name=='silu' and o.key in sites and o.ins[0] in plan.grid]
-    return {o.key:GateSite(sites[o.key]) for o in silus}
+    return {o.key:GateSite(sites[o.key]) for o in plan.tr.ops if o.key in sites and plan.gated(o, plan.loose)}
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepca5545
 @patch
@@ -132,6 +133,7 @@ class FakeQuant(Attachment):
         floats:dict      # Why other layers do not
     ):
         self.model,self.spec,self.float_layers = model,plan.spec,floats
+        self.work = plan.work(model)
         self.set_sites(plan)
         self.set_layers(plan)
         self.lay_out()
@@ -143,14 +145,16 @@ class FakeQuant(Attachment):
         site = {k:Site(self, i, *o) for i,(k,o) in enumerate(plan.places().items())}
         at = {v:site[g] for v,g in plan.grid.items()}
         self.all = list(site.values())
-        self.inputs = {i:at[v] for i,v in enumerate(plan.tr.inputs) if v in at}
-        self.sites = {o.key:at[v] for o in plan.tr.ops for v in o.outs if v in at}
+        here = {v:s for v,s in at.items() if v not in plan.loose}
+        self.inputs = {i:here[v] for i,v in enumerate(plan.tr.inputs) if v in here}
+        self.sites = {o.key:here[v] for o in plan.tr.ops for v in o.outs if v in here}
+        self.set_effects(plan, {v:at[v] for v in plan.loose})
         for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
         self.gates = _gates(plan, self.sites)
         self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
         self.doors = {k:site[k] for k in plan.doors}
         self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
-        found = [*self.sites,*plan.norms.values()]
+        found = [*self.sites,*self.reads,*plan.norms.values()]
         self.places,self.bare = places(plan.tr, found),plan.tr.bare
         clipped = plan.clipped()
         self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
@@ -181,6 +185,15 @@ class FakeQuant(Attachment):
     def batches(self)->Tensor: return self.model.fake_quant_batches
     @property
     def rounds(self)->bool: return self.ready and self.act not in (Site.as_is, Site.watch, Site.note)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqeff004
+@patch
+def set_effects(self:FakeQuant, plan, loose):
+    "Say which arguments are rounded as they are read, and which a result is written into"
+    def read(o): return {i:loose[v] for i,v in enumerate(o.given) if v in loose}
+    self.reads = {o.key:read(o) for o in plan.tr.ops if o.key in plan.int8 and read(o)}
+    wrote = [o for o in plan.tr.ops if o.writes is not None and plan.tr.reread.intersection(o.outs)]
+    self.wrote = {o.key:o.writes for o in wrote if o.key in self.sites}
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
 def blank(
@@ -276,18 +289,42 @@ def cap_of(
     if name=='relu6': return 6.
     if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
 
+def swapped(
+    o,       # Tensors, in nested lists, tuples and dictionaries
+    new:dict # What to put for a floating-point tensor, by its position among these
+):
+    "`o` with other tensors in it"
+    left = iter(range(len(floats(o))))
+    def each(o):
+        if isinstance(o, Tensor) and o.is_floating_point(): return new.get(next(left), o)
+        if isinstance(o, dict): return {k:each(v) for k,v in o.items()}
+        return type(o)(map(each, o)) if type(o) in (list,tuple) else o
+    return each(o)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqeff002
 class FakeQuantMode(Matching):
     "Does what `fake_quant` says to the operations of `model`"
     def __init__(self, model, fake_quant):
         super().__init__(model, fake_quant.places, fake_quant.bare)
         self.model,self.fake_quant = model,fake_quant
     def see(self, key, func, args, kwargs):
+        r = self.fake_quant
+        reads,i = r.reads.get(key, {}),r.wrote.get(key)
+        if not reads and i is None: return self.result(key, func, args, kwargs)
+        given = floats((args,kwargs))
+        new = {j:r.act(s, given[j]) for j,s in reads.items()}
+        if i is not None: new[i] = new.get(i, given[i]).clone()
+        out = self.result(key, func, *swapped((args,kwargs), new))
+        return out if i is None else given[i].copy_(out)
+    def result(self, key, func, args, kwargs):
+        "What comes out of an operation, rounded if there is a site"
         r,(path,name,_) = self.fake_quant,key
-        if path in r.layers and kinds.get(name)=='layer': args = self.layer_args(path, args)
+        if path in r.layers and kinds.get(name)=='layer': args,kwargs = self.layer_args(path, args, kwargs)
         site = r.sites.get(key) if r.converted or key not in r.moved else None
-        if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, args[0], cap)
-        if key in r.gates and r.rounds: out = args[0]*r.act(r.gates[key], args[0].sigmoid())
-        else: out = args[0] if key in r.folded else func(*args, **kwargs)
+        x = argument(args, kwargs, 0, 'input')
+        if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, x, cap)
+        if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
+        else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
         def each(o): return r.act(site, o) if o.is_floating_point() else o
         return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
@@ -297,13 +334,15 @@ class FakeQuantMode(Matching):
         if cap is None or r.act not in (Site.forward, Site.follow) or not r.ready: return False
         s,z = r.numbers[site.i]
         return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
-    def layer_args(self, path, args):
+    def layer_args(self, path, args, kwargs):
         "What the layer at `path` computes with"
         r = self.fake_quant
-        x,w,*rest = args
+        x,w,b = (argument(args, kwargs, i, k) for i,k in enumerate(('input','weight','bias')))
+        others = {k:v for k,v in kwargs.items() if k not in ('input','weight','bias')}
         if path in r.doors: x = r.act(r.doors[path], x)
-        if not r.converted: return x,r.round_weight(path, w),*rest
-        return x,*self.floats_of(path),*rest[1:]
+        if r.converted: w,b = self.floats_of(path)
+        else: w = r.round_weight(path, w)
+        return (x,w,b,*args[3:]),others
     def floats_of(self, path):
         "Weight and bias of a converted layer, as floats"
         m = self.model.get_submodule(path)

@@ -33,6 +33,7 @@ class Plan:
         self.choose()
         for i,v in enumerate(tr.inputs): self.place(v, f'input {i}', self.wanted(v))
         for o in tr.ops: self.place_results(o)
+        self.loose = self.find_loose()
         self.share()
         self.doors = [k for k,vs in self.layers.items() if self.regrids(k, vs)]
     def first(self, ops, ins, outs):
@@ -81,6 +82,30 @@ def choose(self:Plan):
     for o in reversed(asked):
         if o.kind=='layer' or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
+# %% ../../nbs/quant/05_plan.ipynb #04planloose2
+@patch
+def find_loose(self:Plan)->set:
+    "Values that are rounded where int8 operations read them, and stay float for whoever else does"
+    loose,makes = set(),{v:o for o in self.tr.ops for v in o.outs}
+    ends = {self.ends[k] for k in self.int8}
+    for root in self.source:
+        vals = {v for v,g in self.grid.items() if g==root}
+        o = makes.get(root)
+        if root in ends or o and self.gated(o, loose): continue
+        if self.tr.reread.intersection(vals) or any(map(self.in_float, vals)): loose |= vals
+    return loose
+
+@patch
+def gated(self:Plan, o, loose)->bool:
+    "Whether `o` is a SiLU of rounded values"
+    return o.name=='silu' and o.ins[0] in self.grid and o.ins[0] not in loose
+
+@patch
+def in_float(self:Plan, v)->bool:
+    "Whether anything that stays in float uses `v`"
+    def floats(o): return o.key not in self.int8 and (o.kind!='move' or not all(u in self.grid for u in o.outs))
+    return v in self.tr.outputs or any(map(floats, self.tr.consumers[v]))
+
 # %% ../../nbs/quant/05_plan.ipynb #04trac4b7361
 @patch(as_prop=True)
 def layers(self:Plan)->dict:
@@ -120,10 +145,11 @@ def tensor_spec(self:Plan, grid)->TensorSpec:
     vals = [v for v,g in self.grid.items() if g==grid]
     users = [c for v in vals for c in self.tr.consumers[v]]
     users = [c for c in users if c.kind!='move']
+    if self.loose.issuperset(vals): users = [c for c in users if c.key in self.int8]
     layers = [c for c in users if c.kind=='layer' and c.key in self.int8]
     acts = [self.at(c.path).act for c in layers]
     grids = {a.grid for a in acts}
-    shared = len(layers)<len(users) or not self.tr.outputs.isdisjoint(vals)
+    shared = len(layers)<len(users) or not self.tr.outputs.isdisjoint(set(vals)-self.loose)
     if acts and shared: grids.add(stream.grid)
     return acts[0] if len(grids)==1 else stream
 
@@ -161,21 +187,44 @@ def clipped(self:Plan)->set:
     vals = [v for o in clipping for v in o.outs]
     return {self.grid[v] for v in vals if v in self.grid}
 
+# %% ../../nbs/quant/05_plan.ipynb #04planwork5
+@patch
+def outside(self:Plan, model)->dict:
+    "Why weights stay in float that operations multiply with, and that are of no layer, by name"
+    layers = {k for k,m in model.named_modules() if isinstance(m, weighted)}
+    def of_layer(name): return any(name.startswith(f'{k}.' if k else '') for k in layers)
+    why = '{} multiplies with it outside of a layer: in an `nn.Linear` or `nn.Conv2d` it would run in int8'
+    return {o.weight:why.format(o.name) for o in self.tr.ops if o.macs and o.weight and not of_layer(o.weight)}
+
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
 def float_layers(
     model:nn.Module, # The model that was traced
     plan:Plan        # What is to run in int8
 )->dict: # Why, by module path
-    "The modules with weights that `plan` leaves in float; raises `ValueError` if one of them never ran"
+    "The modules with weights, and the weights outside of such modules, that `plan` leaves in float; raises `ValueError` if one of them never ran"
     def why(path, m):
         if plan.spec.at(path) is None: return 'excluded'
         weight = getattr(m, 'weight', None)
         user = None if weight is None else plan.tr.users.get(weight)
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: raise ValueError(f"{path!r} never ran on the calibration batch, so nothing is known of its activations. Pass exclude={path!r} to leave it in float, or calibrate on data that uses it.")
-        if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it comes from a floating-point input'
+        if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it depends on the batch'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
-    in_int8 = plan.layers
+    in_int8,others = plan.layers,plan.outside(model)
     mods = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
-    return {k:why(k, m) for k,m in mods.items() if k not in in_int8}
+    return {k:why(k, m) for k,m in mods.items() if k not in in_int8}|others
+
+# %% ../../nbs/quant/05_plan.ipynb #04planwork2
+@patch
+def work(self:Plan, model)->dict:
+    "The share of each layer, weight outside of layers, and module that multiplies activations, in the multiply-accumulates"
+    shares,total = defaultdict(float),sum(o.macs for o in self.tr.ops)
+    others = self.outside(model)
+    def name(o):
+        if o.kind=='layer' or not o.weight: return o.path
+        return o.weight if o.weight in others else o.weight.rpartition('.')[0]
+    def product(o): return f'products in {o.path or type(model).__name__}'
+    for o in self.tr.ops:
+        if o.macs: shares[name(o) if o.weight or o.kind=='layer' else product(o)] += o.macs/total
+    return dict(shares)

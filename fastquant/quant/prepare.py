@@ -237,11 +237,12 @@ def prepare(
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
     paths = [k for k,_ in model.named_modules()]
     check_patterns([p for p,_ in spec.overrides], paths)
+    check_python(model)
     check_finite(model)
     plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
     r = FakeQuant(model, plan, float_layers(model, plan))
-    put_on(model, r, floats(xb)[0].device, fold)
+    put_on(model, r, tensors(xb)[0].device, fold)
     return model

@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from torch import nn, Tensor
 from ...core.model import *
+from ...core.where import *
 from ...core.trace import *
 from ..structures import *
 
