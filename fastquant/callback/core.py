@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/core.html.md"""
 # %% ../../nbs/callback/00_core.ipynb #00cbc44ca81c
 from __future__ import annotations
 from fastai.basics import *
+from ..core.model import inner_model
 
 # %% auto #0
 __all__ = ['FitCallback']
@@ -16,8 +17,8 @@ class FitCallback(Callback):
     "Base of callbacks that do something to a model while it trains"
     @property
     def net(self)->nn.Module:
-        "The model itself, without what distributes it"
-        return get_model(self.learn.model)
+        "The model itself, without what distributes or compiles it"
+        return inner_model(self.learn.model)
     @property
     def fitting(self)->bool:
         "Whether this is a fit: a validation pass has no bar for epochs"

@@ -12,7 +12,7 @@ from fastai.basics import *
 from fastprogress.fastprogress import progress_bar
 
 # %% auto #0
-__all__ = ['calibration_dl', 'inputs', 'some_inputs', 'with_bar']
+__all__ = ['calibration_dl', 'inputs', 'some_inputs', 'with_bar', 'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
 class _Idxs:
@@ -65,3 +65,9 @@ def with_bar(
 ):
     "`items` with a progress bar that is gone afterwards"
     return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
+
+# %% ../../nbs/callback/01_data.ipynb #18data00f322
+class Float32Callback(Callback):
+    "Cast the floating-point tensors of each batch to float32"
+    order = 100 # after what others make of a batch
+    def before_batch(self): self.learn.xb,self.learn.yb = to_float(self.xb),to_float(self.yb)

@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/prune.html.md"""
 # %% ../../nbs/callback/04_prune.ipynb #21call921230
 from __future__ import annotations
 from fastai.basics import *
+from ..core.model import check_weights
 from ..quant.fakequant import fake_quant_of
 from ..prune.criteria import *
 from ..prune.select import *
@@ -47,6 +48,7 @@ class MaskingCallback(FitCallback):
         if self.to_prune is None: self.start()
     def find(self, selection):
         "The layers to prune, with masks on them; none as long as one of them is frozen"
+        check_weights(self.net, 'prune')
         r = fake_quant_of(self.net)
         how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
         self.plan = plan_for(selection)(self.net, selection, *self.xb)

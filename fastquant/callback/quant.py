@@ -33,7 +33,9 @@ class PTQCalibrate(Callback):
     ):
         store_attr()
         if n_batches<1: raise ValueError(f"n_batches={n_batches}: at least one batch is needed to see how large activations get.")
-    def before_validate(self): self.seen,self.was_ready = 0,fake_quant_of(self.model)
+    def before_validate(self):
+        check_one_device(self.model)
+        self.seen,self.was_ready = 0,fake_quant_of(self.model)
     def before_batch(self):
         if not fake_quant_of(self.model): prepare(self.model, find_spec(self.spec).excluding(self.exclude), *self.xb)
         fake_quant_of(self.model).how = Site.watch
@@ -102,6 +104,7 @@ def _training(self:QuantAwareCallback):
 def _ready(self:QuantAwareCallback):
     "Put fake-quant on the model if it is not there, and give step sizes their group"
     check_weights(self.net, 'fit')
+    check_one_device(self.learn.model)
     if len(self.learn.cbs.filter(risinstance(QuantAwareCallback)))>1: raise ValueError("There are two `QuantAwareCallback`s in this fit. Pass one, or take the one that is attached off with `learn.remove_cb(QuantAwareCallback)`.")
     if fake_quant_of(self.net): prepare(self.net, self.spec)
     elif self.searching: return
@@ -121,7 +124,7 @@ def plot_ranges(self:Recorder,
 ):
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
-    names = [s.source for s in fake_quant_of(get_model(self.model)).all]
+    names = [s.source for s in fake_quant_of(inner_model(self.model)).all]
     its,ends = zip(*self.ranges)
     ends = torch.stack(ends)
     check_patterns(listify(layers), names)

@@ -296,4 +296,4 @@ def model_of(
 )->nn.Module:
     "The model in `o`; raises `ValueError` if there is none"
     if not isinstance(o, (Learner,nn.Module)): raise ValueError(f"{arg}={o!r}: pass a trained Learner or model.")
-    return get_model(o.model) if isinstance(o, Learner) else get_model(o)
+    return inner_model(o.model) if isinstance(o, Learner) else inner_model(o)

@@ -70,13 +70,13 @@ def attached(
     cls:type     # A kind of attachment
 )->Attachment|None:
     "The attachment of this kind on `m` itself, None if there is none"
-    return next((a for a in _held(m) if isinstance(a, cls)), None)
+    return next((a for a in _held(inner_model(m)) if isinstance(a, cls)), None)
 
 def attachments(
     model:nn.Module # Any model
 )->list: # Pairs of a path and an attachment
     "What sits on `model` and on the modules in it, those that come first first"
-    found = [(k,a) for k,m in model.named_modules() for a in _held(m)]
+    found = [(k,a) for k,m in inner_model(model).named_modules() for a in _held(m)]
     return sorted(found, key=lambda o: o[1].order)
 
 # %% ../../nbs/core/04_attach.ipynb #04att0006b
@@ -214,6 +214,7 @@ def restore(
     batch=None       # A function that gives a batch of inputs, for what has to see the model run
 ):
     "Put on `model` everything that sat on the model that `state` is of; raises `ValueError` if that cannot be"
+    model = inner_model(model)
     for cls in sorted(restorable.values(), key=lambda c: c.order): cls.restore(model, state, batch)
 
 # %% ../../nbs/core/04_attach.ipynb #04att00018
@@ -225,6 +226,7 @@ def put_all(
     check=None        # Called with `model` when it is ready for `state`; may raise
 )->nn.Module: # `model`
     "Load `state` with everything that sat on its model, without trying first"
+    model = inner_model(model)
     restore(model, state, batch)
     if check: check(model)
     model.load_state_dict(state, strict=strict)
@@ -237,6 +239,7 @@ def try_first(
     strict:bool=True  # As in `load_state_dict`
 ):
     "Raise what loading `state` into `model` would raise, and leave both alone"
+    model = inner_model(model)
     def sizes(s): return {k:v.shape for k,v in s.items() if isinstance(v, Tensor)}
     own = model.state_dict()
     if sizes(own)!=sizes(state) or any(_other_text(own[k], v) for k,v in state.items()): put_all(clean_copy(model), state, batch, strict)

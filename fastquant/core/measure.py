@@ -22,7 +22,7 @@ def n_bytes(
 )->int:
     "Bytes on disk"
     if isinstance(model, FileModel): return len(model.data)
-    state = {k:t for k,t in model.state_dict().items() if isinstance(t, Tensor)}
+    state = {k:t for k,t in inner_model(model).state_dict().items() if isinstance(t, Tensor)}
     once = {t.data_ptr() or k:(k,t) for k,t in state.items()}
     copies = {k:t.detach().contiguous().clone() for k,t in once.values()}
     return len(save(copies))
@@ -40,7 +40,7 @@ def n_macs(
     *xb              # A batch of inputs, of which the first item is taken
 )->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products, for one item"
-    if isinstance(model, FileModel): return model.n_macs
+    if isinstance(model:=inner_model(model), FileModel): return model.n_macs
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -56,6 +56,7 @@ def layer_macs(
 )->dict: # By path, for one item
     "Multiply-accumulates of each linear layer and convolution in `model`, and of what has a method of the name macs"
     def counts(m): return isinstance(m, (nn.Linear,conv_layers)) or hasattr(m, 'macs')
+    model = inner_model(model)
     mods = {k:m for k,m in model.named_modules() if counts(m)}
     with evaluating(model), catching(model, mods) as out: model(*xb)
     def one(m, y):

@@ -6,8 +6,8 @@ Docs: https://fastquant-dev.github.io/fastquant/core/model.html.md"""
 
 # %% ../../nbs/core/01_model.ipynb #coremode345d
 from __future__ import annotations
-import torch
-from contextlib import contextmanager
+import sys, torch
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pickle import PicklingError
 from fastai.layers import ToTensorBase
@@ -18,9 +18,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'modules_in', 'evaluating', 'catching',
-           'clean_copy', 'copy_model', 'check_python', 'all_tensors', 'shared', 'check_apart', 'FileModel',
-           'check_weights']
+__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'inner_model', 'eagerly',
+           'check_one_device', 'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python',
+           'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights', 'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def tensors(
@@ -48,6 +48,28 @@ def own_weight(
     "The weight of `m`, if that is a parameter of its own"
     return m._parameters.get('weight')
 
+# %% ../../nbs/core/01_model.ipynb #01mod0000c02
+def inner_model(
+    model:nn.Module # Any model
+)->nn.Module:
+    "The model itself, without what distributes it (`nn.DataParallel`) or compiles it (`torch.compile`)"
+    while True:
+        if isinstance(model, (nn.DataParallel,nn.parallel.DistributedDataParallel)): model = model.module
+        elif '_orig_mod' in getattr(model, '_modules', ()): model = model._orig_mod # torch.compile's own class would have to be imported, which takes seconds
+        else: return model
+
+def eagerly():
+    "A context in which nothing runs that `torch.compile` has made, but what it was made of: hooks and modes that come later are seen by that alone"
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
+
+# %% ../../nbs/core/01_model.ipynb #01mod0000c0b
+def check_one_device(
+    model:nn.Module # Any model
+):
+    "Raise a `ValueError` if `model` is copied to several devices for each batch"
+    if not isinstance(model, nn.DataParallel) or len(model.device_ids)<2: return
+    raise ValueError(f"nn.DataParallel copies the model to {len(model.device_ids)} devices for each batch, where nothing can be noted of what goes through it. Take it off with `learn.model = learn.model.module`, and train with `learn.distrib_ctx()`, a process for each device.")
+
 # %% ../../nbs/core/01_model.ipynb #04trac4f1m1
 def _held(m):
     "Modules in lists and dictionaries that are attributes of `m`, by name and place"
@@ -73,13 +95,14 @@ def modules_in(
 # %% ../../nbs/core/01_model.ipynb #04trac4f1743
 @contextmanager
 def evaluating(
-    model:nn.Module # Any model
+    model:nn.Module,    # Any model
+    compiled:bool=False # Run what `torch.compile` made of it, if it did? Hooks and modes do not see into that
 ):
     "`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in"
     modes = {m:m.training for m in modules_in(model).values()}
     try:
         for m in modes: m.eval()
-        with torch.no_grad(): yield model
+        with torch.no_grad(), nullcontext() if compiled else eagerly(): yield model
     finally:
         for m,training in modes.items(): m.training = training
 
@@ -90,11 +113,13 @@ def catching(
     paths            # Of modules
 ):
     "A dictionary that gets what the modules at `paths` return, by path; of several outputs the first, of several runs the last"
-    of,found = {id(model.get_submodule(k)):k for k in paths},{}
+    model,found = inner_model(model),{}
+    of = {id(model.get_submodule(k)):k for k in paths}
     def keep(m, args, out):
         if id(m) in of and floats(out): found[of[id(m)]] = floats(out)[0].as_subclass(Tensor)
     hook = register_module_forward_hook(keep) if of else None
-    try: yield found
+    try:
+        with eagerly() if of else nullcontext(): yield found
     finally:
         if hook: hook.remove()
 
@@ -134,7 +159,8 @@ def _obstacle(model):
 def clean_copy(
     model:nn.Module # Left as it is
 )->nn.Module:
-    "A copy of `model` without what fastai's hooks have stored in it; raises `ValueError` if something in it cannot be copied"
+    "A copy of `model` itself (see `inner_model`) without what fastai's hooks have stored in it; raises `ValueError` if something in it cannot be copied"
+    model = inner_model(model)
     def several(v): return v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])
     held = [v for m in model.modules() for v in vars(m).values()]
     hooks = [h for v in held for h in several(v) if hasattr(h, 'stored')]
@@ -234,5 +260,23 @@ def check_weights(
     model:nn.Module, # Any model
     verb:str         # What is to be done, as a method of Learner is called
 ):
-    "Raise a `ValueError` if `model` runs a file, so that it has no weights to do it to"
+    "Raise a `ValueError` if `model` runs a file, so that it has no weights to do it to, or was scripted, so that nobody can see what it runs"
+    model = inner_model(model)
+    if isinstance(model, torch.jit.ScriptModule): raise ValueError(f"The model was made by `torch.jit`, which shows nobody what it runs. Use `{verb}` on the model that it was made of.")
     if isinstance(model, FileModel): raise ValueError(f"This Learner runs a file, whose weights are out of reach. Call `{verb}` on the float Learner it came from.")
+
+# %% ../../nbs/core/01_model.ipynb #01mod0000c07
+def float32_copy(
+    model:nn.Module # Left as it is
+)->tuple: # The copy, and whether it had to be cast
+    "A copy of `model` for inference, in float32 if some of its parameters are not"
+    model = copy_model(model)
+    cast = bool(other_precision(model))
+    return (model.float() if cast else model),cast
+
+def other_precision(
+    model:nn.Module # Any model
+)->dict: # Their dtypes, by name
+    "The floating-point parameters of `model` that are not float32"
+    named = inner_model(model).named_parameters()
+    return {k:p.dtype for k,p in named if p.is_floating_point() and p.dtype!=torch.float32}

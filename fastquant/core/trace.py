@@ -249,7 +249,7 @@ def trace(
     *xb              # A batch of its inputs
 )->Trace:
     "Run `model` on `xb` and write down what happens; raises `ValueError` if what it returns does not depend on `xb`"
-    t = Tracer(model)
+    t = Tracer(model:=inner_model(model))
     inputs = [t.value(x) for x in floats(xb)]
     t.between = {id(x):[] for x in tensors(xb) if not x.is_floating_point()}
     with parametrize.cached(), evaluating(model), sdpa_kernel(SDPBackend.MATH), t.counter, t: out = model(*xb)

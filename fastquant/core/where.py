@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from .model import *
 
 # %% auto #0
-__all__ = ['op_name', 'Where', 'position', 'loop_names']
+__all__ = ['between', 'op_name', 'Where', 'position', 'loop_names']
 
 # %% ../../nbs/core/01_where.ipynb #04trac6cdc48
 _names = {}
@@ -34,6 +34,7 @@ def op_name(
 class Where(TorchFunctionMode):
     "Shows each tensor operation that `model` runs to `see`, together with its key `(module path, name, count)`"
     bare = () # paths of modules without tensors of their own
+    around = '' # the path of the block that runs, if that is not the model
     def __init__(self, model):
         super().__init__()
         named = list(model.named_modules())
@@ -56,11 +57,13 @@ class Where(TorchFunctionMode):
         self.stack.append(known)
     def pop(self, m, args, out): self.stack = self.stack[:-1] or self.stack
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        place = self.stack[-1][0],op_name(func)
+        place = self.path,op_name(func)
         key = self.key(place, sys._getframe(1))
         out = self.see(key, func, args, kwargs or {})
         if floats(out): self.count[self.counted(key)] += 1
         return out
+    @property
+    def path(self)->str: return self.stack[-1][0] or self.around
     def key(self, place, frame): return *place,self.count[place]
     def counted(self, key): return key[:2]
     def see(self, key, func, args, kwargs): return func(*args, **kwargs)
@@ -68,6 +71,7 @@ class Where(TorchFunctionMode):
 # %% ../../nbs/core/01_where.ipynb #04tracsame02
 _torch = os.path.dirname(torch.__file__)+os.sep
 _checkpoint = torch.utils.checkpoint.__file__
+between = set() # code of functions that come between a model and what it calls
 
 @lru_cache(None)
 def position(
@@ -75,7 +79,7 @@ def position(
     at:int # Offset of an instruction in it
 )->str: # Empty for code of PyTorch's
     "Where in its function an instruction is"
-    if code.co_filename.startswith(_torch): return ''
+    if code.co_filename.startswith(_torch) or code in between: return ''
     line,_,column,_ = next(islice(code.co_positions(), at//2, None))
     return f'line {(line or 0)-code.co_firstlineno+1}, column {column} of {code.co_qualname}'
 

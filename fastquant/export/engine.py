@@ -68,6 +68,11 @@ def _as_bytes(o):
     check_digest(read_onnx(data, 'The file in this state'), 'The file in this state')
     return data
 
+def _as_given(o, types, xb):
+    "The output `o` in the precision of the inputs, if they had to be cast for the file"
+    cast = [x.dtype for x,t in zip(xb, types.values()) if x.dtype!=t and x.is_floating_point()]
+    return o.to(cast[0]) if cast and o.is_floating_point() else o
+
 class Engine(FileModel):
     "Runs an ONNX file, for inference only"
     def __init__(self,
@@ -110,7 +115,7 @@ class Engine(FileModel):
         wanted = zip(types.items(), xb, strict=True)
         feed = {k:plain(x, t) for (k,t),x in wanted}
         arrays = self.computed(opened, feed, names)
-        out = [torch.from_numpy(o).to(xb[0].device) for o in arrays]
+        out = [_as_given(torch.from_numpy(o).to(xb[0].device), types, xb) for o in arrays]
         return out[0] if len(out)==1 else tuple(out)
     def checked(self, what='This file')->Engine:
         "`self`, opened; raises `ValueError` if it is damaged, or says of itself what cannot be"

@@ -94,7 +94,7 @@ def _one_item(learn, dl):
     "A function that runs the model on one item"
     xb = tuple(x[:1] for x in _items(learn, dl))
     def run():
-        with evaluating(learn.model): learn.model(*xb)
+        with evaluating(learn.model, compiled=True): learn.model(*xb)
         if xb[0].is_cuda: torch.cuda.synchronize()
     return run
 
@@ -109,9 +109,11 @@ def layer_errors(self:Learner,
 )->pd.DataFrame: # A row for each site, worst first
     "What rounding does to each activation, in dB (see `site_errors`)"
     check_weights(self.model, 'layer_errors')
-    model = unprepare(copy_model(self.model))
+    model,cast = float32_copy(self.model)
+    unprepare(model)
     with calibration_dl(self, dl, n_batches) as dl:
         batches = [[x[:32] for x in xb] for xb in inputs(self, dl, n_batches)]
+        if cast: batches = to_float(batches)
         prepare(model, find_spec(spec).excluding(exclude), *batches[0], fold=True)
         for xb in batches: watch(model, *xb)
     errors = site_errors(model, *batches[0], through=partial(with_bar, self))

@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 from __future__ import annotations
 from fastai.basics import *
 from fastai.callback.rnn import ModelResetter, RNNCallback
+from ..core.model import *
 from ..core.attach import *
 from ..quant.train import *
 from ..prune.mask import *
@@ -100,13 +101,24 @@ def _first(o, f):
     try: yield
     finally: vars(o).pop('load_state_dict', None)
 
+@contextmanager
+def _bare(learn):
+    "`learn` around the model itself, whose tensors have no names of wrappers"
+    model,learn.model = learn.model,inner_model(learn.model)
+    try: yield
+    finally: learn.model = model
+
+def _unwrapped(state):
+    "Call the tensors in `state` what the model itself calls them, where a compiled one has saved it"
+    for k in [k for k in state if k.startswith('_orig_mod.')]: state[k.removeprefix('_orig_mod.')] = state.pop(k)
+
 def make_ready(
     learn:Learner, # Its model and optimizer are changed in place
     state:dict,    # That is about to be loaded into the model
     strict:bool=True # As in `load_state_dict`
 ):
     "Put on the model of `learn` what `state` comes from, and let the optimizer own it; raises, and leaves both as they were, if `state` does not fit"
-    model,batch = get_model(learn.model),partial(some_inputs, learn)
+    model,batch = inner_model(learn.model),partial(some_inputs, learn)
     try_first(model, state, batch, strict)
     before = list(model.parameters())
     restore(model, state, batch)
@@ -119,15 +131,17 @@ def make_ready(
 @delegates(_load)
 def load(self:Learner, file, device=None, strict=True, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises, and leaves `self` as it was, if it cannot be"
-    model,had = get_model(self.model),self.opt
+    model,had = inner_model(self.model),self.opt
     if had is None: self.create_opt()
     passed = dict(device=device, strict=strict, **kwargs)
-    def to_model(state): make_ready(self, state, strict)
+    def to_model(state):
+        _unwrapped(state)
+        make_ready(self, state, strict)
     def to_opt(state):
         keep_passing(self.opt, state)
         return self.opt # another one by now, if layers were replaced
     try:
-        with _first(model, to_model), _first(self.opt, to_opt): _load(self, file, **passed)
+        with _bare(self), _first(model, to_model), _first(self.opt, to_opt): _load(self, file, **passed)
     except BaseException:
         self.opt = had
         raise
@@ -136,6 +150,20 @@ def load(self:Learner, file, device=None, strict=True, **kwargs):
 
 Learner.load.__wrapped__ = _load
 
+# %% ../../nbs/learner/00_core.ipynb #22learfirst3
+_save = getattr(Learner.save, '__wrapped__', Learner.save)
+
+@patch
+@delegates(_save)
+def save(self:Learner,
+    file, # Where to, without its suffix
+    **kwargs
+)->Path: # Where it is
+    "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, under the names that the model itself has"
+    with _bare(self): return _save(self, file, **kwargs)
+
+Learner.save.__wrapped__ = _save
+
 # %% ../../nbs/learner/00_core.ipynb #22lear2d0b4d
 _create_opt = getattr(Learner.create_opt, '__wrapped__', Learner.create_opt)
 
@@ -143,7 +171,7 @@ _create_opt = getattr(Learner.create_opt, '__wrapped__', Learner.create_opt)
 def create_opt(self:Learner):
     "Create an optimizer, with a group of their own for learned step sizes, for a model whose pruned weights stay pruned"
     _create_opt(self)
-    own_group(self.opt, steps(get_model(self.model)))
-    hold_masks(get_model(self.model))
+    own_group(self.opt, steps(inner_model(self.model)))
+    hold_masks(inner_model(self.model))
 
 Learner.create_opt.__wrapped__ = _create_opt

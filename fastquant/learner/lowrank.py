@@ -69,7 +69,7 @@ def _check_one(**ways):
 def _float_copy(learn):
     "A copy of the model that can be taken apart; raises `ValueError` if it is not that of a float Learner"
     check_weights(learn.model, 'decompose')
-    model = copy_model(get_model(learn.model))
+    model = copy_model(inner_model(learn.model))
     if fake_quant_of(model): raise ValueError("The model is prepared for quantization. Take that off with `learn.remove_quant()`, factorise, and then train through rounding again.")
     if masked(model): raise ValueError("The model has pruning masks, which factors would not have. Factorise first and prune then, or take them off with `remove_masks(learn.model)`.")
     check_finite(model)
@@ -103,7 +103,7 @@ def save_decomposed(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
     "`save_sparse`, for a factorised model only; raises `ValueError` if it is none"
-    if not factor_recipe(get_model(self.model)): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
+    if not factor_recipe(inner_model(self.model)): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
     return self.save_sparse(fname)
 
 @patch

@@ -44,7 +44,7 @@ def prune(self:Learner,
     "A pruned copy of `self`: with the masks that a fit has left, or in one shot. It stays as sparse as it is in any fit, until `remove_masks`; channels are removed for good"
     check_weights(self.model, 'prune')
     if fname: fname = check_writable(self.path/fname)
-    new = trainable_twin(self, clean_copy(get_model(self.model)))
+    new = trainable_twin(self, clean_copy(inner_model(self.model)))
     structure = find_structure(ifnone(structure, 'channel' if target else 'weight'))
     as_is = amount is None and target is None and not isinstance(structure, NM)
     if as_is and not masked(new.model): raise ValueError("Nothing has been pruned yet: pass the share of weights to prune, as in learn.prune(.9), or train with `PruneScheduleCallback` first.")
@@ -82,6 +82,7 @@ def _gradients(learn, layers, names, dl):
     cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, names)
     scratch = trainable_twin(learn, model)
     scratch.dls = DataLoaders(dl, dl)
+    scratch.remove_cb(Recorder) # it cannot average losses of half precision
     with scratch.no_bar(), scratch.no_logging(): scratch.fit(1, cbs=cb)
     return cb.watched
 
@@ -91,7 +92,7 @@ def save_sparse(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
     "Write the model, float or quantized, with masks, factors and whatever sits on it, to a small safetensors file; see `pack_model`"
-    return write_whole(check_writable(self.path/fname), pack_model(get_model(self.model), **describe(self)))
+    return write_whole(check_writable(self.path/fname), pack_model(inner_model(self.model), **describe(self)))
 
 @patch
 def load_sparse(self:Learner,
@@ -99,7 +100,7 @@ def load_sparse(self:Learner,
     max_bytes:int=2**32 # Refuse a file that unpacks to more
 )->Learner: # `self` is left as it is
     "A Learner like `self` with weights and masks of the file, or around the quantized model in it; raises `ValueError` if that is damaged, or does not fit"
-    model = None if isinstance(self.model, FileModel) else remove_masks(clean_copy(get_model(self.model)))
+    model = None if isinstance(self.model, FileModel) else remove_masks(clean_copy(inner_model(self.model)))
     data = (self.path/fname).read_bytes()
     model,about = unpack_model(data, model, max_bytes, partial(some_inputs, self))
     if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
@@ -112,7 +113,7 @@ def prune_report(self:Learner,
 )->pd.DataFrame: # A row for each layer
     "Sparsity, weights left, and bytes of each layer, before and after packing"
     check_weights(self.model, 'prune_report')
-    report = pd.DataFrame(layer_report(get_model(self.model))).T
+    report = pd.DataFrame(layer_report(inner_model(self.model))).T
     if show_plot: plot_report(report)
     return report
 
@@ -137,7 +138,7 @@ def channel_report(self:Learner,
 )->pd.DataFrame: # A row for each layer
     "Channels of each layer, before any were removed and now"
     check_weights(self.model, 'channel_report')
-    report = pd.DataFrame(channel_counts(get_model(self.model))).T
+    report = pd.DataFrame(channel_counts(inner_model(self.model))).T
     if show_plot: plot_channels(report)
     return report
 
@@ -213,7 +214,7 @@ def prune_sensitivity(self:Learner,
     "What pruning each layer alone does to the first metric (the loss if there is none); `suggest` turns it into amounts"
     check_weights(self.model, 'prune_sensitivity')
     for a in amounts: check_amount(a)
-    twin = trainable_twin(self, clean_copy(get_model(self.model)))
+    twin = trainable_twin(self, clean_copy(inner_model(self.model)))
     with calibration_dl(self, ifnone(dl, self.dls.valid), n_batches) as dl, twin.no_bar():
         xb = inputs(twin, dl, 1)[0]
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
@@ -256,7 +257,7 @@ def lottery_ticket(self:Learner,
     if rounds<1: raise ValueError(f"rounds={rounds}: at least one round of training is needed to see which weights matter.")
     if not 0<=rewind<n_epoch*len(self.dls.train): raise ValueError(f"rewind={rewind}: pass a step of the first round, which has {n_epoch*len(self.dls.train)}.")
     selection = Selection(amount, structure, 'magnitude', scope, exclude, last)
-    new = trainable_twin(self, remove_masks(clean_copy(get_model(self.model))))
+    new = trainable_twin(self, remove_masks(clean_copy(inner_model(self.model))))
     early = RewindCallback(rewind)
     with calibration_dl(self, None, 1) as dl:
         xb = inputs(self, dl, 1)[0]
@@ -279,7 +280,7 @@ def _so_far(selection, part):
 @patch
 def reinit(self:Learner)->Learner: # `self` is left as it is
     "The same masks on new random weights, as modules draw them for themselves: what a winning ticket is compared with"
-    new = trainable_twin(self, clean_copy(get_model(self.model)))
+    new = trainable_twin(self, clean_copy(inner_model(self.model)))
     for m in new.model.modules():
         if hasattr(m, 'reset_parameters'): m.reset_parameters()
     for m in masked(new.model).values(): mask_of(m).zero()

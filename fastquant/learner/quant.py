@@ -44,7 +44,7 @@ def quantize(self:Learner,
     check_weights(self.model, 'quantize')
     (runs:=engines.find(engine)).check()
     if fname: fname = check_writable(self.path/fname)
-    model,wanted = copy_model(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
+    (model,cast),wanted = float32_copy(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
     if (r:=fake_quant_of(model)):
         if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
         r.refresh()
@@ -52,9 +52,10 @@ def quantize(self:Learner,
     trained = fake_quant_of(model) is not None
     with calibration_dl(self, dl, n_batches) as dl:
         xb = inputs(self, dl)
+        if cast: xb = _in_float32(model, xb)
         if not trained:
             prepare(model, wanted, *xb[0], fold=True)
-            twin_of(self, model).validate(dl=dl, cbs=PTQCalibrate(n_batches))
+            twin_of(self, model).validate(dl=dl, cbs=[PTQCalibrate(n_batches), *[Float32Callback()]*cast])
     data = _verified(self, model, xb, trained, runs)
     if fname: write_whole(fname, data)
     new = twin_of(self, runs(data))
@@ -63,15 +64,28 @@ def quantize(self:Learner,
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
+def _in_float32(model, batches):
+    "The inputs in `batches` in float32; raises `ValueError` if `model`, which was cast to that, does not run so"
+    batches = to_float(batches)
+    _check_runs(model, batches[0], "in float32, in which models are calibrated and written", "another dtype")
+    return batches
+
+def _check_runs(model, xb, how, to):
+    "Raise a `ValueError` if the forward pass of `model` does not take part in a change of dtype"
+    try:
+        with evaluating(model): model(*[x[:2] for x in xb])
+    except RuntimeError as e: raise ValueError(f"{type(model).__name__} does not run {how}: {str(e).splitlines()[0]}. Its forward pass seems to cast activations to {to} by itself: leave their dtype as it comes.") from e
+
 def _verified(learn, model, xb, trained, engine):
     "The file's bytes for the rounded `model`, checked on `xb`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
     rounded = copy_model(model).cpu()
     sim = convert(model)
+    _check_runs(sim, xb[0], "with integers for weights", "the dtype of a weight")
     proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
     next(steps)
-    float_,data = unprepare(copy_model(learn.model)).cpu(),proto.SerializeToString()
+    float_,data = unprepare(float32_copy(learn.model)[0]).cpu(),proto.SerializeToString()
     report = verify(float_, rounded, sim, data, cpu(xb), trained, engine)
     next(steps, None)
     return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
@@ -96,7 +110,7 @@ def _prepared(has, wanted):
 @patch
 def remove_quant(self:Learner)->Learner: # `self`
     "Take fake-quant off the model: what is left is the float model, where the optimizer left it, and an optimizer for that"
-    unprepare(get_model(self.model))
+    unprepare(inner_model(self.model))
     if self.opt is not None: drop_group(self.opt)
     return self
 

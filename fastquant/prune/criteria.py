@@ -14,7 +14,7 @@ from ..core.basics import *
 from ..core.model import evaluating
 
 # %% auto #0
-__all__ = ['criteria', 'statistics', 'Statistic', 'needs', 'input_squares', 'watch_inputs', 'watch_gradients']
+__all__ = ['criteria', 'statistics', 'Statistic', 'needs', 'wide', 'input_squares', 'watch_inputs', 'watch_gradients']
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun616f7d
 criteria = Registry('criterion')
@@ -78,6 +78,12 @@ def needs(
     return asked
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun773213
+def wide(
+    t:Tensor # Any
+)->Tensor:
+    "`t` in at least float32: squares and sums soon leave the range of half precision"
+    return t.float() if t.dtype in (torch.float16,torch.bfloat16) else t
+
 class _Plain(nn.Module):
     "The layer `m` without its hooks"
     def __init__(self, m):
@@ -90,9 +96,10 @@ def input_squares(
     x:Tensor     # A batch of its inputs
 )->Tensor: # Shaped like its weight
     "Sum of the squares of all inputs that each weight of `m` is multiplied with"
+    named = {f'm.{k}':wide(p.detach()) for k,p in m.named_parameters()}
     with torch.enable_grad():
-        w = torch.zeros_like(m.weight, requires_grad=True)
-        y = functional_call(_Plain(m), {'m.weight':w}, (x.detach()**2,))
+        w = torch.zeros_like(named['m.weight'], requires_grad=True)
+        y = functional_call(_Plain(m), {**named, 'm.weight':w}, (wide(x.detach())**2,))
         return torch.autograd.grad(y.sum(), w)[0]
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun6e9257
@@ -129,5 +136,6 @@ def watch_gradients(
     "Add what the gradients say to `watched`; layers without a gradient are left out"
     of = {o:f for o in names if (f:=statistics[o].of_gradient)}
     for k,m in layers.items():
-        if (g:=m.weight.grad) is None: continue
-        for o,f in of.items(): _add(watched, o, k, f(m.weight, g))
+        if m.weight.grad is None: continue
+        g = wide(m.weight.grad)
+        for o,f in of.items(): _add(watched, o, k, f(wide(m.weight), g))

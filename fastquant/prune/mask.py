@@ -181,7 +181,7 @@ def masked(
     model:nn.Module # Any model
 )->dict:
     "The modules of `model` with masks, by path"
-    return {k:m for k,m in model.named_modules() if mask_of(m)}
+    return {k:m for k,m in inner_model(model).named_modules() if mask_of(m)}
 
 def sparsity(
     model:nn.Module # A model with masks
@@ -200,6 +200,7 @@ def set_masks(
     keep:dict        # What stays, by path
 ):
     "`set_mask` for each layer in `keep`"
+    model = inner_model(model)
     for k,mask in keep.items():
         around = model.get_submodule(k.rpartition('.')[0]) if k else None
         set_mask(model.get_submodule(k), mask, around)

@@ -123,7 +123,7 @@ def score(
         if path not in watched.get(o, ()): raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and {path!r} has none: it did not run, or is frozen. Exclude it, or use a criterion like 'magnitude'.")
     w = cut(m, m.weight.detach(), structure)
     more = [cut(m, watched[o][path].detach(), structure) for o in names]
-    rows = [t.reshape(-1, t.shape[-1]) for t in (w,*more)]
+    rows = [wide(t.reshape(-1, t.shape[-1])) for t in (w,*more)]
     s,n = criteria.find(criterion)(*rows),len(rows[0])
     if s.shape!=(n,): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {n} rows, and gave a tensor of shape {tuple(s.shape)}.")
     if s.isnan().any(): raise ValueError(f"The scores of {path!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
+from ..core.model import inner_model
 from .grid import *
 from .pairs import *
 from .fakequant import *
@@ -77,7 +78,7 @@ def convert(
     model:nn.Module # A prepared model with ranges; changed in place, so pass a copy
 )->nn.Module: # `model`
     "Replace the float weights of `model` by integers, with batchnorms folded in, and send activations through integers"
-    r = fake_quant_of(model)
+    r = fake_quant_of(model:=inner_model(model))
     if r is None: raise ValueError("The model is not prepared: call `prepare`, show it some batches, and `set_ranges`.")
     if r.converted: return model
     r.refresh()

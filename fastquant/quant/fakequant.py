@@ -15,6 +15,7 @@ from ..core.model import *
 from ..core.trace import *
 from ..core.match import *
 from ..core.attach import *
+from ..core.recompute import *
 from .grid import *
 from .lsq import *
 from .pairs import *
@@ -76,6 +77,7 @@ def distributed()->bool:
 @patch
 def note(self:Site, x, cap=None):
     "Remember the extremes of `x`, and of values that will be a step's to learn also how large they are on average"
+    if in_backward(): return x # for the second time
     t = x.detach().as_subclass(Tensor)
     hi = t.amax().float()
     if cap: lo,hi = torch.zeros((), device=x.device),hi.clamp(0, cap)
@@ -138,7 +140,7 @@ class FakeQuant(Attachment):
         self.set_layers(plan)
         self.lay_out()
         self.how,self.only,self.act = None,None,Site.as_is
-        self.ready,self.converted = False,False
+        self.ready,self.converted,self.running = False,False,False
         self.folded,self.seen = set(),{}
     def set_sites(self, plan):
         "Make the sites, and say where in a forward pass they are"
@@ -252,7 +254,7 @@ def round_weight(self:FakeQuant, path, w):
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep2a9fe4
 @patch
-def forward(self:FakeQuant, *args, **kwargs):
+def run(self:FakeQuant, *args, **kwargs):
     "The model's forward pass, with rounding"
     (how,self.how),self.seen = (self.how,None),{}
     if not self.converted: self.refresh()
@@ -265,9 +267,20 @@ def forward(self:FakeQuant, *args, **kwargs):
         if not isinstance(x, Tensor) or not x.is_floating_point(): continue
         if n in self.inputs: args[i] = self.act(self.inputs[n], x)
         n += 1
+    mode,self.running = self.mode(),True
     try:
-        with FakeQuantMode(self.model, self): return self.own_forward(*args, **kwargs)
-    finally: self.only = None
+        with eagerly(), mode, rerunning(partial(resuming, mode, self)): return self.own_forward(*args, **kwargs)
+    finally: self.only,self.running = None,False
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqrec0002
+@patch
+def forward(self:FakeQuant, *args, **kwargs):
+    "The model's forward pass, with rounding, and never compiled"
+    if torch.compiler.is_compiling(): return _aside(self, args, kwargs)
+    return self.run(*args, **kwargs)
+
+@torch._disable_dynamo # torch.compiler.disable, which takes seconds to import, does the same
+def _aside(r, args, kwargs): return r.run(*args, **kwargs)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep64046f
 def fake_quant_of(
@@ -361,3 +374,28 @@ def pop(self:FakeQuantMode, m, args, out):
     site = self.fake_quant.sites.get(key)
     if site is None or self.count[key]: return None
     return self.fake_quant.act(site, out)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqrec0004
+@patch
+def state(self:FakeQuant)->tuple: # Attributes, and the values of tensors
+    "What a forward pass depends on besides weights and inputs, as it is now"
+    attrs = {k:getattr(self, k) for k in ('act','only','ready','numbers','running')}
+    return attrs,[t.detach().clone() for t in (self.scale,self.zero_point,self.weight_scale)]
+
+@patch
+def mode(self:FakeQuant): return FakeQuantMode(self.model, self)
+
+@patch
+def put(self:FakeQuant, state):
+    "Make the state what it was"
+    attrs,values = state
+    vars(self).update(attrs)
+    for t,v in zip((self.scale,self.zero_point,self.weight_scale), values): t.data.copy_(v)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqrec0006
+@patch
+def outside(self:FakeQuant, m, args):
+    "Forward pre-hook of a layer: raise a `RuntimeError` if it runs where nothing is rounded, in a backward pass"
+    if self.running or not in_backward(): return
+    path = next(k for k in self.layers if self.model.get_submodule(k) is m)
+    raise RuntimeError(f"{path!r} runs in the backward pass, where nothing of it would be rounded, by code of the model's own. Use `torch.utils.checkpoint` for that, which is followed, or leave it in float with exclude={path!r}.")

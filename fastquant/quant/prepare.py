@@ -21,8 +21,8 @@ from .plan import *
 from .fakequant import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'put_on', 'new_names', 'watch', 'by_grid', 'put_rows',
-           'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'put_on', 'new_names', 'watch', 'by_grid',
+           'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -62,6 +62,14 @@ def check_trained(
         if m.num_batches_tracked==0 and (m.running_mean==0).all() and (m.running_var==1).all():
             raise ValueError(f"The batchnorm {k!r} has never been trained: its running statistics are those it was made with. Train the model, or load its weights, before quantizing.")
 
+# %% ../../nbs/quant/07_prepare.ipynb #05prepf3202
+def check_float32(
+    model:nn.Module # Any model
+):
+    "Raise a `ValueError` that names a parameter of `model` in half or double precision"
+    for k,dtype in other_precision(model).items():
+        raise ValueError(f"The parameter {k!r} is {dtype}, and a model is rounded, and trained through rounding, in float32. Cast it with `learn.model.float()`, and its inputs too (for mixed precision use `learn.to_fp16()` or `learn.to_bf16()`); or call `learn.quantize()` without training, which casts its copy by itself.")
+
 # %% ../../nbs/quant/07_prepare.ipynb #05prep322cba
 def put_on(
     model:nn.Module, # Changed in place
@@ -80,6 +88,7 @@ def put_on(
         w,b,_ = folded(m.weight, m.bias, model.get_submodule(norm[0]))
         m.weight,m.bias = nn.Parameter(w),nn.Parameter(b)
         r.folded.add(norm)
+    for path in r.layers: model.get_submodule(path).register_forward_pre_hook(r.outside)
     r.own_forward = model.forward
     model.forward = r.forward
     attach(model, r)
@@ -140,7 +149,7 @@ def watch(
     *xb              # A batch of inputs
 ):
     "Show what happens to `xb` to the observers of `model`, in evaluation mode"
-    fake_quant_of(model).how = Site.watch
+    fake_quant_of(model:=inner_model(model)).how = Site.watch
     with evaluating(model): model(*xb)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
@@ -215,11 +224,15 @@ def unprepare(
     "Take fake-quant off `model`: what is left is the float model, where the optimizer left it"
     r = fake_quant_of(model)
     if r is None: return model
+    model = r.model
     if r.folded: raise ValueError("Batchnorms have been folded into the weights, which cannot be undone: go back to the model that this is a copy of.")
     for k in blank(r, 'cpu'): delattr(model, k)
     del model.forward
     if getattr(r.own_forward, '__func__', None) is not type(model).forward: model.forward = r.own_forward
     detach(model, FakeQuant)
+    for path in r.layers:
+        hooks = model.get_submodule(path)._forward_pre_hooks
+        for k in [k for k,h in hooks.items() if getattr(h, '__self__', None) is r]: del hooks[k]
     return model
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcb767a
@@ -232,6 +245,7 @@ def prepare(
 )->nn.Module: # `model`
     "Put fake-quant on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
     check_lowered(spec:=find_spec(spec))
+    check_weights(model:=inner_model(model), 'prepare')
     if (r:=fake_quant_of(model)):
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
@@ -239,6 +253,7 @@ def prepare(
     check_patterns([p for p,_ in spec.overrides], paths)
     check_python(model)
     check_finite(model)
+    check_float32(model)
     plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:

@@ -168,7 +168,7 @@ def guess(
     "Put scales where `xb` would have them, so that who averages parameters over time (EMA, `Lookahead`) averages something sensible from the start"
     r = fake_quant_of(model)
     r.how = Site.note
-    with evaluating(model): model(*[x[:8] for x in xb])
+    with evaluating(r.model): r.model(*[x[:8] for x in xb])
     seen,r.seen = r.seen,{}
     for i,rows in seen.items():
         lo,hi,mean = _both(rows)
