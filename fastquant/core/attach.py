@@ -249,6 +249,7 @@ def _other_text(a, b):
     if not isinstance(b, Tensor): return True
     return b.dtype!=a.dtype or b.dtype==torch.uint8 and not b.equal(a.to(b.device))
 
+# %% ../../nbs/core/04_attach.ipynb #04attload02
 def load_attached(
     model:nn.Module,  # Changed in place
     state:dict,       # As in `put_all`, like everything else

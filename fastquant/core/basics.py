@@ -100,7 +100,8 @@ def remove_litter(
 @contextmanager
 def _neighbour(to:Path):
     "A new file beside `to`, open for writing, with the mode that `to` has; gone in the end"
-    tmp = to.parent/f'.fq-{_here()}-{os.getpid()}-{secrets.token_hex(4)}.tmp'
+    own = secrets.token_hex(4)
+    tmp = to.parent/f'.fq-{_here()}-{os.getpid()}-{own}.tmp'
     with open(os.open(tmp, os.O_WRONLY|os.O_CREAT|os.O_EXCL, 0o666), 'wb') as f:
         try:
             if to.exists():

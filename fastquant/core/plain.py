@@ -36,17 +36,19 @@ def is_size(
 # %% ../../nbs/core/00_plain.ipynb #00plain0009
 def _is_number(v): return type(v) in (int,float) and not math.isnan(v)
 
-_kinds = {'int':('a whole number', lambda v: type(v) is int), 'float':('a number', _is_number), 'bool':('true or false', lambda v: type(v) is bool),
-    'str':('text', lambda v: isinstance(v, str)), 'dict':('an object', lambda v: isinstance(v, dict)),
-    'tuple':('a list', lambda v: isinstance(v, list)), 'list':('a list', lambda v: isinstance(v, list)), 'None':('null', lambda v: v is None)}
+def _of(*types): return lambda v: type(v) in types
+
+_kinds = dict(int=('a whole number',_of(int)), float=('a number',_is_number), bool=('true or false',_of(bool)), str=('text',_of(str)))
+_kinds |= dict(dict=('an object',_of(dict)), list=('a list',_of(list)), tuple=('a list',_of(list)), None_=('null',_of(type(None))))
 
 def _check_kind(field, value, annotation):
-    "Raise a `ValueError` if `value` is none of what an `annotation` like `'int|None'` says; kinds that JSON does not have go through"
-    wanted = [_kinds.get(k.strip()) for k in str(annotation).split('|')]
+    "Raise a `ValueError` if `value` is not what an `annotation` like `'int|None'` says; kinds that JSON has not go through"
+    wanted = [_kinds.get(k.strip().replace('None','None_')) for k in str(annotation).split('|')]
     if None in wanted: return
     fits = any(is_(value) for _,is_ in wanted)
     check_field(fits, field, value, ' or '.join(name for name,_ in wanted))
 
+# %% ../../nbs/core/00_plain.ipynb #00plain0020
 def check_fields(
     d,            # From JSON
     cls,          # A dataclass
@@ -55,7 +57,8 @@ def check_fields(
 ):
     "Raise a `ValueError` that names the first field of `d` that is none of `cls`, is missing, or is of another kind"
     known = {f.name:f for f in fields(cls)}
-    if optional is None: optional = [k for k,f in known.items() if not f.default is f.default_factory is MISSING]
+    def has_default(f): return f.default is not MISSING or f.default_factory is not MISSING
+    if optional is None: optional = [k for k,f in known.items() if has_default(f)]
     check_field(isinstance(d, dict), what, d, f"an object with the fields {', '.join(known)}")
     for k in d:
         if k not in known: raise ValueError(f"{what} has a field {_short.repr(k)}, which is not known here. There are {', '.join(known)}.")

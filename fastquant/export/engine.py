@@ -73,6 +73,7 @@ def _as_given(o, types, xb):
     cast = [x.dtype for x,t in zip(xb, types.values()) if x.dtype!=t and x.is_floating_point()]
     return o.to(cast[0]) if cast and o.is_floating_point() else o
 
+# %% ../../nbs/export/02_engine.ipynb #07engaintac7
 class Engine(FileModel):
     "Runs an ONNX file, for inference only"
     def __init__(self,
@@ -117,13 +118,6 @@ class Engine(FileModel):
         arrays = self.computed(opened, feed, names)
         out = [_as_given(torch.from_numpy(o).to(xb[0].device), types, xb) for o in arrays]
         return out[0] if len(out)==1 else tuple(out)
-    def checked(self, what='This file')->Engine:
-        "`self`, opened; raises `ValueError` if it is damaged, or says of itself what cannot be"
-        proto = read_onnx(self.data, what)
-        check_metadata(proto, what)
-        check_digest(proto, what)
-        self.opened
-        return self
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
 engines['onnxruntime'] = Engine
@@ -171,27 +165,35 @@ def metadata(self:Engine)->dict:
 @patch(as_prop=True)
 def report(self:Engine)->Report|None:
     "How the file was verified when it was made; None if it is a float model"
-    return report_in(self.metadata)
+    return _report_in(self.metadata)
 
 # %% ../../nbs/export/02_engine.ipynb #07engaintac2
-def metadata_of(proto, what='This file'):
-    "What `proto` says besides the model, but for its digest"
-    return {p.key:parsed(p.value, f'{what}: {p.key!r} in its metadata') for p in proto.metadata_props if p.key!='digest'}
-
-def report_in(said, what='This file'):
+def _report_in(said, what='This file'):
     "The report among the metadata `said`, if there is one"
     if (r:=said.get('report')) is None: return None
     check_fields(r, Report, f"{what}: 'report' in its metadata")
     return Report(**r)
 
-def check_metadata(proto, what):
+_kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'))
+
+def _check_metadata(proto, what):
     "Raise a `ValueError` that names what of the metadata cannot be"
     said = metadata_of(proto, what)
-    report_in(said, what)
-    for k,ok,wanted in (('portable',(bool,type(None)),'true or false'), ('fastquant',str,'a version'), ('vocab',(list,type(None)),'a list of classes or null'),
-            ('preprocess',dict,'an object')):
-        if k in said: check_field(isinstance(said[k], ok), f'{what}: {k!r} in its metadata', said[k], wanted)
+    _report_in(said, what)
+    for k in _kinds.keys()&said.keys():
+        kind,wanted = _kinds[k]
+        check_field(isinstance(said[k], kind), f'{what}: {k!r} in its metadata', said[k], wanted)
     check_portable(proto, said.get('portable'), what)
+
+# %% ../../nbs/export/02_engine.ipynb #07engaintac9
+@patch
+def checked(self:Engine, what='This file')->Engine:
+    "`self`, opened; raises `ValueError` if it is damaged, or says of itself what cannot be"
+    proto = read_onnx(self.data, what)
+    _check_metadata(proto, what)
+    check_digest(proto, what)
+    self.opened
+    return self
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00ask2
 @patch(as_prop=True)

@@ -8,13 +8,14 @@ Docs: https://fastquant-dev.github.io/fastquant/export/intact.html.md"""
 from __future__ import annotations
 import hashlib, json, math
 import onnx
+from onnx.shape_inference import InferenceError, infer_shapes
 from contextlib import suppress
 from google.protobuf.message import DecodeError
 from zlib import crc32
 from ..core.plain import *
 
 # %% auto #0
-__all__ = ['read_onnx', 'seal', 'unseal', 'check_digest']
+__all__ = ['read_onnx', 'seal', 'unseal', 'check_digest', 'metadata_of']
 
 # %% ../../nbs/export/01_intact.ipynb #01intact09
 _of = onnx.TensorProto
@@ -26,27 +27,34 @@ def _tensors(msg):
         if f.message_type is None: continue
         for m in [v] if hasattr(v, 'ListFields') else v: yield from _tensors(m)
 
-_bits = {_of.INT4:4, _of.UINT4:4, **{getattr(_of, k):n for k,n in dict(FLOAT4E2M1=4, INT2=2, UINT2=2).items() if hasattr(_of, k)}}
+_small = dict(INT4=4, UINT4=4, FLOAT4E2M1=4, INT2=2, UINT2=2)
+_bits = {getattr(_of, k):n for k,n in _small.items() if hasattr(_of, k)} # some are younger than others
+_types = set(_of.DataType.values())-{_of.UNDEFINED}
 _fields = 'float_data','int32_data','string_data','int64_data','double_data','uint64_data'
 
+def _n_bits(kind): return _bits.get(kind) or 8*onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+def _room(kind): return 8//_bits[kind] if kind in _bits else 1 # values in an entry
+
+# %% ../../nbs/export/01_intact.ipynb #01intact20
 def _check_tensor(t, what):
     "Raise a `ValueError` if `t` lies in another file, or is not as large as it says"
     which = f"{what}: the tensor {t.name!r}"
     if t.data_location==_of.EXTERNAL or len(t.external_data): raise ValueError(f"{which} lies in another file. fastquant reads no file but the one that it is given: save the model with all of its weights in it.")
-    check_field(t.data_type in _of.DataType.values() and t.data_type!=_of.UNDEFINED, f'{which}: type', t.data_type, 'one that ONNX has')
+    check_field(t.data_type in _types, f'{which}: type', t.data_type, 'one that ONNX has')
     dims = list(t.dims)
     check_field(all(map(is_size, dims)), f'{which}: shape', dims, 'a list of sizes')
-    n,entries = math.prod(dims),sum(len(getattr(t, k)) for k in _fields)
-    if t.data_type==_of.STRING: return check_field(n==entries, f'{which}: shape', dims, f'of {entries} texts')
-    bits = _bits.get(t.data_type) or 8*onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize
-    if entries: fits,size = n<=entries*max(1, 32//bits),f'of {entries} numbers, as many as it has'
-    else: fits,size = -(-n*bits//8)==len(t.raw_data),f'of {len(t.raw_data)} bytes, as many as it has'
-    check_field(fits, f'{which}: shape', dims, size)
+    n = math.prod(dims)
+    entries = sum(len(getattr(t, k)) for k in _fields)
+    if entries or t.data_type==_of.STRING: fits,has = n<=entries*_room(t.data_type),f'{entries} entries'
+    else:
+        size = -(-n*_n_bits(t.data_type)//8)
+        fits,has = size==len(t.raw_data),f'{len(t.raw_data)} bytes'
+    check_field(fits, f'{which}: shape', dims, f'of {has}, as many as it has')
 
 def _check_values(proto, what, max_bytes):
     "Raise a `ValueError` if a value between nodes is larger than `max_bytes` for one item"
     found = []
-    with suppress(onnx.shape_inference.InferenceError): found = onnx.shape_inference.infer_shapes(proto).graph.value_info
+    with suppress(InferenceError): found = infer_shapes(proto).graph.value_info
     for v in [*found,*proto.graph.input,*proto.graph.output]:
         dims = [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
         fits = all(d>0 for d in dims) and math.prod(dims)<=max_bytes
@@ -71,7 +79,8 @@ def read_onnx(
 # %% ../../nbs/export/01_intact.ipynb #01intact14
 def _sums(proto):
     "What `proto` adds up to, but for what it says of that itself"
-    same,left = type(proto)(),[p for p in proto.metadata_props if p.key!='digest']
+    left = [p for p in proto.metadata_props if p.key!='digest']
+    same = onnx.ModelProto()
     same.CopyFrom(proto)
     del same.metadata_props[:]
     as_bytes = lambda m: m.SerializeToString(deterministic=True)
@@ -114,7 +123,16 @@ def check_digest(
     text = next((p.value for p in proto.metadata_props if p.key=='digest'), None)
     if text is None: return False
     said,now = parsed(text, f"{what}: 'digest' in its metadata"),_sums(proto)
-    fits = isinstance(said, dict) and set(said)==set(now) and all(isinstance(v, str) for v in said.values())
+    fits = isinstance(said, dict) and {k:type(v) for k,v in said.items()}==dict.fromkeys(now, str)
     check_field(fits, f"{what}: 'digest' in its metadata", said, f"an object of texts: {', '.join(now)}")
     if said['whole']!=now['whole']: raise ValueError(f"{what} is damaged, or it was changed after it was written: {_damaged(proto, said, now)} is not what it was. Export it again with `export_onnx`.")
     return True
+
+# %% ../../nbs/export/01_intact.ipynb #01intact26
+def metadata_of(
+    proto:onnx.ModelProto, # From `read_onnx`
+    what='This file'       # What it is, for messages
+)->dict:
+    "What `proto` says besides the model, but for its digest"
+    left = [p for p in proto.metadata_props if p.key!='digest']
+    return {p.key:parsed(p.value, f'{what}: {p.key!r} in its metadata') for p in left}

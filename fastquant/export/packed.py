@@ -122,15 +122,18 @@ def _places(where, how, n, step=2**20):
     before = 0
     for i in range(0, len(where), step):
         piece = where[i:i+step]
-        if how=='bitmask': yield np.unpackbits(piece, count=min(8*len(piece), n-8*i)).nonzero()[0]+8*i
+        if how=='bitmask':
+            left = np.unpackbits(piece, count=min(8*len(piece), n-8*i))
+            yield left.nonzero()[0]+8*i
         else:
             yield positions(piece)+before
             before += int(piece.sum(dtype=np.int64))+int((piece!=255).sum())
 
 def _spread(where, vals, how, n, size):
     "Bytes of `n` values: those in `vals` at their places, and zeros elsewhere"
-    b,vals,done = np.zeros((n,size), np.uint8),vals.reshape(size, -1),0
-    left,wrong = vals.shape[1],ValueError('it has more or fewer values than places')
+    b,vals = np.zeros((n,size), np.uint8),vals.reshape(size, -1)
+    done,left = 0,vals.shape[1]
+    wrong = ValueError('it has more or fewer values than places')
     for at in _places(where, how, n):
         if done+len(at)>left or (len(at) and at[-1]>=n): raise wrong
         b[at] = vals[:,done:done+len(at)].T
@@ -161,7 +164,8 @@ def _header_end(data): return 8+int.from_bytes(data[:8], 'little')
 def _in_order(data):
     "The same safetensors file with its header sorted"
     end = _header_end(data)
-    text = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(',',':'), ensure_ascii=False).encode()
+    header = json.loads(data[8:end])
+    text = json.dumps(header, sort_keys=True, separators=(',',':'), ensure_ascii=False).encode()
     text += b' '*(-len(text)%8)
     return len(text).to_bytes(8, 'little')+text+data[end:]
 
@@ -197,6 +201,7 @@ def _header(meta):
     whole = lambda f: isinstance(f, list) and len(f)==len(_facts)
     return {k:dict(zip(_facts, f)) if whole(f) else None for k,f in facts.items()},about
 
+# %% ../../nbs/export/05_packed.ipynb #15pack0015
 def _check_digests(meta):
     "Raise a `ValueError` if the header was changed; the tensors' own digest is younger than the format"
     for k in 'about','tensors':

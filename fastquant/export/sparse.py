@@ -14,6 +14,7 @@ from ..core.model import *
 from ..core.attach import *
 from ..quant.prepare import new_names
 from ..prune.mask import *
+from ..prune.recipe import *
 from ..prune.shrink import *
 from .onnx import file_bytes, file_tensors
 from .engine import *
@@ -80,7 +81,8 @@ def _engine(runs, tensors):
 
 def _whole_state(tensors, about):
     "The state dict that a file was made of"
-    masks,same,recipe = (about.pop(k, d) for k,d in (('masks',[]),('same',{}),('recipe',None)))
+    masks,same = about.pop('masks', []),about.pop('same', {})
+    recipe = about.pop('recipe', None)
     check_field(isinstance(masks, list), "'masks' in the file", masks, 'a list of paths')
     check_field(isinstance(same, dict), "'same' in the file", same, 'an object, by name')
     for k,o in same.items():

@@ -226,11 +226,13 @@ def _factors(d):
     "The step that plain data says"
     check_field(isinstance(d, dict), 'The list of factorised layers', d, 'an object, by path')
     for k,r in d.items():
-        check_field(isinstance(r, dict) and set(r)=={'kind','rank'}, f'Layer {k!r}', r, "an object with 'kind' and 'rank'")
+        whole = isinstance(r, dict) and set(r)=={'kind','rank'}
+        check_field(whole, f'Layer {k!r}', r, "an object with 'kind' and 'rank'")
         kind,rank = r['kind'],r['rank']
         check_field(isinstance(kind, str), f"'kind' of layer {k!r}", kind, 'the name of a factorisation')
         factorisations.find(kind)
-        check_field(isinstance(rank, list) and all(is_size(o, 1) for o in rank), f"'rank' of layer {k!r}", rank, 'a list of ranks')
+        ranks = isinstance(rank, list) and all(is_size(o, 1) for o in rank)
+        check_field(ranks, f"'rank' of layer {k!r}", rank, 'a list of ranks')
     return Factors(d)
 
 @structure_steps

@@ -7,137 +7,19 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/shrink.html.md"""
 # %% ../../nbs/prune/06_shrink.ipynb #14apru4a2ec5
 from __future__ import annotations
 import torch
-from dataclasses import dataclass
 from functools import singledispatch
 from fastcore.all import patch
 from torch import nn, Tensor
 from .structures import prunable
-from ..core.plain import *
 from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
 from .mask import *
+from .recipe import *
 
 # %% auto #0
-__all__ = ['Recipe', 'recipe_from_json', 'cut_tensor', 'cut_param', 'refit', 'is_attention', 'with_attached', 'cut_opt',
-           'check_fits', 'shrink', 'recipe_of', 'channel_counts']
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apru46a610
-@structure_steps
-@dataclass(frozen=True)
-class Recipe:
-    "What is left of a model's tensors; raises `ValueError` if it cannot be that"
-    left:dict   # For each tensor by name, positions that stay, by dimension
-    shapes:dict # The shape of each before
-    def __post_init__(self):
-        if set(self.left)!=set(self.shapes): raise ValueError("A recipe must have a shape for each tensor, and positions for each shape.")
-        all_ = [idx for dims in self.left.values() for idx in dims.values()]
-        if (n:=sum(map(len, all_)))>2**25: raise ValueError(f"The recipe has {n:,} positions, more than any model it could be for.")
-        rising = {id(idx):_rises(idx) for idx in {id(idx):idx for idx in all_}.values()} # many tensors share a list
-        for k,dims in self.left.items():
-            for d,idx in dims.items(): _check_positions(k, d, idx, self.shapes[k], rising[id(idx)])
-    @classmethod
-    def from_json(cls, text): return recipe_from_json(text)
-    def __bool__(self): return bool(self.left)
-    def __eq__(self, other): return self.to_json()==other.to_json()
-
-def _rises(idx):
-    "Whether `idx` are positions in order, at least one"
-    return len(idx)>0 and all(map(is_size, idx)) and list(idx)==sorted(set(idx))
-
-def _check_positions(name, dim, idx, shape, rising):
-    check_field(all(map(is_size, shape)), f'The shape of {name!r} in the recipe', shape, 'a list of sizes')
-    if not 0<=dim<len(shape): raise ValueError(f"The recipe cuts {name!r} along dimension {dim}, and its shape is {list(shape)}.")
-    if not rising or idx[-1]>=shape[dim]: raise ValueError(f"What the recipe leaves of {name!r} along dimension {dim} is no rising list of positions below {shape[dim]}.")
-
-# %% ../../nbs/prune/06_shrink.ipynb #14aprucc5726
-@patch
-def to_json(self:Recipe)->str:
-    "`self` as text"
-    all_ = [i for _,dims in sorted(self.left.items()) for _,i in sorted(dims.items())]
-    lists = list(dict.fromkeys(map(tuple, all_)))
-    at,tensors = {l:i for i,l in enumerate(lists)},{}
-    for k,dims in sorted(self.left.items()):
-        left = {d:at[tuple(i)] for d,i in sorted(dims.items())}
-        tensors[k] = [list(self.shapes[k]),left]
-    return to_text(dict(lists=lists, tensors=tensors))
-
-# %% ../../nbs/prune/06_shrink.ipynb #14aprurec002
-def _sizes(o): return isinstance(o, list) and all(map(is_size, o))
-
-def _tensor_left(name, o, lists):
-    "Shape, and positions that stay by dimension, of the tensor `name`"
-    what = f'{name!r} in the recipe'
-    check_field(isinstance(o, list) and len(o)==2, what, o, 'a shape, and lists by dimension')
-    shape,dims = o
-    check_field(_sizes(shape), f'The shape of {what}', shape, 'a list of sizes')
-    check_field(isinstance(dims, dict), f'What is left of {what}', dims, 'lists by dimension')
-    for d,n in dims.items():
-        check_field(d in map(str, range(len(shape))), f'A dimension of {what}', d, f'below {len(shape)}')
-        check_field(is_size(n) and n<len(lists), f'Dimension {d} of {what}', n, f'the number of one of {len(lists)} lists')
-    return tuple(shape),{int(d):lists[n] for d,n in dims.items()}
-
-def _recipe(d):
-    "The recipe that plain data says"
-    check_field(isinstance(d, dict) and set(d)=={'lists','tensors'}, 'The recipe', d, "an object with 'lists' and 'tensors'")
-    lists,tensors = d['lists'],d['tensors']
-    check_field(isinstance(lists, list), "'lists' in the recipe", lists, 'a list of lists of positions')
-    for i,l in enumerate(lists): check_field(_sizes(l), f"'lists' {i} in the recipe", l, 'a list of positions')
-    check_field(isinstance(tensors, dict), "'tensors' in the recipe", tensors, 'an object, by name')
-    found = {k:_tensor_left(k, o, lists) for k,o in tensors.items()}
-    return Recipe({k:l for k,(_,l) in found.items()}, {k:s for k,(s,_) in found.items()})
-
-def recipe_from_json(
-    text:str # From `Recipe.to_json`
-)->Recipe:
-    "The recipe again; raises `ValueError` if `text` is none, or damaged"
-    return from_text(text, 'The recipe of what was cut', _recipe)
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apru734fd6
-@patch
-def then(self:Recipe,
-    other:Recipe # What is done to the smaller tensors
-)->Recipe:
-    "`self` and `other` as one"
-    left,shapes = {},{}
-    for k in dict.fromkeys([*self.left, *other.left]):
-        left[k] = _both(self.left.get(k, {}), other.left.get(k, {}))
-        shapes[k] = self.shapes.get(k, other.shapes.get(k))
-    return Recipe(left, shapes)
-
-def _both(first, second):
-    "Positions that stay, by dimension, after two cuts of a tensor"
-    left = {**first, **second}
-    for d in first.keys()&second.keys():
-        if second[d][-1]>=len(first[d]): raise ValueError(f"The second recipe leaves position {second[d][-1]} of what the first has left, which are {len(first[d])}.")
-    for d in first.keys()&second.keys(): left[d] = [first[d][i] for i in second[d]]
-    return dict(sorted(left.items()))
-
-# %% ../../nbs/prune/06_shrink.ipynb #14apruinside1
-@patch
-def inside(self:Recipe,
-    wider:Recipe # Of the same model, with at least as much left
-)->Recipe:
-    "What leads from `wider` to `self`; raises `ValueError` if nothing does"
-    no = ValueError("The two were cut differently: what is left of one is no part of what is left of the other.")
-    for k,dims in wider.left.items():
-        for d in dims:
-            if d not in self.left.get(k, {}) or self.shapes[k]!=wider.shapes[k]: raise no
-    left,shapes = {},{}
-    for k,dims in self.left.items():
-        before = wider.left.get(k, {})
-        was = [before.get(d) or range(n) for d,n in enumerate(self.shapes[k])]
-        steps = {d:_where(was[d], i) for d,i in dims.items()}
-        if any(None in i for i in steps.values()): raise no
-        less = {d:i for d,i in steps.items() if len(i)<len(was[d])}
-        if less: left[k],shapes[k] = less,tuple(map(len, was))
-    return Recipe(left, shapes)
-
-def _where(places, idx):
-    "At which of `places` each of `idx` is; None for one that is at none"
-    if isinstance(places, range): return [i if i in places else None for i in idx] # of any size that is claimed
-    at = {j:i for i,j in enumerate(places)}
-    return [at.get(j) for j in idx]
+__all__ = ['cut_tensor', 'cut_param', 'refit', 'is_attention', 'with_attached', 'cut_opt', 'check_fits', 'shrink', 'recipe_of',
+           'channel_counts']
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprucedd9c
 def cut_tensor(

@@ -16,6 +16,7 @@ from ...core.model import *
 from ...core.trace import *
 from ..structures import *
 from ..mask import *
+from ..recipe import *
 from ..shrink import *
 from .graph import *
 
