@@ -96,7 +96,7 @@ def said(model): return {k:bits(v) for k,v in model.state_dict().items()}
 def read_file(b, tmp):
     (tmp/'m.onnx').write_bytes(b)
     e = load_engine(tmp/'m.onnx')
-    return e(x).tolist(),e.metadata['vocab'],e.report
+    return e(x).tolist(),e.metadata.get('vocab'),e.report
 def read_sparse(b, tmp):
     tensors,about = from_sparse(b, max_bytes=2**24)
     return {k:(t.dtype,t.shape,bits(t)) for k,t in tensors.items()},about
