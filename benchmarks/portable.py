@@ -10,7 +10,8 @@ from fastquant.export.portable import int8_weights, unsigned
 from fastquant.export.onnx import to_onnx
 from fastquant.core.model import copy_model
 from fastquant.quant.prepare import prepare, set_ranges, watch
-from fastquant.export.verify import ExportMismatch, file_integers, first_output, gate as go_through, replay, run_as_written, run_file, sqnr, ties
+from fastquant.core.outputs import sqnr
+from fastquant.export.verify import ExportMismatch, file_integers, gate as go_through, outputs_of, replay, run_as_written, run_file, ties
 from tests.helpers.integers import there
 from tests.helpers.models import models as matrix
 from .common import *
@@ -291,8 +292,8 @@ def healthy(name, spec, seed, made):
     start = perf_counter()
     refused,row = made.refused(made.proto),dict(net=name, spec=spec, seed=seed, kind='healthy')
     took = perf_counter()-start
-    plain = first_output(Engine(made.proto.SerializeToString()), made.xb)
-    ends = dict(sqnr=min(sqnr(first_output(made.sim, made.xb), plain), 200.), sqnr_ties=ties(made.sim, made.xb))
+    plain,*_ = outputs_of(Engine(made.proto.SerializeToString()), made.xb)
+    ends = dict(sqnr=min(sqnr(outputs_of(made.sim, made.xb)[0], plain), 200.), sqnr_ties=ties(made.sim, made.xb))
     if refused: return dict(row, verdict='refused', seconds=took, **ends)
     found = replay(made.sim, file_integers(made.proto, made.xb)[0], made.xb)[0]
     return dict(row, verdict='passed', seconds=took, **ends, share=max(d.others/d.n for d in found), far=max(d.far for d in found))

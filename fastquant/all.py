@@ -2,6 +2,7 @@
 from .core.basics import Registry
 from .core.model import evaluating, copy_model
 from .core.measure import n_bytes, n_params, n_macs, latency
+from .core.outputs import sqnr
 from .core.attach import Attachment, attach, attached, attachments, restorable
 from .quant.grid import Grid, quantize, dequantize, fake_quant, qparams
 from .quant.observe import Observer, observers
@@ -20,7 +21,7 @@ from .prune.channels.target import targets
 from .export.onnx import to_onnx
 from .export.engine import Engine, engines, Report, load_engine
 from .export.openvino import Openvino
-from .export.verify import ExportMismatch, sqnr
+from .export.verify import ExportMismatch
 from .export.report import ranges
 from .callback.core import FitCallback
 from .callback.quant import PTQCalibrate, QuantAwareCallback

@@ -6,13 +6,19 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/data.html.md"""
 
 # %% ../../nbs/callback/01_data.ipynb #18dataeb6eee
 from __future__ import annotations
-import itertools
+import itertools, threading
+from copy import copy
 from contextlib import contextmanager, nullcontext
+from operator import length_hint
+from types import MethodType
 from fastai.basics import *
+from fastai.callback.fp16 import MixedPrecision
 from fastprogress.fastprogress import progress_bar
+from ..core.model import *
 
 # %% auto #0
-__all__ = ['calibration_dl', 'inputs', 'some_inputs', 'with_bar', 'Float32Callback']
+__all__ = ['calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'batches_of', 'inputs', 'some_inputs', 'with_bar',
+           'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
 class _Idxs:
@@ -29,27 +35,144 @@ def calibration_dl(
     "A DataLoader of at most `n_batches` batches, spread evenly, neither shuffled nor augmented; raises `ValueError` if there are none"
     dl = ifnone(dl, learn.dls.train)
     if n_batches<1: raise ValueError(f"n_batches={n_batches}: at least one batch is needed to see how large activations get.")
-    if len(dl)==0: raise ValueError("The calibration set is empty: pass a `dl` with data, for example `dl=learn.dls.test_dl(files)`.")
     split = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with no_random(reproducible=False), split(1) if split else nullcontext():
-        if isinstance(dl, DataLoader) and dl.n and dl.bs:
+        if length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
             spread = _Idxs([i*dl.n//n for i in range(n)])
             dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=spread)
+        else: dl = list(itertools.islice(dl, n_batches)) # a stream has no other items to choose from
+        if not len(dl): raise ValueError("The calibration set is empty: pass a `dl` with data, for example `dl=learn.dls.test_dl(files)`.")
         yield dl
 
+# %% ../../nbs/callback/01_data.ipynb #18datav002
+def valid_dl(
+    learn:Learner, # Its data, if there is no `dl`
+    dl=None        # A DataLoader; the validation set if None
+): # `dl`
+    "The data to measure on; raises `ValueError` if there is none"
+    if dl is None and len(learn.dls.loaders)>1: dl = learn.dls.valid
+    if dl is None or not length_hint(dl, 1): raise ValueError("This Learner has no validation set to measure on: pass `dl`, for example `dl=learn.dls.train`.")
+    return dl
+
+# %% ../../nbs/callback/01_data.ipynb #18datat002
+def _like(learn, model, cbs):
+    "A Learner like `learn` around `model`, with `cbs` and no optimizer"
+    new = object.__new__(type(learn))
+    kept = {k:v for k,v in learn.__dict__.items() if not isinstance(v, Callback)}
+    new.__dict__.update(kept)
+    new.model,new.splitter,new.lock = model,trainable_params,threading.Lock()
+    new.cbs,new.opt,new.training = L(),None,False
+    new.add_cbs(cbs)
+    new('after_create')
+    return new
+
+def _own_copy(cb):
+    "A copy of the callback `cb` that leaves it, and its lists, alone"
+    new = copy(cb)
+    for k,v in vars(cb).items():
+        if isinstance(v, (list,dict,set,L)): new.__dict__[k] = copy(v)
+        if isinstance(v, MethodType) and v.__self__ is cb: new.__dict__[k] = MethodType(v.__func__, new)
+    return new
+
+# %% ../../nbs/callback/01_data.ipynb #18datat004
+_events = 'before_validate','before_batch','after_pred'
+
+def _may_shape(
+    cb:Callback # Of a Learner
+)->bool:
+    "Whether `cb` hears of validation in time to change what the model is given, or what is made of its output"
+    known = {o if isinstance(o, type) else type(o) for o in L(defaults.callbacks)}|{MixedPrecision}
+    if type(cb) in known or type(cb).__module__.startswith('fastquant.'): return False
+    hears = [e for e in _events if hasattr(type(cb), e) or e in vars(cb)]
+    return bool(hears) and cb.run and cb.run_valid
+
+class _Witness(Callback):
+    "Lets `cb` do what it does, and notes whether that changes batch or prediction, or puts part of the model into training mode"
+    def __init__(self, cb): self.cb,self.order,self.shapes,self.trains = cb,cb.order,False,[]
+    def seen(self):
+        found = [getattr(self.learn, k, None) for k in ('dl','xb','pred')]
+        return found,[(t,t._version) for t in tensors(found[1:])]
+    def __call__(self, event):
+        (objs,given),modes = self.seen(),[m.training for m in self.learn.model.modules()]
+        self.cb(event)
+        (objs1,given1),named = self.seen(),self.learn.model.named_modules()
+        same = len(given)==len(given1) and all(a is b and v==w for (a,v),(b,w) in zip(given, given1))
+        self.shapes = self.shapes or not same or any(a is not b for a,b in zip(objs, objs1))
+        self.trains += [k for (k,m),was in zip(named, modes) if m.training and not was]
+
+# %% ../../nbs/callback/01_data.ipynb #18datat005
+class _Keep(Callback):
+    "Keeps what the model is given, and ends the pass after `n` batches"
+    order = 1000 # whoever changes a batch has done so
+    def __init__(self, n=None, runs=False): self.n,self.runs,self.found = n,runs,[]
+    def before_batch(self):
+        self.found.append((tuple(self.xb),tuple(self.yb)))
+        _check_rows(self.xb, self.yb)
+        if not self.runs: self._next()
+    def after_pred(self): self._next()
+    def _next(self):
+        if len(self.found)==self.n: raise CancelValidException()
+        raise CancelBatchException()
+
+def _check_rows(xb, yb):
+    "Raise a `ValueError` if what comes first in `xb` is no batch of as many items as `yb`"
+    items,rows = batch_size(yb),[len(t) for t in tensors(xb) if t.ndim]
+    if items in (0,batch_size(xb)) or items not in rows: return
+    raise ValueError(f"The inputs have {rows} rows, and there are {items} items in the batch: which of them is a batch cannot be told. Let `forward` take an input with a row for each item first, and what is the same for all behind it.")
+
+def _witnesses(
+    learn:Learner # Left as it is
+)->list: # Each `_Witness`
+    "What the callbacks of `learn` that may shape its batches do to the first one; raises if `learn` cannot be validated"
+    own = [_own_copy(cb) for cb in learn.cbs if _may_shape(cb)]
+    if not own: return []
+    twin = _like(learn, learn.model, own)
+    twin.cbs = L(_Witness(cb) for cb in own)
+    for w in twin.cbs: w.learn = twin
+    data = [dl for dl in learn.dls.loaders if length_hint(dl, 1)]
+    if not data: return list(twin.cbs)
+    with calibration_dl(learn, data[0], 1) as dl, evaluating(learn.model): twin.validate(dl=dl, cbs=_Keep(1, runs=True))
+    return [w for w in twin.cbs if isinstance(w, _Witness)]
+
+# %% ../../nbs/callback/01_data.ipynb #18datat006
+def shapers(
+    learn:Learner # Left as it is
+)->list: # Callbacks that belong to no Learner yet
+    "Copies of those callbacks of `learn` that change what its model is given, or what is made of its output, in validation; without data, of all that may"
+    known = any(length_hint(dl, 1) for dl in learn.dls.loaders)
+    return [_own_copy(w.cb) for w in _witnesses(learn) if w.shapes or not known]
+
+def twin_of(
+    learn:Learner,  # Left as it is
+    model:nn.Module # Of the new one
+)->Learner: # For inference
+    "A Learner like `learn` around `model`, with those of fastai's default callbacks that `learn` has, and those that shape its batches"
+    kinds = {type(cb) for cb in learn.cbs}
+    kind = lambda o: o if isinstance(o, type) else type(o)
+    usual = [o for o in L(defaults.callbacks) if kind(o) in kinds]
+    return _like(learn, model, [*usual,*shapers(learn)])
+
 # %% ../../nbs/callback/01_data.ipynb #18data64bf90
-def inputs(
-    learn:Learner, # Its model says where to, its data how many of a batch are inputs
+def batches_of(
+    learn:Learner, # Its model says where to, its data how many of a batch are inputs, its callbacks what becomes of them
     dl,     # A DataLoader, or any iterable of batches
-    n:int=2 # Batches
+    n:int=2 # Batches; None for all
+)->list: # Inputs and targets of each, both tuples
+    "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
+    twin,keep = _like(learn, learn.model, shapers(learn)),_Keep(n)
+    with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
+    if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
+    xs,ys = zip(*keep.found)
+    return list(zip(_distinct(learn.model, xs), ys))
+
+def inputs(
+    learn:Learner, # See `batches_of`
+    dl,     # A DataLoader, or any iterable of batches
+    n:int=2 # Batches; None for all
 )->list: # A tuple of inputs for each
-    "Inputs of the first batches of `dl`, where the model is"
-    device = next(learn.model.parameters()).device
-    def inputs_of(b):
-        n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))
-        return tuple(to_device(b, device)[:n_inp])
-    return [inputs_of(b) for b in itertools.islice(dl, n)]
+    "Inputs of the first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
+    return [xb for xb,_ in batches_of(learn, dl, n)]
 
 def some_inputs(
     learn:Learner, # Its data, if there is no `dl`
@@ -57,6 +180,39 @@ def some_inputs(
 )->tuple: # As the model takes them
     "A batch of inputs, neither shuffled nor augmented"
     with calibration_dl(learn, dl, 1) as dl: return inputs(learn, dl, 1)[0]
+
+# %% ../../nbs/callback/01_data.ipynb #18datat008
+_misfits = RuntimeError,ValueError,AssertionError,IndexError # what models say of shapes that do not go together
+
+def _distinct(
+    model:nn.Module, # Takes the batches
+    batches          # Tuples of inputs
+)->list: # Likewise
+    "`batches` in which only what is a batch has as many rows as there are items"
+    xb = batches[0]
+    n = batch_size(xb)
+    rows = [i for i,t in enumerate(tensors(xb)) if t.ndim and len(t)==n]
+    if n<3 or len(rows)<2 or _same(model, xb, ()): return batches
+    for i in rows[1:]:
+        if _same(model, xb, (i,)): return [_less(b, (i,)) for b in batches]
+    return batches
+
+def _less(xb, whole):
+    "`xb` without its last item; tensors at the positions `whole` stay whole"
+    n,i = batch_size(xb),itertools.count()
+    def cut(t): return t[:n-1] if next(i) not in whole and t.ndim and len(t)==n else t
+    return map_tensors(cut, xb)
+
+def _same(model, xb, whole):
+    "Whether `model` makes of the items of `xb` what it makes of them without the last one"
+    n = batch_size(xb)
+    try:
+        with evaluating(model): all_,few = floats(model(*xb)),floats(model(*_less(xb, whole)))
+    except _misfits: return False
+    def same(a, b):
+        if a.ndim and len(a)==n: a = a[:n-1]
+        return a.shape==b.shape and a.allclose(b, rtol=1e-3, atol=1e-4)
+    return all(map(same, all_, few))
 
 # %% ../../nbs/callback/01_data.ipynb #18databa7002
 def with_bar(

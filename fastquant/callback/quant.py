@@ -7,7 +7,6 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/quant.html.md"""
 # %% ../../nbs/callback/03_quant.ipynb #20callb70c2d
 from __future__ import annotations
 from fastai.basics import *
-from fastai.callback.progress import ProgressCallback
 from warnings import warn
 from ..core.basics import *
 from ..core.model import *
@@ -25,7 +24,7 @@ __all__ = ['PTQCalibrate', 'QuantAwareCallback']
 # %% ../../nbs/callback/03_quant.ipynb #20call2bb1af
 class PTQCalibrate(Callback):
     "Watch the activations of a few batches of a validation pass, set the ranges, and end the pass"
-    order,run_train = ProgressCallback.order+1,False # the recorder and the bar count the last batch too
+    order,run_train = 1000,False # the recorder and the bar count the last batch too, and whoever changes a batch has done so
     def __init__(self,
         n_batches:int=8, # Batches to watch
         spec='int8',     # A `Spec`, or the name of one; a model that is prepared already keeps its own

@@ -44,7 +44,7 @@ def n_macs(
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        one = [x[:1] for x in xb]
+        one = first_items(xb, 1)
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*one)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return count.get_total_flops()//2

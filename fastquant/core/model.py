@@ -6,9 +6,11 @@ Docs: https://fastquant-dev.github.io/fastquant/core/model.html.md"""
 
 # %% ../../nbs/core/01_model.ipynb #coremode345d
 from __future__ import annotations
-import sys, torch
+import dataclasses, sys, torch
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from copy import copy, deepcopy
 from pickle import PicklingError
 from fastai.layers import ToTensorBase
 from fastcore.basics import ifnone
@@ -18,25 +20,69 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 # %% auto #0
-__all__ = ['conv_layers', 'batchnorms', 'weighted', 'tensors', 'floats', 'own_weight', 'inner_model', 'eagerly',
-           'check_one_device', 'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python',
-           'all_tensors', 'shared', 'check_apart', 'FileModel', 'check_weights', 'float32_copy', 'other_precision']
+__all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'map_tensors', 'batch_size', 'first_items',
+           'own_weight', 'inner_model', 'eagerly', 'check_one_device', 'modules_in', 'evaluating', 'catching',
+           'clean_copy', 'copy_model', 'check_python', 'all_tensors', 'shared', 'check_apart', 'FileModel',
+           'check_weights', 'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
+def parts_of(
+    o # Anything
+)->dict|None: # By key, name or position; None if `o` is none of these
+    "What is in a dictionary, list, tuple, named tuple or dataclass"
+    if isinstance(o, Mapping): return dict(o)
+    if hasattr(o, '_fields'): return dict(zip(o._fields, o))
+    if isinstance(o, (list,tuple)): return dict(enumerate(o))
+    if not dataclasses.is_dataclass(o) or isinstance(o, type): return None
+    return {f.name:getattr(o, f.name) for f in dataclasses.fields(o)}
+
 def tensors(
     o # Anything
 )->list:
-    "All the tensors in nested lists, tuples and dictionaries"
+    "All the tensors in nested lists, tuples, dictionaries and dataclasses"
     if isinstance(o, Tensor): return [o]
-    if isinstance(o, dict): o = list(o.values())
-    if not isinstance(o, (list,tuple)): return []
-    return [t for x in o for t in tensors(x)]
+    if isinstance(o, (list,tuple)): return [t for x in o for t in tensors(x)]
+    return [t for x in (parts_of(o) or {}).values() for t in tensors(x)]
 
 def floats(
     o # Anything
 )->list:
-    "All the floating-point tensors in nested lists, tuples and dictionaries"
+    "All the floating-point tensors in nested lists, tuples, dictionaries and dataclasses"
     return [t for t in tensors(o) if t.is_floating_point()]
+
+# %% ../../nbs/core/01_model.ipynb #01mod0000n2
+def map_tensors(
+    f, # A function of a tensor
+    o  # Anything; left as it is
+):
+    "`o` with `f` of all its tensors in their places"
+    if isinstance(o, Tensor): return f(o)
+    parts = parts_of(o)
+    if parts is None: return o
+    new = {k:map_tensors(f, v) for k,v in parts.items()}
+    if hasattr(o, '_fields'): return type(o)(**new)
+    if isinstance(o, (list,tuple)): return type(o)(new.values())
+    if not isinstance(o, Mapping): return dataclasses.replace(o, **new)
+    made = copy(o)
+    for k,v in new.items(): made[k] = v
+    return made
+
+# %% ../../nbs/core/01_model.ipynb #01mod0000n6
+def batch_size(
+    xb # Inputs, nested as the model takes them
+)->int: # 0 if there is no tensor with rows
+    "How many items `xb` is a batch of"
+    rows = [len(t) for t in tensors(xb) if t.ndim]
+    return Counter(rows).most_common(1)[0][0] if rows else 0
+
+def first_items(
+    xb,   # Inputs, nested as the model takes them
+    n:int # Items
+): # Like `xb`
+    "The first `n` items of the batch `xb`; what has no row for each item stays whole"
+    size = batch_size(xb)
+    def cut(t): return t[:n] if t.ndim and len(t)==size else t
+    return map_tensors(cut, xb)
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009
 conv_layers,batchnorms = nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm # PyTorch has no public names for these

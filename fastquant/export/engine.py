@@ -17,6 +17,7 @@ from .. import __version__
 from ..core.basics import *
 from ..core.plain import *
 from ..core.model import *
+from ..core.outputs import *
 from .onnx import *
 from .intact import *
 from .portable import *
@@ -33,15 +34,24 @@ class Report:
     n_int8:int          # Those that ONNX Runtime runs with integer kernels
     float_layers:dict   # Why each of the others does not, by module path
     n_items:int         # Items of the batches it was verified on
-    sqnr:float          # Of the file's output against its simulation's, in dB; 200 if they are equal
-    sqnr_float:float    # Of the file's output against the float model's, in dB
-    agrees:float|None   # Share of predictions equal to the simulation's
-    agrees_float:float|None # Share of predictions equal to the float model's
+    sqnr:float          # Of the file's worst output against its simulation's, in dB; 200 if they are equal
+    sqnr_float:float    # Of the file's worst output against the float model's, in dB
+    agrees:float|None   # Share of decisions equal to the simulation's, where they are the fewest; None if nothing is decided
+    agrees_float:float|None # Share of decisions equal to the float model's
     agrees_rounded:float|None=None # Share of predictions equal to those of the PyTorch model that rounds
     trained:bool=False  # Did the Learner's own model round, after training or calibration? Then that one counts, and not float
     portable:bool|None=None # Is it the same on every processor? None in files from before that was known
     sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
     float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
+    outputs:tuple=()    # An `OutputCheck` for each output
+    def __post_init__(self):
+        checks = [OutputCheck(**o) if isinstance(o, dict) else o for o in self.outputs]
+        object.__setattr__(self, 'outputs', tuple(checks))
+    @property
+    def worst(self)->OutputCheck|None:
+        "The output that is farthest from what it is held against"
+        db = 'sqnr' if self.trained else 'sqnr_float'
+        return min(self.outputs, key=lambda o: getattr(o, db), default=None)
     def in_float(self):
         "What is in float, why, and its share of the work where that is a percent or more"
         work = {k:f'{v:.0%} of the work' for k,v in (self.float_work or {}).items() if v>=.01}
@@ -51,10 +61,20 @@ class Report:
         floats,work = self.in_float(),''
         rest = f'; in float: {floats}' if floats else ''
         if self.float_work: work = f', {1-sum(self.float_work.values()):.0%} of the work in int8'
-        share,whom = (self.agrees_rounded,'the model that rounds') if self.trained else (self.agrees_float,'float')
-        same = '' if share is None else f', {share:.1%} of {self.n_items} predictions equal to {whom}'
         whole = ', the whole range of weights: not for a plain session on x86 without VNNI' if self.portable is False else ''
-        return f'{self.n_int8} of {self.n_layers} layers quantized{work}{rest}{same}{whole}'
+        return f'{self.n_int8} of {self.n_layers} layers quantized{work}{rest}{self._same()}{whole}'
+    def _same(self):
+        "How near the outputs are to what they are held against"
+        share,whom,db = self.agrees_float,'float',self.sqnr_float
+        if self.trained: share,whom,db = self.agrees_rounded,'the model that rounds',self.sqnr
+        several,same = len(self.outputs)>1,''
+        if share is not None:
+            which = 'agrees_rounded' if self.trained else 'agrees_float'
+            n = [o.n for o in self.outputs if getattr(o, which)==share] or [self.n_items]
+            same = f', {share:.1%} of {n[0]} predictions equal to {whom}'
+        where = f'the worst of {len(self.outputs)} outputs, {self.worst.name!r},' if several else 'the output'
+        if several or self.outputs and share is None: same += f', {where} {db:.1f} dB above its difference from {whom}'
+        return same
     __repr__ = _repr_markdown_ = __str__
 
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
@@ -101,22 +121,24 @@ class Engine(FileModel):
         self.__dict__.pop('_opened', None)
     @property
     def opened(self):
-        "The file, ready to run on as many threads as torch uses, exact on every processor; with the types of its inputs and the names of its outputs"
+        "The file, ready to run on as many threads as torch uses, exact on every processor; with the types of its inputs, the names of its outputs, and how both are nested"
         n = torch.get_num_threads()
         if self.__dict__.get('_threads')!=n or '_opened' not in self.__dict__:
             g = read_onnx(self.data).graph
             types = {i.name:_array_type(i) for i in g.input}
             names = [o.name for o in g.output]
-            self._opened = self.open(as_run(self.data), n),types,names
+            nested = [self.metadata.get(k) for k in ('inputs','outputs')]
+            self._opened = self.open(as_run(self.data), n),types,names,nested
             self._threads = n
         return self._opened
     def forward(self, *xb):
-        opened,types,names = self.opened
+        opened,types,names,(given,made) = self.opened
+        xs = tensors(xb) if given is None else pick(given, xb)
         plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
-        wanted = zip(types.items(), xb, strict=True)
-        feed = {k:plain(x, t) for (k,t),x in wanted}
+        feed = {k:plain(x, t) for (k,t),x in zip(types.items(), xs, strict=True)}
         arrays = self.computed(opened, feed, names)
-        out = [_as_given(torch.from_numpy(o).to(xb[0].device), types, xb) for o in arrays]
+        out = [_as_given(torch.from_numpy(o).to(xs[0].device), types, xs) for o in arrays]
+        if made is not None: return build(made, out)
         return out[0] if len(out)==1 else tuple(out)
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from google.protobuf.message import DecodeError
 from torch import nn, Tensor
-from ..core.model import check_python
+from ..core.model import *
 from ..quant.grid import *
 from ..quant.convert import room
 from ..quant.fakequant import fake_quant_of
@@ -62,11 +62,13 @@ def quiet():
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo77ea52
 class _Plain(nn.Module):
-    "`model` with only positional inputs, for `torch.export` to see a signature that fits every model"
-    def __init__(self, model):
+    "`model` with one tensor after the other for input and output, for `torch.export` to see a signature that fits every model"
+    def __init__(self, model, xb):
         super().__init__()
-        self.model = model
-    def forward(self, *xb): return self.model(*xb)
+        self.model,self.xb = model,xb
+    def forward(self, *xs):
+        xs = iter(xs)
+        return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
 
 @torch.no_grad()
 def to_onnx(
@@ -75,13 +77,15 @@ def to_onnx(
 )->onnx.ModelProto:
     "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done"
     check_python(model)
-    if min(len(x) for x in xb)<2: xb = [torch.cat([x,x]) for x in xb]
+    n = batch_size(xb)
+    has_rows = [x.ndim and len(x)==n for x in tensors(xb)]
+    if n<2: xb = map_tensors(lambda x: torch.cat([x,x]) if x.ndim and len(x)==n else x, xb)
     plain = lambda x: x.detach().as_subclass(Tensor).cpu().contiguous()
-    xb = tuple(plain(x[:2]) for x in xb)
-    batch = {'xb':tuple({0:torch.export.Dim('batch')} for _ in xb)}
+    xb = map_tensors(plain, first_items(xb, 2))
+    batch = {'xs':tuple({0:torch.export.Dim('batch')} if rows else None for rows in has_rows)}
     try:
         with quiet():
-            program = torch.export.export(_Plain(model.cpu().eval()), xb, dynamic_shapes=batch, strict=False)
+            program = torch.export.export(_Plain(model.cpu().eval(), xb), tuple(tensors(xb)), dynamic_shapes=batch, strict=False)
             done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False)
             proto = done.model_proto
     except RuntimeError as e:

@@ -7,8 +7,9 @@ Docs: https://fastquant-dev.github.io/fastquant/export/report.html.md"""
 # %% ../../nbs/export/05_report.ipynb #08repo386e3e
 from __future__ import annotations
 import matplotlib.pyplot as plt, pandas as pd
-from torch import nn, Tensor
+from torch import nn
 from ..core.model import *
+from ..core.outputs import *
 from ..core.measure import *
 from ..quant.grid import *
 from ..quant.fakequant import *
@@ -26,7 +27,7 @@ def against_float(
     **kwargs       # See `latency`
 )->pd.DataFrame: # As from `latency`, with the rows `int8` and `float`
     "Time of one item through `engine`, and through the same net in float in the same engine"
-    item = [x[:1] for x in xb]
+    item = first_items(xb, 1)
     alone = type(engine)(in_float(engine.data))
     return latency({'int8':lambda: engine(*item), 'float':lambda: alone(*item)}, **kwargs)
 
@@ -36,14 +37,14 @@ def capture(
     how,             # What to do at a site: a method of `Site`, or any function of a site and a tensor
     weights,         # Paths of the layers whose weights are rounded
     *xb              # Inputs
-)->tuple: # The model's output, and the tensors by `Site`
+)->tuple: # A list of the model's outputs, and the tensors by `Site`
     "Run `model` with `how` at its sites, and keep what comes out of them"
     r,found = fake_quant_of(model),{}
     def keep(site, x):
         found[site] = how(site, x).detach()
         return found[site]
     r.how,r.only = keep,weights
-    with evaluating(model): return first_output(model, xb),found
+    with evaluating(model): return outputs_of(model, xb),found
 
 # %% ../../nbs/export/05_report.ipynb #08repob12913
 def site_errors(
@@ -69,14 +70,14 @@ def site_errors(
 def alone(
     model:nn.Module, # A prepared model with ranges
     site:Site,       # The one to round
-    out:Tensor,      # What `model` puts out without rounding
+    out:list,        # What `model` puts out without rounding
     xb               # Inputs
 )->float: # In dB
-    "SQNR of the model's output if only `site`, and the weight of the layer it belongs to, are rounded"
+    "SQNR of the model's outputs, of the worst, if only `site`, and the weight of the layer it belongs to, are rounded"
     weights = {site.source}.intersection(fake_quant_of(model).layers)
     only = lambda s,x: s.forward(x) if s is site else x
     y,_ = capture(model, only, weights, *xb)
-    return sqnr(out, y)
+    return min(map(sqnr, out, y))
 
 # %% ../../nbs/export/05_report.ipynb #08repo1ae4fe
 def plot_errors(

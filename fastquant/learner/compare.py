@@ -9,6 +9,7 @@ from __future__ import annotations
 import pandas as pd
 from fastai.basics import *
 from ..core.model import *
+from ..core.outputs import *
 from ..core.trace import *
 from ..core.measure import *
 from ..quant.spec import *
@@ -35,7 +36,7 @@ def compare(self:Learner,
     learns = (self,*others)
     names = names or _names(learns)
     if len(names)!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
-    dl = ifnone(dl, self.dls.valid)
+    dl = valid_dl(self, dl)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
     int8 = {k:l for k,l in zip(names, learns) if runs_int8(l.model)}
@@ -68,21 +69,32 @@ def _names(learns):
     def numbered(k, before): return f'{k} {before+1}' if before else k
     return [numbered(k, kinds[:i].count(k)) for i,k in enumerate(kinds)]
 
+# %% ../../nbs/learner/04_compare.ipynb #22cmpgath1
+class _Gather(Callback):
+    "Keeps what the model puts out, as probabilities where the loss function says how, and what that decides (see `decisions`)"
+    def before_validate(self): self.probs,self.said,self.says = [],[],None
+    def after_batch(self):
+        loss,plain = self.learn.loss_func,lambda t: t.detach().as_subclass(Tensor).cpu()
+        out = map_tensors(plain, self.pred)
+        if self.says is None: self.says = decisions(loss, out, to_device(self.yb, 'cpu'))
+        self.said.append([f and f(t).flatten() for f,t in zip(self.says, tensors(out))])
+        if isinstance(out, Tensor): out = getcallable(loss, 'activation')(out)
+        self.probs.append([t.flatten() for t in tensors(out)])
+    def all(self, kept): return [None if ts[0] is None else torch.cat(ts) for ts in zip(*kept)]
+
 def _run(learn, dl):
-    "Loss and metrics, probabilities, and decoded predictions"
-    cb = GatherPredsCallback()
-    record = learn.validate(dl=dl, cbs=cb)
-    probs = getcallable(learn.loss_func, 'activation')(cb.all_tensors()[0])
-    return record,probs,getcallable(learn.loss_func, 'decodes')(probs)
+    "Loss and metrics, probabilities, and decisions"
+    record = learn.validate(dl=dl, cbs=(cb:=_Gather()))
+    return record,cb.all(cb.probs),cb.all(cb.said)
 
 # %% ../../nbs/learner/04_compare.ipynb #22leardaaf62
 def _row(learn, run, first, dl):
     (record,probs,pred),(_,probs0,pred0) = run,first
     names = ['loss',*learn.metrics.attrgot('name')]
     model,nan = learn.model,float('nan')
-    classes = isinstance(pred, Tensor) and not pred.is_floating_point()
-    same = (pred==pred0).float().mean().item() if classes else nan
-    far = (probs-probs0).abs().max().item() if isinstance(probs, Tensor) else nan
+    shares = [s for s in map(agreement, pred, pred0) if s is not None]
+    same = min(shares, default=nan)
+    far = max(((a-b).abs().max().item() for a,b in zip(probs, probs0)), default=nan)
     macs = n_macs(model, *_items(learn, dl))
     size = dict(bytes=n_bytes(model), parameters=n_params(model), MACs=macs)
     return {**size, **dict(zip(names, record)), 'agrees':same, 'max difference':far}
@@ -92,10 +104,10 @@ def _items(learn, dl):
 
 def _one_item(learn, dl):
     "A function that runs the model on one item"
-    xb = tuple(x[:1] for x in _items(learn, dl))
+    xb = first_items(_items(learn, dl), 1)
     def run():
         with evaluating(learn.model, compiled=True): learn.model(*xb)
-        if xb[0].is_cuda: torch.cuda.synchronize()
+        if tensors(xb)[0].is_cuda: torch.cuda.synchronize()
     return run
 
 # %% ../../nbs/learner/04_compare.ipynb #22learcea669
@@ -112,7 +124,7 @@ def layer_errors(self:Learner,
     model,cast = float32_copy(self.model)
     unprepare(model)
     with calibration_dl(self, dl, n_batches) as dl:
-        batches = [[x[:32] for x in xb] for xb in inputs(self, dl, n_batches)]
+        batches = [first_items(xb, 32) for xb in inputs(self, dl, n_batches)]
         if cast: batches = to_float(batches)
         prepare(model, find_spec(spec).excluding(exclude), *batches[0], fold=True)
         for xb in batches: watch(model, *xb)

@@ -6,8 +6,8 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 
 # %% ../../nbs/learner/00_core.ipynb #22cor1df7637
 from __future__ import annotations
+import inspect
 from fastai.basics import *
-from fastai.callback.rnn import ModelResetter, RNNCallback
 from ..core.model import *
 from ..core.attach import *
 from ..quant.train import *
@@ -17,29 +17,7 @@ from ..callback.data import *
 from ..callback.optimizer import *
 
 # %% auto #0
-__all__ = ['twin_of', 'trainable_twin', 'first_metric', 'describe', 'with_size', 'make_ready']
-
-# %% ../../nbs/learner/00_core.ipynb #22learef0db9
-def twin_of(
-    learn:Learner,  # Left as it is
-    model:nn.Module # Of the new one
-)->Learner: # For inference
-    "A Learner like `learn` around `model`"
-    new = object.__new__(type(learn))
-    kept = {k:v for k,v in learn.__dict__.items() if not isinstance(v, Callback)}
-    new.__dict__.update(kept)
-    new.model,new.splitter = model,trainable_params
-    new.cbs,new.opt,new.training = L(),None,False
-    new.add_cbs(_default_cbs(learn))
-    new.add_cbs(type(cb)() for cb in learn.cbs if type(cb) in (ModelResetter,RNNCallback)) # a text model says more than losses and metrics take
-    new('after_create')
-    return new
-
-def _default_cbs(learn):
-    "Those of fastai's default callbacks that `learn` has"
-    kinds = {type(cb) for cb in learn.cbs}
-    kind = lambda o: o if isinstance(o, type) else type(o)
-    return [o for o in L(defaults.callbacks) if kind(o) in kinds]
+__all__ = ['trainable_twin', 'first_metric', 'decisions', 'describe', 'with_size', 'make_ready']
 
 # %% ../../nbs/learner/00_core.ipynb #22lear9c04d8
 def trainable_twin(
@@ -57,6 +35,46 @@ def first_metric(
 )->float:
     "The first metric, or the loss if there is none"
     return learn.validate(dl=dl)[1 if learn.metrics else 0]
+
+# %% ../../nbs/learner/00_core.ipynb #22corsay02
+_of_numbers = nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,nn.GaussianNLLLoss
+_of_classes = nn.CrossEntropyLoss,nn.NLLLoss,F.cross_entropy,F.nll_loss
+_of_limits = {nn.BCEWithLogitsLoss:0, F.binary_cross_entropy_with_logits:0, nn.BCELoss:.5, F.binary_cross_entropy:.5}
+
+def decisions(
+    loss,     # The loss function of a Learner
+    out,      # What its model puts out
+    yb        # Targets
+)->list: # For each tensor of `out` a function that makes decisions of it, or None for numbers
+    "What the outputs of a model decide, from what it is trained on"
+    inner = loss.func if isinstance(loss, (BaseLoss,partial)) else loss
+    kind = inner if inspect.isfunction(inner) or inspect.isbuiltin(inner) else type(inner)
+    if kind in _of_numbers: return [None for _ in tensors(out)]
+    own = _decoder(loss, kind) if isinstance(out, Tensor) else None
+    if own: return [own if _decides(own, out) else None]
+    return [_by_target(t, tensors(yb), _of_limits.get(kind)) for t in tensors(out)]
+
+def _decoder(loss, kind):
+    "What the loss function itself says that a single output decides"
+    decodes = getattr(type(loss), 'decodes', None)
+    if decodes not in (None,BaseLoss.decodes): return lambda t: loss.decodes(getcallable(loss, 'activation')(t))
+    if kind in _of_classes: return lambda t: t.argmax(getattr(loss, 'axis', 1)) if t.ndim>1 else t
+    if kind in _of_limits: return lambda t: t>_of_limits[kind]
+
+def _decides(f, t):
+    y = f(t)
+    return isinstance(y, Tensor) and not y.is_floating_point() and t.numel()>1
+
+# %% ../../nbs/learner/00_core.ipynb #22corsay06
+def _by_target(t, ys, limit):
+    "What `t` decides if one of the targets `ys` is about it"
+    def without(d): return [n for i,n in enumerate(t.shape) if i not in (0,d%t.ndim)]
+    for y in ys:
+        if limit is not None and y.shape==t.shape: return lambda t: t>limit
+        if y.is_floating_point() or y.dtype is torch.bool or t.ndim!=y.ndim+1: continue
+        enough = {d%t.ndim for d in (1,-1) if t.shape[d]>max(1, y.max())}
+        fits = {d for d in enough if without(d)==list(y.shape[1:])}
+        if len(fits)==1: return partial(torch.argmax, dim=fits.pop())
 
 # %% ../../nbs/learner/00_core.ipynb #22leara0f150
 def _numbers(o): return [round(v, 8) for v in tensor(o).flatten().tolist()]
@@ -83,7 +101,7 @@ def with_size(
     xb         # Inputs, as the model takes them
 )->dict:
     "`info` with the size of an item"
-    size = [list(x.shape[1:]) for x in xb]
+    size = [list(x.shape[1:]) for x in tensors(xb)]
     preprocess = merge(info['preprocess'], dict(size=size))
     return merge(info, dict(preprocess=preprocess))
 

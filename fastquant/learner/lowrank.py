@@ -86,13 +86,13 @@ def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_p
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25deco813934
 def _choose(model, layers, m, xb, energy, params, share):
-    x = entering(model, layers, *[t[:1] for t in xb])
+    x = entering(model, layers, *first_items(xb, 1))
     def options(k): return rank_options(*layers[k], x[k] if share else None, m.get(k))
     rows = {k:options(k) for k in layers}
     here = {k:n_params(l) for k,(l,_) in layers.items()}
     if energy is not None: return by_energy(rows, here, energy)
     if params is not None: return by_share(rows, here, n_params(model)-sum(here.values()), params, 'params')
-    all_ = layer_macs(model, *[t[:1] for t in xb])
+    all_ = layer_macs(model, *first_items(xb, 1))
     here = {k:all_.get(k, 0) for k in layers}
     rest = sum(v for k,v in all_.items() if k not in layers)
     return by_share(rows, here, rest, share, 'macs')
@@ -165,7 +165,7 @@ def rank_sensitivity(self:Learner,
     with calibration_dl(self, None, n_batches) as train: batches = inputs(self, train, n_batches if aware else 1)
     layers,_ = find_layers(twin.model, *batches[0], kinds=kinds, exclude=exclude)
     m = moments(twin.model, layers, batches) if aware else {}
-    with calibration_dl(self, ifnone(dl, self.dls.valid), n_batches) as dl, twin.no_bar():
+    with calibration_dl(self, valid_dl(self, dl), n_batches) as dl, twin.no_bar():
         base = first_metric(twin, dl)
         def row(k, l, f, o):
             got = _alone(twin, k, factorise(l, f, o.rank, m.get(k)), dl)

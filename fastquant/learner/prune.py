@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.schedule import *
-from .core import describe, first_metric, trainable_twin, twin_of
+from .core import describe, first_metric, trainable_twin
 from ..core.basics import *
 from ..core.model import *
 from ..prune.criteria import *
@@ -215,7 +215,7 @@ def prune_sensitivity(self:Learner,
     check_weights(self.model, 'prune_sensitivity')
     for a in amounts: check_amount(a)
     twin = trainable_twin(self, clean_copy(inner_model(self.model)))
-    with calibration_dl(self, ifnone(dl, self.dls.valid), n_batches) as dl, twin.no_bar():
+    with calibration_dl(self, valid_dl(self, dl), n_batches) as dl, twin.no_bar():
         xb = inputs(twin, dl, 1)[0]
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)

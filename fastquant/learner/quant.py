@@ -11,6 +11,7 @@ from dataclasses import asdict
 from fastai.basics import *
 from ..core.basics import *
 from ..core.model import *
+from ..core.outputs import *
 from ..quant.spec import *
 from ..quant.fakequant import *
 from ..quant.prepare import *
@@ -51,48 +52,59 @@ def quantize(self:Learner,
         if not r.ready: wanted,model = r.spec,unprepare(model)
     trained = fake_quant_of(model) is not None
     with calibration_dl(self, dl, n_batches) as dl:
-        xb = inputs(self, dl)
-        if cast: xb = _in_float32(model, xb)
+        batches = batches_of(self, dl)
+        check_repeats(self.model, first_items(batches[0][0], 8))
+        if cast: batches = _in_float32(model, batches)
+        xb,_ = batches[0]
         if not trained:
-            prepare(model, wanted, *xb[0], fold=True)
+            prepare(model, wanted, *xb, fold=True)
             twin_of(self, model).validate(dl=dl, cbs=[PTQCalibrate(n_batches), *[Float32Callback()]*cast])
-    data = _verified(self, model, xb, trained, runs)
+    data = _verified(self, model, batches, trained, runs)
     if fname: write_whole(fname, data)
     new = twin_of(self, runs(data))
-    if timed: _say_if_slow(new.model, xb[0])
+    if timed: _say_if_slow(new.model, xb)
     _say_if_noisy(new.model.report)
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
 def _in_float32(model, batches):
-    "The inputs in `batches` in float32; raises `ValueError` if `model`, which was cast to that, does not run so"
-    batches = to_float(batches)
-    _check_runs(model, batches[0], "in float32, in which models are calibrated and written", "another dtype")
+    "The `batches` with inputs in float32; raises `ValueError` if `model`, which was cast to that, does not run so"
+    batches = [(to_float(xb),yb) for xb,yb in batches]
+    _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
     return batches
 
 def _check_runs(model, xb, how, to):
     "Raise a `ValueError` if the forward pass of `model` does not take part in a change of dtype"
     try:
-        with evaluating(model): model(*[x[:2] for x in xb])
+        with evaluating(model): model(*first_items(xb, 2))
     except RuntimeError as e: raise ValueError(f"{type(model).__name__} does not run {how}: {str(e).splitlines()[0]}. Its forward pass seems to cast activations to {to} by itself: leave their dtype as it comes.") from e
 
-def _verified(learn, model, xb, trained, engine):
-    "The file's bytes for the rounded `model`, checked on `xb`"
+def _verified(learn, model, batches, trained, engine):
+    "The file's bytes for the rounded `model`, checked on `batches`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
     rounded = copy_model(model).cpu()
     sim = convert(model)
-    _check_runs(sim, xb[0], "with integers for weights", "the dtype of a weight")
-    proto,cpu = to_onnx(sim, *xb[0]),lambda o: to_device(o, 'cpu')
+    (xb,yb),*_ = batches = to_device(batches, 'cpu')
+    _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")
+    proto = to_onnx(sim, *xb)
     next(steps)
     float_,data = unprepare(float32_copy(learn.model)[0]).cpu(),proto.SerializeToString()
-    report = verify(float_, rounded, sim, data, cpu(xb), trained, engine)
+    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb)
+    report = verify(float_, rounded, sim, data, [x for x,_ in batches], trained, engine, says)
     next(steps, None)
-    return to_bytes(proto, report=asdict(report), **with_size(describe(learn), xb[0]))
+    return to_bytes(proto, report=asdict(report), **nesting(float_, xb), **with_size(describe(learn), xb))
+
+_hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
 
 def _say_if_noisy(report):
-    if report.trained or report.sqnr_float>=10: return
-    warn(f"Rounding leaves the output only {report.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`.")
+    if report.trained: return
+    o = report.worst
+    where = f'the output {o.name!r}' if len(report.outputs)>1 else 'the output'
+    if o.sqnr_float<10: warn(f"Rounding leaves {where} only {o.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. {_hint}")
+    for o in report.outputs:
+        if o.sqnr_float<10 or o.sqnr_change is None or o.sqnr_change>=10: continue
+        warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f
 def _say_if_slow(engine, xb):
@@ -126,8 +138,8 @@ def export_onnx(self:Learner,
     last = self.dls[-1]
     if not len(self.dls.train) and not len(last): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
     xb = some_inputs(self, last if len(last) else None)
-    proto = to_onnx(copy_model(self.model), *xb)
-    return write_whole(fname, to_bytes(proto, **with_size(describe(self), xb)))
+    proto,nested = to_onnx(copy_model(self.model), *xb),nesting(self.model, xb)
+    return write_whole(fname, to_bytes(proto, **nested, **with_size(describe(self), xb)))
 
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c
 @patch

@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
-import math, torch, torch.distributed as dist
+import itertools, math, torch, torch.distributed as dist
 from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
@@ -262,11 +262,11 @@ def run(self:FakeQuant, *args, **kwargs):
     usual = Site.forward if self.ready else Site.as_is
     if self.converted: usual = Site.through_integers
     self.act = how or usual
-    args,n = list(args),0
-    for i,x in enumerate(args):
-        if not isinstance(x, Tensor) or not x.is_floating_point(): continue
-        if n in self.inputs: args[i] = self.act(self.inputs[n], x)
-        n += 1
+    n = itertools.count()
+    def entering(x):
+        site = self.inputs.get(next(n)) if x.is_floating_point() else None
+        return self.act(site, x) if site else x
+    args,kwargs = map_tensors(entering, (args,kwargs))
     mode,self.running = self.mode(),True
     try:
         with eagerly(), mode, rerunning(partial(resuming, mode, self)): return self.own_forward(*args, **kwargs)

@@ -254,7 +254,7 @@ def prepare(
     check_python(model)
     check_finite(model)
     check_float32(model)
-    plan = Plan(trace(model, *[x[:2] for x in xb]), spec)
+    plan = Plan(trace(model, *first_items(xb, 2)), spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")

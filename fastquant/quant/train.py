@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/train.html.md"""
 from __future__ import annotations
 import torch, torch.distributed as dist
 from torch import nn, Tensor
-from ..core.model import evaluating
+from ..core.model import *
 from .grid import *
 from .lsq import *
 from .pairs import *
@@ -168,7 +168,7 @@ def guess(
     "Put scales where `xb` would have them, so that who averages parameters over time (EMA, `Lookahead`) averages something sensible from the start"
     r = fake_quant_of(model)
     r.how = Site.note
-    with evaluating(r.model): r.model(*[x[:8] for x in xb])
+    with evaluating(r.model): r.model(*first_items(xb, 8))
     seen,r.seen = r.seen,{}
     for i,rows in seen.items():
         lo,hi,mean = _both(rows)
