@@ -6,12 +6,12 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/data.html.md"""
 
 # %% ../../nbs/callback/01_data.ipynb #18dataeb6eee
 from __future__ import annotations
-import itertools, threading
-from copy import copy
+import copy, itertools, threading
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from types import MethodType
 from fastai.basics import *
+from fastai.callback.rnn import ModelResetter
 from fastai.callback.fp16 import MixedPrecision
 from fastprogress.fastprogress import progress_bar
 from ..core.model import *
@@ -69,9 +69,9 @@ def _like(learn, model, cbs):
 
 def _own_copy(cb):
     "A copy of the callback `cb` that leaves it, and its lists, alone"
-    new = copy(cb)
+    new = copy.copy(cb)
     for k,v in vars(cb).items():
-        if isinstance(v, (list,dict,set,L)): new.__dict__[k] = copy(v)
+        if isinstance(v, (list,dict,set,L)): new.__dict__[k] = copy.copy(v)
         if isinstance(v, MethodType) and v.__self__ is cb: new.__dict__[k] = MethodType(v.__func__, new)
     return new
 
@@ -151,7 +151,8 @@ def twin_of(
     kinds = {type(cb) for cb in learn.cbs}
     kind = lambda o: o if isinstance(o, type) else type(o)
     usual = [o for o in L(defaults.callbacks) if kind(o) in kinds]
-    return _like(learn, model, [*usual,*shapers(learn)])
+    resets = [ModelResetter()] if ModelResetter in kinds else [] # a recurrent model begins anew
+    return _like(learn, model, [*usual,*resets,*shapers(learn)])
 
 # %% ../../nbs/callback/01_data.ipynb #18data64bf90
 def batches_of(

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import nn, Tensor
 from .model import *
+from .where import Where
 from .trace import *
 
 # %% auto #0
