@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis, os, sys, torch, torch.utils.checkpoint
 from collections import Counter
 from fastcore.all import patch
-from functools import lru_cache
+from functools import wraps
 from itertools import groupby, islice
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from .model import *
 
 # %% auto #0
-__all__ = ['between', 'op_name', 'Where', 'position', 'loop_names']
+__all__ = ['between', 'op_name', 'Where', 'by_code', 'position', 'loop_names']
 
 # %% ../../nbs/core/01_where.ipynb #04trac6cdc48
 _names = {}
@@ -73,7 +73,17 @@ _torch = os.path.dirname(torch.__file__)+os.sep
 _checkpoint = torch.utils.checkpoint.__file__
 between = set() # code of functions that come between a model and what it calls
 
-@lru_cache(None)
+def by_code(f):
+    "`f` of a code object and more, computed once: by identity, since the hash of code goes through all of it"
+    kept = {}
+    @wraps(f)
+    def inner(code, *args):
+        key = id(code),*args
+        if key not in kept: kept[key] = code,f(code, *args)
+        return kept[key][1]
+    return inner
+
+@by_code
 def position(
     code,  # Of a function
     at:int # Offset of an instruction in it
@@ -84,7 +94,7 @@ def position(
     return f'line {(line or 0)-code.co_firstlineno+1}, column {column} of {code.co_qualname}'
 
 # %% ../../nbs/core/01_where.ipynb #04tracsame05
-@lru_cache(None)
+@by_code
 def loop_names(
     code # Of a function
 )->tuple:
