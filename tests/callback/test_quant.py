@@ -669,16 +669,18 @@ def test_transformer(tmp_path, spec):
 
 texts = dict(transformer=lambda: Attention(nn.Embedding(12, 32)),
     awd_lstm=lambda: get_text_classifier(AWD_LSTM, 12, 2, config={**awd_lstm_clas_config, 'emb_sz':16, 'n_hid':16, 'n_layers':2, 'pad_token':0}))
+in_int8 = dict(transformer=['layer.linear1','layer.linear2','head'], awd_lstm=['1.layers.0.2','1.layers.1.2'])
 @pytest.mark.parametrize('name', texts)
 def test_tokens(tmp_path, name):
-    "A model that takes nothing but integers cannot be followed: that is said, and the model trains on in float"
+    "What comes out of an embedding is an activation: a model of integers trains through the rounding like others"
     learn = sequences(tmp_path, texts[name])
     if name=='awd_lstm': learn.add_cb(ModelResetter())
-    refused(learn, 'nothing to quantize.*comes from a floating-point input', cbs=QuantAwareCallback())
     learn.loss_func = lambda p,*y: CrossEntropyLossFlat()(p[0] if isinstance(p, tuple) else p, *y)
     learn.metrics = []
-    learn.fit(1, 1e-3)
-    assert fake_quant_of(learn.model) is None
+    learn.fit(1, 1e-3, cbs=QuantAwareCallback())
+    r = fake_quant_of(learn.model)
+    assert r.ready and list(r.layers)==in_int8[name]
+    if name=='transformer': assert learn.quantize(timed=False).model.report.agrees_rounded==1
 
 # From a calibration
 
