@@ -201,18 +201,19 @@ def float_layers(
     model:nn.Module, # The model that was traced
     plan:Plan        # What is to run in int8
 )->dict: # Why, by module path
-    "The modules with weights, and the weights outside of such modules, that `plan` leaves in float; raises `ValueError` if one of them never ran"
+    "The modules with weights, and the weights outside of such modules, that `plan` leaves in float, and batchnorms that never ran"
     def why(path, m):
         if plan.spec.at(path) is None: return 'excluded'
         weight = getattr(m, 'weight', None)
         user = None if weight is None else plan.tr.users.get(weight)
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
-        if path not in plan.tr.ran: raise ValueError(f"{path!r} never ran on the calibration batch, so nothing is known of its activations. Pass exclude={path!r} to leave it in float, or calibrate on data that uses it.")
+        if path not in plan.tr.ran: return 'it never ran on the calibration batch, so nothing is known of its activations'
         if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it depends on the batch'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
     in_int8,others = plan.layers,plan.outside(model)
-    mods = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
+    def counts(k, m): return isinstance(m, weighted) or isinstance(m, batchnorms) and k not in plan.tr.ran
+    mods = {k:m for k,m in model.named_modules() if counts(k, m)}
     return {k:why(k, m) for k,m in mods.items() if k not in in_int8}|others
 
 # %% ../../nbs/quant/05_plan.ipynb #04planwork2

@@ -55,12 +55,14 @@ def norms_of(model):
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep4cbd4d
 def check_trained(
-    model:nn.Module # Any model
+    model:nn.Module # Any model, prepared or not
 ):
-    "Raise a `ValueError` that names a batchnorm of `model` that was never trained"
+    "Raise a `ValueError` that names a batchnorm of `model` that was never trained; of a prepared one, only of those that ran and are not excluded"
+    r = fake_quant_of(model)
     for k,m in norms_of(model):
+        if r and (k in r.float_layers or r.spec.at(k) is None): continue
         if m.num_batches_tracked==0 and (m.running_mean==0).all() and (m.running_var==1).all():
-            raise ValueError(f"The batchnorm {k!r} has never been trained: its running statistics are those it was made with. Train the model, or load its weights, before quantizing.")
+            raise ValueError(f"The batchnorm {k!r} has never been trained: its running statistics are those it was made with. Train the model, or load its weights, before quantizing; or leave it out with `exclude`.")
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepf3202
 def check_float32(

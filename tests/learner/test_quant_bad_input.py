@@ -29,9 +29,9 @@ def prepared(l): l.validate(cbs=PTQCalibrate())
 def data_dependent(l): l.model = DataDependent()
 
 class Spare(nn.Identity):
-    def __init__(self):
+    def __init__(self, unused=None):
         super().__init__()
-        self.unused = nn.Linear(2, 2)
+        self.unused = unused or nn.Linear(2, 2)
 
 class Log(nn.Module):
     def forward(self, x): return x.log()
@@ -56,7 +56,6 @@ cases = dict(
     exclude_matches_nothing=(as_is, dict(exclude='o'), ValueError, "'o' matches no module"),
     nothing_to_quantize=(nothing, dict(), ValueError, "nothing to quantize"),
     everything_excluded=(as_is, dict(exclude='*'), ValueError, "nothing to quantize"),
-    layer_never_ran=(spare_layer, dict(), ValueError, "'spare.unused' never ran"),
     no_folder=(as_is, dict(fname='no/where.onnx'), FileNotFoundError, "there is no folder"),
     a_folder=(as_is, dict(fname='.'), IsADirectoryError, "is a folder"),
     already_quantized=(already, dict(), ValueError, "runs a file, whose weights are out of reach"),
@@ -76,8 +75,13 @@ def test_refused(learn, name):
     with pytest.raises(error, match=message): learn.quantize(**{'fname':'model.onnx', **kwargs})
     assert same(before, snapshot(learn)) and len(learn.cbs)==n_cbs and learn.model is model
 
-def test_spare_layer_can_be_excluded(learn):
+def test_spare_layer(learn):
+    "It stays in float, with its batchnorm that was never trained, and is named"
     spare_layer(learn)
+    learn.model.add_module('norm', Spare(nn.BatchNorm2d(4)))
+    why = learn.quantize().model.report.float_layers
+    assert all(w.startswith('it never ran') for w in why.values()) and list(why)==['spare.unused','norm.unused']
+    del learn.model.norm
     assert learn.quantize(exclude='spare').model.report.float_layers=={'spare.unused':'excluded'}
 
 def test_unknown_observer():
