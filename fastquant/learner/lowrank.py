@@ -45,14 +45,14 @@ def decompose(self:Learner,
     layers,left = find_layers(model, *batches[0], kinds=kinds, exclude=exclude)
     m = moments(model, layers, batches) if aware else {}
     if ranks: chosen = by_pattern(layers, left, ranks)
-    else: chosen = _choose(model, layers, m, batches[0], energy, params, macs)
+    else: chosen = _choose(model, layers, left, m, batches[0], energy, params, macs)
     why = 'it would grow' if energy else 'it would grow, or lose more than others do'
     if ranks: why = 'no rank is given for it'
-    for k in layers:
+    for k in [k for k in layers if k not in left]:
         if k not in chosen: left[k] = why
         elif ranks and _grows(*layers[k], chosen[k]): left[k] = 'it would grow'
-    kept = [k for k in chosen if k not in left]
-    new = {k:factorise(*layers[k], chosen[k], m.get(k)) for k in kept}
+    def made(k): return factorise(*layers[k], chosen[k], m.get(k))
+    new = _each([k for k in chosen if k not in left], left, made)
     if not new: raise ValueError(_no_gain(left))
     learn = trainable_twin(self, put_factors(model, new))
     learn.not_factorised = left
@@ -85,17 +85,25 @@ def _no_gain(left):
 def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_params(layer)
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25deco813934
-def _choose(model, layers, m, xb, energy, params, share):
+def _choose(model, layers, left, m, xb, energy, params, share):
     x = entering(model, layers, *first_items(xb, 1))
     def options(k): return rank_options(*layers[k], x[k] if share else None, m.get(k))
-    rows = {k:options(k) for k in layers}
-    here = {k:n_params(l) for k,(l,_) in layers.items()}
+    rows = _each(layers, left, options)
+    here = {k:n_params(layers[k][0]) for k in rows}
     if energy is not None: return by_energy(rows, here, energy)
     if params is not None: return by_share(rows, here, n_params(model)-sum(here.values()), params, 'params')
     all_ = layer_macs(model, *first_items(xb, 1))
-    here = {k:all_.get(k, 0) for k in layers}
-    rest = sum(v for k,v in all_.items() if k not in layers)
+    here = {k:all_.get(k, 0) for k in rows}
+    rest = sum(v for k,v in all_.items() if k not in rows)
     return by_share(rows, here, rest, share, 'macs')
+
+def _each(paths, left, f):
+    "What `f` gives for each of `paths`; those for which it fails go to `left`, with the reason"
+    found = {}
+    for k in paths:
+        try: found[k] = f(k)
+        except (RuntimeError,ValueError,LookupError,ArithmeticError) as e: left[k] = f'it cannot be factorised: {e}'
+    return found
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decobc43c5
 @patch
@@ -163,7 +171,7 @@ def rank_sensitivity(self:Learner,
     twin = trainable_twin(self, _float_copy(self))
     metric = self.metrics[0].name if self.metrics else 'loss'
     with calibration_dl(self, None, n_batches) as train: batches = inputs(self, train, n_batches if aware else 1)
-    layers,_ = find_layers(twin.model, *batches[0], kinds=kinds, exclude=exclude)
+    layers,left = find_layers(twin.model, *batches[0], kinds=kinds, exclude=exclude)
     m = moments(twin.model, layers, batches) if aware else {}
     with calibration_dl(self, valid_dl(self, dl), n_batches) as dl, twin.no_bar():
         base = first_metric(twin, dl)
@@ -171,8 +179,13 @@ def rank_sensitivity(self:Learner,
             got = _alone(twin, k, factorise(l, f, o.rank, m.get(k)), dl)
             share = o.params/n_params(l)
             return dict(layer=k, rank=o.rank, parameters=share, lost=o.lost, **{metric:got})
-        rows = [row(*o) for o in _tries(layers, m, shares)]
-    spectra = {k:_spectra(*o) for k,o in layers.items()}
+        def rows_of(k):
+            l,f = layers[k]
+            options = rank_options(l, f, None, m.get(k))
+            return [row(k, l, f, o) for o in _near(options, n_params(l), shares)]
+        tried = _each(layers, left, rows_of)
+        rows = [r for rs in tried.values() for r in rs]
+    spectra = {k:_spectra(*layers[k]) for k in tried}
     found = RankSensitivity(pd.DataFrame(rows), spectra, base, metric)
     if show_plot: found.plot()
     return found
@@ -191,12 +204,6 @@ def _spectra(layer, kind):
     return factorisations.find(kind).spectra(w) or []
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decotry01
-def _tries(layers, m, shares):
-    "Each layer with its path, its factorisation and a rank to try"
-    for k,(l,f) in layers.items():
-        options = rank_options(l, f, None, m.get(k))
-        for o in _near(options, n_params(l), shares): yield k,l,f,o
-
 def _near(rows, n, shares):
     "Of each share the row that comes nearest, without those that would grow"
     small = [o for o in rows if o.params<n]

@@ -87,6 +87,14 @@ def test_vision_learner(tmp_path):
         loaded = load_learner(tmp_path/'d.pkl')
         with loaded.no_bar(): assert torch.equal(loaded.predict(3)[2], want)
 
+@pytest.mark.parametrize('way', [dict(params=.8), dict(macs=.8), dict(ranks={'*':4})], ids=str)
+def test_layer_that_cannot_be_factorised(tmp_path, way):
+    "CP finds nothing in zeros: that layer stays as it is and is named"
+    m = net()
+    m[1][0].weight.data.zero_()
+    d = learner(tmp_path, model=m).decompose(kinds='cp', **way)
+    assert d.not_factorised['1.0'].startswith('it cannot be factorised') and type(d.model[1][0]) is nn.Conv2d and factor_recipe(d.model)
+
 def test_shared_read_and_tied_weights_are_left(tmp_path):
     "A weight that somebody else reads would be gone; a module that is used twice is the same one afterwards"
     class Odd(nn.Module):
