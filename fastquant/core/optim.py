@@ -6,21 +6,56 @@ Docs: https://fastquant-dev.github.io/fastquant/core/optim.html.md"""
 
 # %% ../../nbs/core/05_optim.ipynb #05opt8c8c8af
 from __future__ import annotations
+import torch
+from collections import defaultdict
+from copy import copy
 from torch import nn, Tensor
 
 # %% auto #0
-__all__ = ['remembered']
+__all__ = ['optimizers', 'remembered', 'forget', 'starts_anew']
 
 # %% ../../nbs/core/05_optim.ipynb #05optim0002
+def optimizers(
+    opt # A fastai optimizer, or None
+)->list:
+    "`opt`, and every optimizer inside of it"
+    found = [] if opt is None else [opt]
+    for o in found:
+        inner = [v for v in vars(o).values() if hasattr(v, 'state') and hasattr(v, 'zero_grad')]
+        found += [v for v in inner if all(v is not f for f in found)]
+    return found
+
 def remembered(
     opt,           # A fastai optimizer, or None
     p:nn.Parameter # One of its parameters
 )->list: # Pairs of a container and a key: `box[key]` is the tensor
     "Every tensor that `opt` remembers of `p`"
-    keepers = opt,getattr(opt, 'opt', None)
-    boxes = [getattr(o, 'state', {}).get(p, {}) for o in keepers]
+    boxes = [getattr(o, 'state', {}).get(p, {}) for o in optimizers(opt)]
     once = {id(b):b for b in boxes}.values()
     found = [(box,k) for box in once for k in box]
     for slow,ps in zip(getattr(opt, 'slow_weights', None) or (), opt.param_lists if opt else ()):
         found += [(slow,i) for i,q in enumerate(ps) if q is p]
     return [(box,k) for box,k in found if isinstance(box[k], Tensor)]
+
+# %% ../../nbs/core/05_optim.ipynb #05optanew01
+def forget(
+    opt,           # A fastai optimizer, changed in place, or None
+    p:nn.Parameter # One of its parameters
+):
+    "Let `opt` start anew with `p`"
+    for o in optimizers(opt): getattr(o, 'state', {}).pop(p, None)
+
+def starts_anew(
+    opt # A fastai optimizer, left as it is
+)->bool:
+    "Whether `opt` can go on with a parameter that it remembers nothing of"
+    inner = optimizers(opt)[-1]
+    if not isinstance(inner, torch.optim.Optimizer): return True # fastai's keep nothing from the start
+    group = inner.param_groups[-1]
+    p = nn.Parameter(torch.ones_like(group['params'][0], requires_grad=False))
+    p.grad = torch.ones_like(p)
+    twin = copy(inner)
+    twin.param_groups,twin.state = [{**group, 'params':[p]}],defaultdict(dict)
+    try: twin.step()
+    except (LookupError,RuntimeError,AttributeError,TypeError,ValueError): return False
+    return True

@@ -18,8 +18,8 @@ from .mask import *
 from .recipe import *
 
 # %% auto #0
-__all__ = ['cut_tensor', 'cut_param', 'refit', 'is_attention', 'with_attached', 'cut_opt', 'check_fits', 'shrink', 'recipe_of',
-           'channel_counts']
+__all__ = ['cut_tensor', 'cut_param', 'refit', 'is_attention', 'with_attached', 'cut_opt', 'check_opt', 'check_fits', 'shrink',
+           'recipe_of', 'channel_counts']
 
 # %% ../../nbs/prune/06_shrink.ipynb #14aprucedd9c
 def cut_tensor(
@@ -78,7 +78,9 @@ def _(m:nn.Linear): m.out_features,m.in_features = m.weight.shape
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru93e60e
 @refit.register(nn.modules.batchnorm._NormBase)
-def _(m): m.num_features = len(next(t for t in (m.weight,m.running_mean) if t is not None))
+def _(m):
+    own = [t for t in (m.weight,m.running_mean) if t is not None]
+    if own: m.num_features = len(own[0])
 
 @refit.register
 def _(m:nn.PReLU): m.num_parameters = len(m.weight)
@@ -92,16 +94,39 @@ def with_attached(
     for path,a in attachments(model): recipe = a.cut(path, recipe)
     return recipe
 
+# %% ../../nbs/prune/06_shrink.ipynb #14apropt001
+def _like(t, shape):
+    sizes = zip(t.shape, shape)
+    return t.ndim==len(shape) and all(n in (1,m) for n,m in sizes)
+
 def cut_opt(
     opt,            # A fastai optimizer, changed in place, or None
     model:nn.Module, # Its model
     recipe:Recipe   # What is, or was, done to `model`
 ):
-    "Let `opt` remember only what is left; what fits already stays as it is"
+    "Let `opt` remember only what is left; what fits already stays as it is, and what cannot be cut is forgotten"
     recipe,params = with_attached(recipe, model),dict(model.named_parameters())
     for k in [k for k in recipe.left if k in params]:
-        for box,i in remembered(opt, params[k]):
-            if box[i].shape==torch.Size(recipe.shapes[k]): box[i] = cut_tensor(box[i], recipe.left[k])
+        p,was,left = params[k],recipe.shapes[k],recipe.left[k]
+        now = tuple(len(left.get(d, range(n))) for d,n in enumerate(was))
+        found = [(box,i) for box,i in remembered(opt, p) if box[i].numel()>1]
+        if any(box[i].shape==now for box,i in found): continue
+        if not all(_like(box[i], was) or _like(box[i], now) for box,i in found): forget(opt, p)
+        for box,i in [(box,i) for box,i in found if _like(box[i], was)]:
+            here = [d for d in left if box[i].shape[d]==was[d]]
+            box[i] = cut_tensor(box[i], {d:left[d] for d in here})
+
+def check_opt(
+    opt,            # A fastai optimizer, or None
+    model:nn.Module, # Its model
+    names           # Parameters that will be cut
+):
+    "Raise a `ValueError` if `opt` could not go on after that"
+    params = dict(model.named_parameters())
+    for k in [k for k in names if k in params]:
+        shape,found = tuple(params[k].shape),[box[i] for box,i in remembered(opt, params[k])]
+        odd = [tuple(t.shape) for t in found if t.numel()>1 and not _like(t, shape)]
+        if odd and not starts_anew(opt): raise ValueError(f"{type(optimizers(opt)[-1]).__name__} remembers something of shape {odd[0]} for {k!r}, which has shape {shape}: that cannot be cut along with it, nor does the optimizer start anew. Remove channels before the fit, with `learn.prune(.5, structure='channel')`, or fit with another optimizer, like Adam.")
 
 # %% ../../nbs/prune/06_shrink.ipynb #14apru6c4024
 def check_fits(
@@ -128,7 +153,9 @@ def shrink(
         m = model.get_submodule(path)
         if name in m._parameters: cut_param(m._parameters[name], left)
         else: m._buffers[name] = cut_tensor(m._buffers[name], left)
-    for m in reversed(list(model.modules())): refit(m) # an attention after its layers
+    inside = {k.rsplit('.', i)[0] for k in todo.left for i in range(1, k.count('.')+1)}
+    for k,m in reversed(list(model.named_modules())): # an attention after its layers
+        if k in {*inside,''}: refit(m)
     for _,a in attachments(model): a.was_cut()
     if all(m.weight_mask.all() for m in masked(model).values()): remove_masks(model)
     cut_opt(opt, model, recipe)
