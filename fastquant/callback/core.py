@@ -21,8 +21,8 @@ class FitCallback(Callback):
         return inner_model(self.learn.model)
     @property
     def fitting(self)->bool:
-        "Whether this is a fit: a validation pass has no bar for epochs"
-        return self.learn.create_mbar
+        "Whether this is a fit: a validation pass holds the Learner's lock"
+        return not self.learn.lock.locked()
     @property
     def searching(self)->bool:
         "Whether this is `lr_find`, after which everything is to be as it was"
@@ -31,6 +31,7 @@ class FitCallback(Callback):
     def counts(self)->bool:
         "Whether this is a fit whose results stay"
         return self.fitting and not self.searching
+    def over(self): "The fit is over, however it ended, and everybody else has heard of it"
     def add_column(self,
         name:str # Of the column
     ):
@@ -44,3 +45,19 @@ class FitCallback(Callback):
     ):
         "Put `value` into the row of this epoch"
         if hasattr(self.learn, 'recorder'): self.recorder.log.append(value)
+
+# %% ../../nbs/callback/00_core.ipynb #00cbover01
+_fit = getattr(Learner.fit, '__wrapped__', Learner.fit)
+
+@patch
+@delegates(_fit)
+def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
+    "Fit `self.model` for `n_epoch` using `cbs`, and tell each `FitCallback` when that is over"
+    with self.added_cbs(cbs):
+        mine = [cb for cb in self.cbs if isinstance(cb, FitCallback)]
+        try: _fit(self, n_epoch, lr, wd, **kwargs)
+        finally:
+            for cb in mine:
+                if cb.learn is self: cb.over()
+
+Learner.fit.__wrapped__ = _fit

@@ -37,29 +37,25 @@ class MaskingCallback(FitCallback):
     "What callbacks that change masks during a fit have in common"
     order = Recorder.order+.5 # it has made its table, which gets a column, and the progress bar has not shown it yet
     run_valid,remove_on_fetch,_only_train_loop = False,True,True
+    to_prune,plan,ended = None,None,False
     def before_fit(self):
-        self.to_prune,self.watched = None,{}
-        self.reached,self.run = sparsity(self.net),self.counts
-        if not self.run or not hasattr(self.learn, 'recorder'): return
+        self.run = self.counts
+        if not self.run: return
+        self.to_prune,self.plan,self.ended,self.watched = None,None,False,{}
+        self.taken,self.opened,self.fresh = None,None,True
+        self.reached = sparsity(self.net)
+        if not hasattr(self.learn, 'recorder'): return
         self.recorder.sparsities = []
         self.add_column('sparsity')
     def after_validate(self): self.log_value(self.reached)
     def before_batch(self):
         if self.to_prune is None: self.start()
-    def find(self, selection):
-        "The layers to prune, with masks on them; none as long as one of them is frozen"
-        check_weights(self.net, 'prune')
-        r = fake_quant_of(self.net)
-        how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
-        self.plan = plan_for(selection)(self.net, selection, *self.xb)
-        if r: r.how = how
-        self.left_alone = self.plan.left_alone
-        layers = self.plan.layers
-        trained = all(m.weight.requires_grad for m in layers.values())
-        self.to_prune = layers if trained else {}
-        new = {k:m.weight for k,m in self.to_prune.items() if not mask_of(m)}
-        set_masks(self.net, {k:torch.ones_like(w, dtype=torch.bool) for k,w in new.items()})
-        self.reached = sparsity(self.net)
+        if not self.fresh: return
+        before,self.opened,self.fresh = ifnone(self.opened, self.step-1),self.step,False
+        self.taken = ifnone(self.taken, before)
+        if self.every: self.turn = (self.taken+1)%self.every==0
+        else: self.turn = self.opened//self.often()>before//self.often()
+    def before_step(self): self.taken,self.fresh = self.taken+1,True
     def change(self, keep):
         "Put masks on, and let gradients and optimizer forget what they prune"
         set_masks(self.net, _same_everywhere(keep))
@@ -72,6 +68,70 @@ class MaskingCallback(FitCallback):
     def after_batch(self):
         if self.to_prune: self.update()
         if hasattr(self.learn, 'recorder'): self.recorder.sparsities.append(self.reached)
+    def update(self): pass
+    def after_fit(self): self.ended = True
+
+# %% ../../nbs/callback/04_prune.ipynb #21calllook1
+@patch
+def look(self:MaskingCallback, selection):
+    "Find the layers to prune; none as long as one of them is frozen"
+    check_weights(self.net, 'prune')
+    r = fake_quant_of(self.net)
+    how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
+    self.plan = plan_for(selection)(self.net, selection, *self.xb)
+    if r: r.how = how
+    self.plan.check_opt(self.opt)
+    self.plan.spared,self.left_alone = set(),self.plan.left_alone
+    self.first = dict(self.left_alone)
+    self.frozen = [k for k,m in self.plan.layers.items() if not m.weight.requires_grad]
+    return {} if self.frozen else self.plan.layers
+
+@patch
+def mask(self:MaskingCallback, layers):
+    "Put masks on `layers`, which prune nothing yet"
+    self.to_prune = layers
+    new = {k:m.weight for k,m in layers.items() if not mask_of(m)}
+    set_masks(self.net, {k:torch.ones_like(w, dtype=torch.bool) for k,w in new.items()})
+    self.reached = sparsity(self.net)
+
+@patch
+def often(self:MaskingCallback)->int:
+    "Batches from one change to the next, where nobody says how many steps: about a hundred changes"
+    return max(1, round(self.span*self.n_steps/100))
+
+# %% ../../nbs/callback/04_prune.ipynb #21callover1
+def _some(names):
+    "A few of `names`, and how many more there are"
+    more = f' and {len(names)-3} more' if len(names)>3 else ''
+    return ', '.join(map(repr, names[:3]))+more
+
+@patch
+def unsaid(self:MaskingCallback, plan)->list:
+    "Everything that the user does not know yet"
+    if plan is None: return [f"No batch was trained, so nothing was done about {self.asked}."]
+    if self.frozen: return [self.waiting()]
+    found = [self.short(plan)]
+    if plan.spared: found.append(f"Of {_some(sorted(plan.spared))} all would have gone, so the best part of it was kept, and others gave more where they compete. Prune less, exclude it, or let each give the same share with scope='local'.")
+    new = {k:v for k,v in self.left_alone.items() if self.first.get(k)!=v}
+    if new: found.append(f"Left alone: {'; '.join(f'{k!r}: {v}' for k,v in new.items())}.")
+    return [o for o in found if o]
+
+@patch
+def waiting(self:MaskingCallback)->str:
+    "What to say if all there was to do was to wait"
+    return f"Nothing was done about {self.asked}: what is frozen could not make up for it ({_some(self.frozen)}). Pruning waits for a fit in which nothing of it is frozen: call `learn.unfreeze()` before, or leave that out with `exclude`."
+
+# %% ../../nbs/callback/04_prune.ipynb #21callover3
+@patch
+def over(self:MaskingCallback):
+    "Say what was asked for and is not done, and forget what was watched"
+    ended,plan = self.ended,self.plan
+    try:
+        if ended:
+            for text in self.unsaid(plan): warn(text)
+    finally:
+        for m in masked(self.net).values(): mask_of(m).forget()
+        self.watched,self.plan,self.to_prune,self.ended = {},None,None,False
 
 # %% ../../nbs/callback/04_prune.ipynb #21callb4318a
 class PruneScheduleCallback(MaskingCallback):
@@ -84,34 +144,51 @@ class PruneScheduleCallback(MaskingCallback):
         schedule='cubic',       # How it gets there: see `plot_schedules`; or any function from position to share
         start:float=0.,         # Part of the fit before the first weight goes
         end:float=.7,           # Part of the fit after which no more go; the rest is for settling
-        every:int=None,         # Batches from one change to the next; about a hundred changes if None
+        every:int=None,         # Steps of the optimizer from one change to the next; about a hundred changes if None
         exclude=None,           # Module names or patterns to leave alone
         last:bool=False,        # Prune the last layer too?
         target:dict=None        # In place of an amount of channels: the share that shall be left, as in `{'macs':.5}`, of `macs`, `params` or `latency`
     ):
         self.selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         self.schedule,self.every = Schedule(schedule, start, end),every
-        if every is not None and every<1: raise ValueError(f"every={every}: pass the number of batches between two changes, 1 or more.")
-    def start(self): self.find(self.selection)
-    def before_step(self): watch_gradients(self.watched, self.to_prune, needs(self.selection.criterion))
-    def due(self):
-        s,step = self.schedule,self.step
-        every = self.every or max(1, round((s.end-s.start)*self.n_steps/100))
-        return step%every==0 or step==s.last(self.n_steps)
+        if every is not None and every<1: raise ValueError(f"every={every}: pass the number of steps between two changes, 1 or more.")
+    def start(self): self.mask(self.look(self.selection))
+    @property
+    def asked(self): return self.selection.asked
+    @property
+    def span(self): return self.schedule.end-self.schedule.start
+    def before_fit(self):
+        super().before_fit()
+        if self.run: self.done = self.stale = None
+    def before_step(self):
+        super().before_step()
+        if self.stale: self.watched = {o:v for o,v in self.watched.items() if statistics[o].lasts}
+        self.stale = False
+        watch_gradients(self.watched, self.to_prune, needs(self.selection.criterion))
     def update(self):
         share = self.schedule(self.step/self.n_steps)
-        if not share or not self.due(): return
+        last = share==1 and self.done is None
+        if share and (last or self.fresh and self.turn): self.prune_to(share)
+        if self.done is not None and num_distrib()<2: self.settle() # data parallel training wants tensors to stay
+    def prune_to(self, share):
+        "Prune so much of the amount, by what is known since the last time"
         wanted = needs(self.selection.criterion)
         watch_inputs(self.watched, self.net, self.to_prune, wanted, *self.xb)
         self.change(self.plan.choose(self.watched, share))
-        self.watched = {o:v for o,v in self.watched.items() if statistics[o].lasts}
-        if self.step>=self.schedule.last(self.n_steps) and num_distrib()<2: self.settle()
+        self.stale = True
+        if share==1: self.done = self.reached
     def settle(self):
         "What is pruned stays so from here on, in the way of its structure"
-        self.plan.settle(self.opt)
-        self.to_prune = {}
+        self.left_alone.update(self.plan.settle(self.opt))
+        self.to_prune,self.done = {},sparsity(self.net)
     def after_fit(self):
-        if self.run and self.to_prune and self.schedule(self.step/self.n_steps)==1: self.settle() # data parallel training wants tensors to stay
+        if self.to_prune and self.done is not None: self.settle()
+        super().after_fit()
+    def short(self, plan):
+        "What to say of an amount that was not reached"
+        got = sparsity(self.net)
+        if self.done is None: return f"Pruning was to go to {self.asked}, and is at {got:.3g} of the weights: the fit ended before it got there. Prune the rest with `learn.prune`, or fit again."
+        if masked(self.net) and got<self.done-1e-6: return f"Pruning went to {self.done:.3g} of the weights, for {self.asked}, but the model has {got:.3g}: weights of an earlier point were loaded after that, as `SaveModelCallback` does with the best. Prune again with `learn.prune`, or fit on without loading them."
 
 # %% ../../nbs/callback/04_prune.ipynb #21call50ff9f
 class GroupLassoCallback(FitCallback):
@@ -173,7 +250,7 @@ class RigLCallback(MaskingCallback):
         amount:float,     # Share of weights that are zero all the time
         densities=erk,    # Amounts for each layer: `erk`, `uniform`, or a function of the layers and the amount
         alpha:float=.3,   # Share of the weights left that move at first
-        every:int=None,   # Batches from one move to the next; about a hundred moves if None
+        every:int=None,   # Steps of the optimizer from one move to the next, those that move included; about a hundred moves if None
         end:float=.75,    # Part of the fit after which none moves any more
         exclude=None,     # Module names or patterns to leave alone
         last:bool=False   # Make the last layer sparse too?
@@ -181,19 +258,24 @@ class RigLCallback(MaskingCallback):
         check_amount(amount)
         if not 0<alpha<1: raise ValueError(f"alpha={alpha}: pass the share of weights that move at first, above 0 and below 1.")
         if not 0<end<=1: raise ValueError(f"end={end}: pass the part of the fit after which none moves, above 0 and up to 1.")
+        if every is not None and every<1: raise ValueError(f"every={every}: pass the number of steps between two moves, 1 or more.")
         store_attr()
     def start(self):
-        self.find(Selection(self.amount, exclude=self.exclude, last=self.last))
-        fresh = {k:m for k,m in self.to_prune.items() if m.weight_mask.all()}
-        if not fresh or len(fresh)<len(self.to_prune): return
-        self.change(random_masks(fresh, self.densities(fresh, self.amount)))
-    def due(self):
-        end = self.end*self.n_steps
-        every = self.every or max(1, round(end/100))
-        return bool(self.to_prune) and self.step%every==0 and self.step<end
+        layers = self.look(Selection(self.amount, exclude=self.exclude, last=self.last))
+        fresh = {k:m for k,m in layers.items() if mask_now(m).all()}
+        keep = {}
+        if fresh and len(fresh)==len(layers): keep = random_masks(fresh, self.densities(fresh, self.amount))
+        self.mask(layers)
+        if keep: self.change(keep)
+    @property
+    def asked(self): return f'amount={self.amount}'
+    @property
+    def span(self): return self.end
+    def due(self): return bool(self.to_prune) and self.turn and self.opened<self.end*self.n_steps
     def before_backward(self):
         for m in self.to_prune.values(): mask_of(m).watching = self.due()
     def before_step(self):
+        super().before_step()
         if not self.due(): return
         share = moving_share(self.alpha, self.step/(self.end*self.n_steps))
         keep = {}
@@ -204,8 +286,10 @@ class RigLCallback(MaskingCallback):
         raise CancelStepException()
     def dense(self, m):
         "The gradient of all weights of `m`, also of those that are pruned, averaged over processes"
-        mask = mask_of(m)
-        d,mask.dense,mask.watching = mask.dense,None,False
+        d = mask_of(m).forget()
         if d is not None and num_distrib()>1: torch.distributed.all_reduce(d)
         return d
-    def update(self): pass
+    def short(self, plan):
+        "What to say of an amount that is not there"
+        got,n = sparsity(self.net),sum(m.weight.numel() for m in plan.layers.values())
+        if got<self.amount-.005-len(plan.layers)/n: return f"{self.asked} was to be zero all the time, and {got:.3g} of the weights are: masks that were there before the fit stay as dense as they are, as do those that are loaded at its end, and `densities` may say less. Take masks off with `remove_masks(learn.model)` to start anew."

@@ -41,7 +41,7 @@ def prune(self:Learner,
     n_batches:int=8,        # Batches of it to watch
     fname=None              # Where to write what is left, relative to `self.path`, see `save_sparse`
 )->Learner: # To be trained on, or used; `self` is left as it is
-    "A pruned copy of `self`: with the masks that a fit has left, or in one shot. It stays as sparse as it is in any fit, until `remove_masks`; channels are removed for good"
+    "A pruned copy of `self`: with the masks that a fit has left, or in one shot. It stays as sparse as it is in any fit, until `remove_masks`; channels are removed for good. Its `not_pruned` says why layers were left alone"
     check_weights(self.model, 'prune')
     if fname: fname = check_writable(self.path/fname)
     new = trainable_twin(self, clean_copy(inner_model(self.model)))
@@ -52,7 +52,8 @@ def prune(self:Learner,
         selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         with calibration_dl(self, dl, n_batches) as dl: _prune(new, selection, dl)
     elif isinstance(structure, Channel):
-        with calibration_dl(self, dl, 1) as dl: remove_masked(new.model, *inputs(new, dl, 1)[0], exclude=exclude)
+        with calibration_dl(self, dl, 1) as dl: new.not_pruned = remove_masked(new.model, *inputs(new, dl, 1)[0], exclude=exclude)
+        _say_left(new.not_pruned)
     if fname: write_whole(fname, pack_model(new.model, **describe(self)))
     return new
 
@@ -61,9 +62,15 @@ def _prune(learn, selection, dl):
     "Prune the model of `learn` in one shot"
     plan = plan_for(selection)(learn.model, selection, *inputs(learn, dl, 1)[0])
     plan.check()
+    known = dict(plan.left_alone)
     watched = _watched(learn, selection.criterion, plan.layers, dl)
     set_masks(learn.model, plan.choose(watched))
-    plan.settle()
+    left = {**plan.left_alone, **plan.settle()}
+    _say_left({k:v for k,v in left.items() if known.get(k)!=v})
+    learn.not_pruned = left
+
+def _say_left(why):
+    if why: warn(f"Left alone: {'; '.join(f'{k!r}: {v}' for k,v in why.items())}.")
 
 def _watched(learn, criterion, layers, dl):
     "The statistics that `criterion` needs, from all of `dl`"
@@ -234,7 +241,7 @@ def _alone(learn, layer, selection, watched, dl):
     (k,m), = layer.items()
     now,w = mask_now(m),m.weight.detach().clone()
     try:
-        keep = select(layer, {k:now}, selection, 1., watched)[k]
+        keep = select(layer, {k:now}, selection, 1., watched, set())[k]
         m.weight.data.masked_fill_(~keep, 0)
         return first_metric(learn, dl)
     finally: m.weight.data.copy_(w)
@@ -263,13 +270,15 @@ def lottery_ticket(self:Learner,
         xb = inputs(self, dl, 1)[0]
         layers,_ = groups(new.model, structure, *xb, only=selection.only, exclude=exclude, last=last)
     set_masks(new.model, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()})
+    spared = set()
     for r in range(1, rounds+1):
         new.fit_one_cycle(n_epoch, lr, cbs=early if r==1 else None, reset_opt=True, **kwargs)
         masks = {k:m.weight_mask for k,m in layers.items()}
-        keep = select(layers, masks, selection, _so_far(selection, r/rounds))
+        keep = select(layers, masks, selection, _so_far(selection, r/rounds), spared=spared)
         new.model.load_state_dict(early.state)
         set_masks(new.model, keep)
     new.opt = None
+    if spared: warn(f"Of {', '.join(map(repr, sorted(spared)))} all would have gone, so the best part of it was kept. Prune less, exclude it, or let each layer give the same share with scope='local'.")
     return new
 
 # %% ../../nbs/learner/02_prune.ipynb #23prunc879be

@@ -43,6 +43,10 @@ class Mask(Attachment):
         "Hook after a gradient has been added to that of `w`: take away that of what is pruned"
         if self.watching: self.dense = w.grad.clone() if self.dense is None else self.dense+w.grad
         w.grad.mul_(self.m.weight_mask)
+    def forget(self)->Tensor|None: # None if nothing was watched
+        "Watch no more; what the gradient was of all of the weight"
+        d,self.dense,self.watching = self.dense,None,False
+        return d
 
 class _GradHook:
     "Calls `grad` of a mask as long as there is one: what hooks on tensors hold, the garbage collector does not see, and would keep for ever"

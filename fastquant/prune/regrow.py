@@ -42,11 +42,21 @@ def uniform(
     check_amount(amount)
     return dict.fromkeys(layers, amount)
 
+def _check_amounts(
+    layers:dict, # Layers by path
+    amounts:dict # Share of its weights to prune, by path
+):
+    "Raise a `ValueError` that names the first layer without an amount, or with one that is no share"
+    for k in layers:
+        a = amounts.get(k) if isinstance(amounts, dict) else None
+        if not (isinstance(a, (int,float)) and 0<=a<1): raise ValueError(f"The amount for {k!r} is {a}: densities give the share of each layer's weights to prune, from 0 to below 1, in a dictionary by path, as `erk` does.")
+
 def random_masks(
     layers:dict, # Layers by path
     amounts:dict # Share of its weights to prune, by path
 )->dict: # Masks by path
     "Random masks with exactly these amounts, at least one weight left in each"
+    _check_amounts(layers, amounts)
     def one(w, a):
         n = w.numel()
         gone = min(round(a*n), n-1)

@@ -65,11 +65,11 @@ class Schedule:
     def __call__(self,
         t:float # From 0 to 1: the part of the fit that is over
     )->float:
-        "The share of the amount to be pruned at `t`"
+        "The share of the amount to be pruned at `t`, never less than none or more than all"
         if t<self.start: return 0.
         if t>=self.end: return 1.
         pos = (t-self.start)/(self.end-self.start)
-        return float(self.find()(pos))
+        return min(1., max(0., float(self.find()(pos))))
     def last(self,
         n:int # Steps of the fit
     )->int: # From 1

@@ -14,7 +14,7 @@ from .criteria import *
 from .structures import *
 
 # %% auto #0
-__all__ = ['check_amount', 'Selection', 'pools', 'lowest', 'lowest_of_runs', 'score', 'select']
+__all__ = ['check_amount', 'Selection', 'pools', 'lowest', 'lowest_of_runs', 'Unwatched', 'check_scores', 'score', 'select']
 
 # %% ../../nbs/prune/02_select.ipynb #12prun9ea5e5
 def check_amount(amount):
@@ -59,6 +59,11 @@ class Selection:
         if self.target: return {}
         s = find_structure(self.structure)
         return {'*':s.amount if self.amount is None and isinstance(s, NM) else self.amount}
+    @property
+    def asked(self)->str:
+        "What is wanted, in the words it was asked for"
+        if self.target: return f'target={self.target}'
+        return f'amount={self.amount}' if self.amount else str(self.structure)
     @property
     def only(self)->tuple: return tuple(self.amount) if isinstance(self.amount, dict) else ()
 
@@ -110,6 +115,20 @@ def lowest_of_runs(
     return gone|torch.zeros_like(gone).scatter(-1, low, True)
 
 # %% ../../nbs/prune/02_select.ipynb #12prun925bc8
+class Unwatched(ValueError):
+    "Something that a criterion needs is not known of a layer"
+
+def check_scores(
+    s:Tensor, # What a criterion gives
+    n:int,    # For so many rows
+    path:str, # Of this layer
+    criterion # The criterion, or its name
+)->Tensor: # `s`
+    "Raise a `ValueError` if these are no scores"
+    if s.shape!=(n,): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {n} rows, and gave a tensor of shape {tuple(s.shape)}.")
+    if s.isnan().any(): raise ValueError(f"The scores of {path!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")
+    return s
+
 def score(
     path:str,    # Of the layer
     m:nn.Module, # The layer
@@ -120,14 +139,12 @@ def score(
     "Scores of the groups of a layer; raises `ValueError` if something needed was not watched, or a score is NaN"
     names = needs(criterion)
     for o in names:
-        if path not in watched.get(o, ()): raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and {path!r} has none: it did not run, or is frozen. Exclude it, or use a criterion like 'magnitude'.")
+        if path not in watched.get(o, ()): raise Unwatched(f"The criterion {criterion!r} needs {statistics[o]}, and {path!r} has none: it did not run, or is frozen. Exclude it, or use a criterion like 'magnitude'.")
     w = cut(m, m.weight.detach(), structure)
     more = [cut(m, watched[o][path].detach(), structure) for o in names]
     rows = [wide(t.reshape(-1, t.shape[-1])) for t in (w,*more)]
-    s,n = criteria.find(criterion)(*rows),len(rows[0])
-    if s.shape!=(n,): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {n} rows, and gave a tensor of shape {tuple(s.shape)}.")
-    if s.isnan().any(): raise ValueError(f"The scores of {path!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")
-    return s.view(w.shape[:-1])
+    s = criteria.find(criterion)(*rows)
+    return check_scores(s, len(rows[0]), path, criterion).view(w.shape[:-1])
 
 # %% ../../nbs/prune/02_select.ipynb #12prun7ba7a3
 @torch.no_grad()
@@ -136,9 +153,10 @@ def select(
     masks:dict,  # What of them stays now, by path: masks shaped like the weights
     selection:Selection, # What is wanted
     share:float=1., # Of the amount: what a schedule asks for on the way
-    watched:dict={} # Statistics that the criterion needs, see `score`
+    watched:dict={}, # Statistics that the criterion needs, see `score`
+    spared:set=None # Gets the paths of layers that would have been pruned entirely, and keep a group; None raises a `ValueError` for them
 )->dict: # What stays then, by path
-    "Decide what stays; what is pruned already stays so. Raises `ValueError` if a layer would be pruned entirely"
+    "Decide what stays; what is pruned already stays so"
     s = find_structure(selection.structure)
     scores,left,gone,keep = {},{},{},{}
     for k,m in layers.items():
@@ -147,17 +165,27 @@ def select(
     if isinstance(s, NM):
         for k in layers: gone[k] = lowest_of_runs(scores[k], left[k]==0, share*s.amount)
     else:
-        for amount,ks in pools(selection, layers): gone |= _from_pool(ks, scores, left, masks, amount*share)
+        for amount,ks in pools(selection, layers): gone |= _from_pool(ks, scores, left, masks, amount*share, spared)
     for k in [k for k in layers if k in gone]: keep[k] = masks[k]&join(layers[k], ~gone[k], s)
-    for k,mask in keep.items():
-        if not mask.any(): raise ValueError(f"Nothing would be left of {k!r}. Prune less, exclude it, or let each layer give the same share with scope='local'.")
     return keep
 
-def _from_pool(paths, scores, left, masks, amount):
+def _from_pool(paths, scores, left, masks, amount, spared):
     n = sum(masks[k].numel() for k in paths)
     have = n-sum(masks[k].sum().item() for k in paths)
     flat = lambda d: torch.cat([d[k].flatten() for k in paths])
-    sizes = flat(left)
-    gone = lowest(flat(scores), sizes, round(amount*n)-have)|(sizes==0)
-    each = gone.split([scores[k].numel() for k in paths])
-    return {k:v.view_as(scores[k]) for k,v in zip(paths, each)}
+    gone = flat(left)==0
+    def choose(sizes):
+        low = lowest(flat(scores), flat(sizes), round(amount*n)-have)|gone
+        each = low.split([scores[k].numel() for k in paths])
+        return {k:v.view_as(scores[k]) for k,v in zip(paths, each)}
+    found = choose(left)
+    empty = [k for k in paths if found[k].all()]
+    if not empty: return found
+    if spared is None: raise ValueError(f"Nothing would be left of {empty[0]!r}. Prune less, exclude it, or let each layer give the same share with scope='local'.")
+    spared.update(empty)
+    return choose({k:_but_best(scores[k], left[k]) for k in paths})
+
+def _but_best(scores, left):
+    "`left` without the group that has the highest score of those that have something left"
+    best = scores.masked_fill(left==0, -torch.inf).argmax()
+    return left.flatten().index_fill(0, best, 0).view_as(left)

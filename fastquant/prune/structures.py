@@ -131,12 +131,12 @@ def groups(
     structure,only,exclude = find_structure(structure),listify(only),listify(exclude)
     layers = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
-    ends = set()
-    if not last: ends = last_layers(model, trace(model, *[x[:2] for x in xb]))
-    ends -= set(only)
+    tr = trace(model, *[x[:2] for x in xb]) if xb else None
+    ends = set() if last else last_layers(model, tr)-set(only)
     seen,why,found = {},{},{}
     for k,m in layers.items():
         why[k] = reason(m, k, structure, only, exclude, ends, seen)
+        if not why[k] and tr and k not in tr.ran and tr.users.get(m.weight) is None: why[k] = 'it never ran'
         if not why[k]: found[k] = m
     refused = [k for k in only if why.get(k)]
     if refused: raise ValueError(f"{refused[0]!r} cannot be pruned: {why[refused[0]]}. Leave it out.")

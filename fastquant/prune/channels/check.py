@@ -21,17 +21,10 @@ from ..shrink import *
 from .graph import *
 
 # %% auto #0
-__all__ = ['tensor_at', 'is_weight', 'positions_left', 'channel_masks', 'runs_in_training', 'misfit', 'channel_groups', 'is_in']
+__all__ = ['is_weight', 'positions_left', 'channel_masks', 'runs_in_training', 'misfit', 'sound_groups', 'switch_on',
+           'channel_groups', 'is_in']
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun9a1126
-def tensor_at(
-    model:nn.Module, # Any model
-    key:str          # The name of a parameter or buffer
-)->Tensor:
-    "The tensor of that name"
-    path,_,name = key.rpartition('.')
-    return getattr(model.get_submodule(path), name)
-
 def is_weight(
     model:nn.Module, # Any model
     key:str          # A tensor of it
@@ -103,7 +96,7 @@ def runs_in_training(
     except _errors: return False
     return True
 
-_errors = RuntimeError,ValueError,IndexError,TypeError,AssertionError
+_errors = RuntimeError,ValueError,LookupError,TypeError,AttributeError,AssertionError,ArithmeticError
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prunb0c85b
 def misfit(
@@ -129,8 +122,8 @@ def _failure(model, e):
     return f'without some of its channels, {type(model).__name__} fails: {lines[0]}' if lines else type(e).__name__
 
 def _far(a, b, tol):
-    largest = b.abs().max().clamp(min=1e-6)
-    return (a-b).abs().max()>tol*largest
+    largest = b[b.isfinite()].abs().amax().clamp(min=1e-6) if b.isfinite().any() else 1e-6
+    return not torch.allclose(a, b, rtol=0, atol=float(tol*largest), equal_nan=True)
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prunee663b
 def _halves(groups):
@@ -139,9 +132,14 @@ def _halves(groups):
     half = lambda n: torch.randperm(n, generator=gen)>=n//2
     return {g.name:half(len(g)) for g in groups}
 
-def _sound(model, groups, xb):
-    "Those of `groups` that can be cut, and what is wrong with the others"
-    half,trains = _halves(groups),runs_in_training(model, xb)
+def sound_groups(
+    model:nn.Module, # Left as it is
+    groups, # Groups
+    xb,     # Inputs
+    keep=None # Whether each channel stays, by name of the group; a random half of them if None
+)->tuple: # Groups; and what is wrong with the others, by name
+    "Those of `groups` that can be cut"
+    half,trains = keep or _halves(groups),runs_in_training(model, xb)
     good,why = [],{}
     def add(some):
         e = misfit(model, [*good,*some], half, xb, trains)
@@ -151,6 +149,19 @@ def _sound(model, groups, xb):
             for o in (some[:len(some)//2],some[len(some)//2:]): add(o)
     if groups: add(groups)
     return good,why
+
+# %% ../../../nbs/prune/channels/01_check.ipynb #17chkawake1
+@torch.no_grad()
+def switch_on(
+    model:nn.Module # Changed in place
+)->nn.Module: # `model`
+    "Give each parameter that is zero, or next to it, numbers of usual size, so that nothing hides behind it; biases hide nothing"
+    gen = torch.Generator().manual_seed(0)
+    for k,p in model.named_parameters():
+        if k.endswith('bias') or not p.is_floating_point() or not p.numel() or p.abs().max()>1e-3: continue
+        fan_in = p[0].numel() if is_weight(model, k) else 1
+        p.copy_((torch.rand(p.shape, generator=gen)+.5)/fan_in)
+    return model
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun914b0d
 def channel_groups(
@@ -170,7 +181,7 @@ def channel_groups(
     for g in found:
         why[g.name] = _unwanted(g, only, exclude, round_to)
         if not why[g.name]: good.append(g)
-    good,wrong = _sound(model, good, xb)
+    good,wrong = sound_groups(switch_on(model), good, xb)
     why.update(wrong)
     paths = [k for k,_ in model.named_modules()]
     why = {k:why[k] for k in paths if why.get(k)}
@@ -203,18 +214,20 @@ def _unwanted(g, only, exclude, round_to):
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun931d38
 def _found(model, xb):
     "All groups that are not out of the question, in the order of the model's layers, and what is wrong with the others"
-    ends,shared = last_layers(model, trace(model, *xb)),_shared(model)
-    scratch = clean_copy(model)
+    tr,scratch = trace(model, *xb),clean_copy(model)
+    ends,shared = last_layers(model, tr),_shared(model)
     graph,all_,lost = graph_of(scratch, *xb)
     found = [head_group(m, k) for k,m in model.named_modules() if _has_heads(m)]
     of_heads = {g.name for g in found}
     names = {m:k for k,m in scratch.named_modules()}
-    why = {names[m]:e for m,e in lost.items()}
+    why = {k:'it never ran' for k,m in model.named_modules() if isinstance(m, prunable) and k not in tr.ran}
+    why.update({names[m]:e for m,e in lost.items()})
     for o in all_:
         name = names[o[0].dep.target.module]
         if name in of_heads: continue
         try: g = from_graph(o, graph, scratch)
         except Obstacle as e: why[name] = str(e)
+        except _errors as e: why[name] = f'its channels cannot be followed: {e}'
         else:
             why[g.name] = _no_group(g, model, ends, shared)
             if not why[g.name]: found.append(g)

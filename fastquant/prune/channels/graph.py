@@ -16,7 +16,7 @@ from ...core.trace import *
 from ..structures import *
 
 # %% auto #0
-__all__ = ['ChannelGroup', 'graph_of', 'Obstacle', 'from_graph', 'head_group']
+__all__ = ['ChannelGroup', 'graph_of', 'tensor_at', 'Obstacle', 'from_graph', 'head_group']
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun3b94ff
 @dataclass(frozen=True, eq=False)
@@ -107,6 +107,15 @@ def graph_of(
         else: raise ValueError(f"Torch-Pruning cannot follow what {type(model).__name__} does: {e}.") from e
     return graph,*_groups_of(graph, where.largest)
 
+# %% ../../../nbs/prune/channels/00_graph.ipynb #17grf0tens1
+def tensor_at(
+    model:nn.Module, # Any model
+    key:str          # The name of a parameter or buffer, or of what a layer computes
+)->Tensor:
+    "The tensor of that name"
+    path,_,name = key.rpartition('.')
+    return getattr(model.get_submodule(path), name)
+
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prunfd379b
 _norms = batchnorms,nn.modules.instancenorm._InstanceNorm
 
@@ -160,14 +169,9 @@ def from_graph(
         if None in roots: raise Obstacle('its channels are repeated')
         if isinstance(m, prunable) and out: layers.append(names[m])
         for key,dim in places:
-            size = _tensor(model, key, m).shape[dim]
+            size = tensor_at(model, key).shape[dim]
             _add(parts, (key,dim), [j%size for j in idxs], [r%n for r in roots], n)
     return ChannelGroup(layers[0], tuple(layers), parts, each)
-
-def _tensor(model, key, m):
-    "The tensor `key` of `model`: the parameter `m`, or one of the layer `m`"
-    if isinstance(m, nn.Parameter): return m
-    return model.get_parameter(key) if key.endswith(('weight','bias')) else model.get_buffer(key)
 
 # %% ../../../nbs/prune/channels/00_graph.ipynb #17prun1f2c6c
 def head_group(

@@ -44,19 +44,17 @@ def score_group(
 )->Tensor: # For each channel
     "Scores of the channels of `group`; raises `ValueError` if something needed was not watched, or a score is NaN"
     weight = lambda k: tensor_at(model, k) if is_weight(model, k) else None
+    weights = [k for k,_ in group.parts if is_weight(model, k)]
     def stat(o):
         if o=='gamma': return rows_of(group, lambda k: gamma_of(model, k))
         seen = watched.get(o, {})
-        weights = [k for k,_ in group.parts if is_weight(model, k)]
         got = {k:seen.get(k.rpartition('.')[0]) for k in weights}
         return None if any(v is None for v in got.values()) else rows_of(group, got.get)
     stats = {o:stat(o) for o in needs(criterion)}
     for o,v in stats.items():
-        if v is None: raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and the channels of {group.name!r} have none. Exclude them, or use a criterion like 'magnitude'.")
+        if v is None: raise Unwatched(f"The criterion {criterion!r} needs {statistics[o]}, and the channels of {group.name!r} have none. Exclude them, or use a criterion like 'magnitude'.")
     s = criteria.find(criterion)(rows_of(group, weight), *stats.values())
-    if s.shape!=(len(group),): raise ValueError(f"The criterion {criterion!r} must give one score for each of the {len(group)} rows, and gave a tensor of shape {tuple(s.shape)}.")
-    if s.isnan().any(): raise ValueError(f"The scores of {group.name!r} are NaN: its weights, or what the criterion {criterion!r} makes of them, are not numbers. Did training diverge?")
-    return s
+    return check_scores(s, len(group), group.name, criterion)
 
 def gamma_of(
     model:nn.Module, # Any model
@@ -114,7 +112,7 @@ def select_channels(
     now:dict,    # Whether each channel is there now, by name
     selection:Selection, # What is wanted
     share:float=1.,  # Of the amount: what a schedule asks for on the way
-    spare:bool=False # Leave something of a group that would lose all its channels, instead of raising a `ValueError`?
+    spared:set=None # Gets the names of groups that would have lost all channels, and keep some; None raises a `ValueError` for them
 )->dict: # Whether each channel stays, by name
     "Decide what stays; what is gone already stays so"
     keep,round_to = {},find_structure(selection.structure).round_to
@@ -125,7 +123,8 @@ def select_channels(
         ones = torch.ones_like(all_, dtype=torch.long)
         gone = lowest(all_, ones, round(amount*share*len(all_)))
         for g,o in zip(gs, gone.split([len(g) for g in gs])):
-            if o.all() and not spare: raise ValueError(f"Nothing would be left of the channels of {g.name!r}. Prune less, exclude it, or let each group give the same share with scope='local'.")
+            if o.all() and spared is None: raise ValueError(f"Nothing would be left of the channels of {g.name!r}. Prune less, exclude it, or let each group give the same share with scope='local'.")
+            if o.all(): spared.add(g.name)
             left = (~o).sum().item()
             n = round_count(len(g), left, g.step(round_to))
             keep[g.name] = highest(scores[g.name], n)&now[g.name]
@@ -148,12 +147,13 @@ def take_out(
     groups,          # Its groups
     xb,              # Inputs
     opt=None         # Its optimizer, changed in place too
-):
-    "Remove the channels that are masked; raises `ValueError` if that would change what `model` does"
+)->dict: # Why channels that are masked stay, by name of their group
+    "Remove the channels that are masked, where that does not change what `model` does"
     keep = channels_now(groups, model)
-    float_ = as_float(model)
-    if (e:=misfit(float_, groups, keep, xb, runs_in_training(float_, xb))): raise ValueError(f"The channels cannot be removed: {e}. Leave layers out with `exclude`.")
-    shrink(model, positions_left(groups, keep, model), opt)
+    cut = [g for g in groups if not keep[g.name].all()]
+    good,why = sound_groups(as_float(model), cut, xb, keep)
+    if good: shrink(model, positions_left(good, keep, model), opt)
+    return why
 
 def as_float(
     model:nn.Module # Rounding or not
@@ -165,8 +165,8 @@ def remove_masked(
     model:nn.Module, # With masks; changed in place
     *xb,             # A batch of inputs
     exclude=None     # Module names or patterns to leave alone
-):
+)->dict: # As from `take_out`
     "Remove every channel of which masks have left nothing; raises `ValueError` if there is none"
     groups,_ = channel_groups(model, *xb, exclude=exclude, round_to=1)
     if all(k.all() for k in channels_now(groups, model).values()): raise ValueError("No channel is masked entirely, so none can be removed: pass the share of channels to remove, as in learn.prune(.5, structure='channel').")
-    take_out(model, groups, [x[:2].detach().as_subclass(Tensor) for x in xb])
+    return take_out(model, groups, [x[:2].detach().as_subclass(Tensor) for x in xb])

@@ -8,14 +8,16 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/channels/target.html.md"""
 from __future__ import annotations
 import torch
 from dataclasses import replace
-from fastcore.all import store_attr
+from fastcore.all import patch, store_attr
 from torch import nn, Tensor
 from ...core.basics import *
 from ...core.model import *
+from ..criteria import *
 from ..structures import *
 from ..select import *
 from ..mask import *
 from ..shrink import *
+from .graph import *
 from .check import *
 from .select import *
 
@@ -57,7 +59,7 @@ class _Search:
     def choose(self, amount):
         "What stays if so much goes"
         selection = replace(self.selection, amount=max(amount, 1e-9), target=None)
-        return select_channels(self.groups, self.scores, self.there, selection, spare=True)
+        return select_channels(self.groups, self.scores, self.there, selection, spared=set())
     def left(self, keep):
         "The share that is left with `keep`"
         n = _counts(keep)
@@ -139,8 +141,35 @@ def pull_groups(
             behind = [1]*(t.ndim-1-d)
             t.mul_((1-far.clamp(max=1)).view(-1, *behind))
 
+# %% ../../../nbs/prune/channels/03_target.ipynb #17tgtplan01
+class _Plan:
+    "Base of what knows how something is pruned"
+    spared = None # Gets the names of what keeps a part though all of it would go; as long as it is None, that is a `ValueError`
+    def check_opt(self, opt): "Raise a `ValueError` if the optimizer could not go on afterwards"
+    def trial(self,
+        like:dict # Tensors by path
+    )->dict: # For each statistic that the criterion needs, tensors by path
+        "Something in place of what will be watched, to see now whether the criterion works"
+        return {o:like for o in self.statistics}
+    @property
+    def statistics(self)->list:
+        "What has to be watched"
+        return [o for o in needs(self.selection.criterion) if o!='gamma']
+    def known(self,
+        watched:dict, # For each statistic, tensors by path
+        names:dict    # Paths of layers, by what is to be pruned
+    )->list: # Those of `names` of which everything is known that the criterion needs; all if that is none and would be an error
+        "Leave what nothing is known of alone for now, and say so in `left_alone`"
+        crit,found = self.selection.criterion,[]
+        for k,paths in names.items():
+            lacks = [o for o in self.statistics if not set(paths)<=set(watched.get(o, ()))]
+            self.left_alone.pop(k, None)
+            if lacks: self.left_alone[k] = f'the criterion {crit!r} needs {statistics[lacks[0]]}, and it has none: it did not run, or is frozen'
+            else: found.append(k)
+        return found if found or self.spared is not None else list(names)
+
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prunfd956d
-class MaskPlan:
+class MaskPlan(_Plan):
     "Weights of single layers, which are masked"
     def __init__(self,
         model:nn.Module,     # To be pruned
@@ -149,13 +178,18 @@ class MaskPlan:
     ):
         self.model,self.selection,s = model,selection,selection
         self.layers,self.left_alone = groups(model, s.structure, *xb, only=s.only, exclude=s.exclude, last=s.last)
+        structure = find_structure(s.structure)
+        like = {k:m.weight.detach().abs() for k,m in self.layers.items()}
+        with torch.random.fork_rng():
+            for k,m in self.layers.items(): score(k, m, structure, s.criterion, self.trial(like))
     def masks(self): return {k:mask_now(m) for k,m in self.layers.items()}
     def choose(self,
         watched:dict, # Statistics that the criterion needs
         share:float=1. # Of the amount
     )->dict: # Masks by layer
         "What stays"
-        return select(self.layers, self.masks(), self.selection, share, watched)
+        seen = self.known(watched, {k:[k] for k in self.layers})
+        return select({k:self.layers[k] for k in seen}, self.masks(), self.selection, share, watched, self.spared)
     def check(self):
         "Raise a `ValueError` if more is pruned already than is wanted"
         masks = self.masks()
@@ -163,10 +197,12 @@ class MaskPlan:
             gone = sum((~masks[k]).sum().item() for k in ks)
             n = sum(masks[k].numel() for k in ks)
             if gone>round(a*n): raise ValueError(f"amount={a}: {gone/n:.3g} of the weights are pruned already. Prune more, leave `amount` out to take them as they are, or start again with `remove_masks(learn.model)`.")
-    def settle(self, opt=None): "Make what was chosen permanent: the masks do"
+    def settle(self, opt=None)->dict:
+        "Make what was chosen permanent: the masks do"
+        return {}
 
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prund34858
-class ChannelPlan:
+class ChannelPlan(_Plan):
     "Channels of several layers, which are masked, and removed in the end"
     def __init__(self,
         model:nn.Module,     # To be pruned
@@ -178,8 +214,8 @@ class ChannelPlan:
         self.counts = None # channels that each group has in the end, once that is settled
         s,round_to = selection,find_structure(selection.structure).round_to
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
-        weights = [k for g in self.groups for k,_ in g.parts if is_weight(model, k)]
-        names = dict.fromkeys(k.rpartition('.')[0] for k in weights)
+        self.leave_unscored()
+        names = dict.fromkeys(k for g in self.groups for k in self.weighted(g))
         self.layers = {k:model.get_submodule(k) for k in names}
         self.lent = [k for k,m in self.layers.items() if not mask_of(m)] # masks that are there for channels only
     def choose(self,
@@ -187,32 +223,55 @@ class ChannelPlan:
         share:float=1. # Of the amount
     )->dict: # Masks by layer
         "What stays"
-        s = self.selection
-        scores = {g.name:score_group(g, self.model, s.criterion, watched) for g in self.groups}
+        s,paths = self.selection,{g.name:self.weighted(g) for g in self.groups}
+        seen = self.known(watched, paths)
+        groups = [g for g in self.groups if g.name in seen]
+        scores = {g.name:score_group(g, self.model, s.criterion, watched) for g in groups}
         scores = comparable(scores, s.criterion)
-        now = channels_now(self.groups, self.model)
-        if s.target: keep = self.to_target(scores, now, share)
-        else: keep = select_channels(self.groups, scores, now, s, share)
-        masks = channel_masks(self.groups, keep, self.model)
+        now = channels_now(groups, self.model)
+        if s.target: keep = self.to_target(groups, scores, now, share)
+        else: keep = select_channels(groups, scores, now, s, share, self.spared)
+        masks = channel_masks(groups, keep, self.model)
         return {k:mask&mask_now(self.layers[k]) for k,mask in masks.items()}
-    def to_target(self, scores, now, share):
+    def to_target(self, groups, scores, now, share):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
         if self.counts is None:
-            keep = to_target(self.groups, scores, as_float(self.model), self.xb, self.selection)
+            keep = to_target(groups, scores, as_float(self.model), self.xb, self.selection)
             self.counts = {k:v.sum().item() for k,v in keep.items()}
         keep = {}
         for k,v in scores.items():
-            n = len(v)-round(share*(len(v)-self.counts[k]))
-            keep[k] = highest(v, n)&now[k]
+            goes = len(v)-self.counts.get(k, len(v))
+            keep[k] = highest(v, len(v)-round(share*goes))&now[k]
         return keep
+    def check_opt(self, opt): check_opt(opt, self.model, [k for g in self.groups for k,_ in g.parts])
     def check(self): "Channels that are gone are none that could be pruned"
-    def settle(self, opt=None):
-        take_out(self.model, self.groups, self.xb, opt)
+    def settle(self, opt=None)->dict: # As from `take_out`
+        why = take_out(self.model, self.groups, self.xb, opt)
         remove_masks(self.model, [k for k in self.lent if mask_now(self.layers[k]).all()])
+        return why
+    def weighted(self, g):
+        "Paths of the layers whose weights `g` lies in"
+        return [k.rpartition('.')[0] for k,_ in g.parts if is_weight(self.model, k)]
 
 def plan_for(
     selection:Selection # What is wanted
 ):
     "The kind of plan for `selection`"
     return ChannelPlan if isinstance(find_structure(selection.structure), Channel) else MaskPlan
+
+# %% ../../../nbs/prune/channels/03_target.ipynb #17tgtunsc1
+@patch
+def leave_unscored(self:ChannelPlan):
+    "Leave groups alone of which the criterion needs what they do not have; raises `ValueError` if that is all of them, or they were asked for"
+    s,good = self.selection,[]
+    with torch.random.fork_rng():
+        for g in self.groups:
+            like = {k:self.model.get_submodule(k).weight.detach().abs() for k in self.weighted(g)}
+            try: score_group(g, self.model, s.criterion, self.trial(like))
+            except Unwatched as e:
+                self.left_alone[g.name],error = f'the criterion {s.criterion!r} needs what it has not',e
+                if s.only: raise
+            else: good.append(g)
+    if not good: raise error
+    self.groups = good
