@@ -10,6 +10,7 @@ import copy, itertools, threading
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from types import MethodType
+from warnings import warn
 from fastai.basics import *
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.fp16 import MixedPrecision
@@ -17,7 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from ..core.model import *
 
 # %% auto #0
-__all__ = ['calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'batches_of', 'inputs', 'some_inputs', 'with_bar',
+__all__ = ['calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'check_modes', 'batches_of', 'inputs', 'some_inputs', 'with_bar',
            'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
@@ -153,6 +154,16 @@ def twin_of(
     usual = [o for o in L(defaults.callbacks) if kind(o) in kinds]
     resets = [ModelResetter()] if ModelResetter in kinds else [] # a recurrent model begins anew
     return _like(learn, model, [*usual,*resets,*shapers(learn)])
+
+# %% ../../nbs/callback/01_data.ipynb #18datat015
+def check_modes(
+    learn:Learner # Left as it is
+):
+    "Warn of callbacks that put part of the model into training mode in validation"
+    for w in _witnesses(learn):
+        if not w.trains: continue
+        names = ', '.join(map(repr, dict.fromkeys(w.trains)))
+        warn(f"{type(w.cb).__name__} puts {names} into training mode in validation, so the predictions of this Learner are random. Those of the new one are not: it runs the model in evaluation mode.")
 
 # %% ../../nbs/callback/01_data.ipynb #18data64bf90
 def batches_of(

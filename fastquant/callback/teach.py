@@ -116,7 +116,7 @@ def start(self:TeachingCallback,
     if xb is None:
         with no_random(reproducible=False): return self.start(some_inputs(self.learn))
     self.paths = []
-    extra = nn.ModuleList(self.begin(*[x[:2] for x in xb]))
+    extra = nn.ModuleList(self.begin(*first_items(xb, 2)))
     self.check_company()
     self.extra = extra.to(self.device)
     self.going,self.shapes = True,_shapes(self.net)

@@ -79,9 +79,11 @@ def first_items(
     xb,   # Inputs, nested as the model takes them
     n:int # Items
 ): # Like `xb`
-    "The first `n` items of the batch `xb`; what has no row for each item stays whole"
+    "The first `n` items of the batch `xb`, as plain tensors; what has no row for each item stays whole"
     size = batch_size(xb)
-    def cut(t): return t[:n] if t.ndim and len(t)==size else t
+    def cut(t):
+        t = t.detach().as_subclass(Tensor)
+        return t[:n] if t.ndim and len(t)==size else t
     return map_tensors(cut, xb)
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009

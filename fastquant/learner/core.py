@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 from __future__ import annotations
 import inspect
 from fastai.basics import *
+from fastai.vision.augment import RandTransform
 from ..core.model import *
 from ..core.attach import *
 from ..quant.train import *
@@ -83,17 +84,32 @@ def _plain(o):
     if is_listy(o) or hasattr(o, 'o2i'): return [_plain(v) for v in o]
     return str(o)
 
+def _steps(dl):
+    "Transforms of `dl` that act in validation, in order"
+    pipes = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
+    tfms = [t for p in pipes if isinstance(p, Pipeline) for t in p] # in a DataLoader without transforms these are methods
+    def acts(t): return t.split_idx!=0 and (not isinstance(t, RandTransform) or getattr(t, 'size', None) is not None)
+    return [t for t in tfms if acts(t)]
+
+# %% ../../nbs/learner/00_core.ipynb #22cordesc2
+def _step_facts(t):
+    "What there is to say of the transform `t`; None if nothing but its name"
+    kind = type(t).__name__
+    if kind=='IntToFloatTensor': return dict(divide_by=float(t.div))
+    if kind=='Resize': return dict(resize=dict(size=list(t.size)[::-1], method=str(t.method), pad=str(t.pad_mode)))
+    if hasattr(t, 'mean') and hasattr(t, 'std'): return dict(mean=_numbers(t.mean), std=_numbers(t.std))
+    if kind in ('ToTensor','Cuda','Transform'): return {}
+
 def describe(
     learn:Learner
 )->dict: # Plain data
-    "Classes and preprocessing of `learn`: `vocab`, and `size`, `mean`, `std` of its inputs as far as they are known"
-    vocab = getattr(learn.dls, 'vocab', None)
-    tfms = getattr(learn.dls[-1], 'after_batch', None)
-    if not isinstance(tfms, Pipeline): tfms = [] # in a DataLoader without transforms it is a method
-    scale = [dict(divide_by=float(t.div)) for t in tfms if type(t).__name__=='IntToFloatTensor']
-    normalizing = [t for t in tfms if hasattr(t, 'mean') and hasattr(t, 'std')]
-    norm = [dict(mean=_numbers(t.mean), std=_numbers(t.std)) for t in normalizing]
-    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*scale, *norm))
+    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs as far as they are known, and what `also` is done"
+    vocab,steps = getattr(learn.dls, 'vocab', None),_steps(learn.dls[-1])
+    facts = [_step_facts(t) for t in steps]
+    unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
+    unknown += [type(cb).__name__ for cb in shapers(learn)]
+    also = dict(also=unknown) if unknown else {}
+    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*filter(None, facts), also))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(

@@ -45,12 +45,9 @@ def quantize(self:Learner,
     check_weights(self.model, 'quantize')
     (runs:=engines.find(engine)).check()
     if fname: fname = check_writable(self.path/fname)
-    (model,cast),wanted = float32_copy(self.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
-    if (r:=fake_quant_of(model)):
-        if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
-        r.refresh()
-        if not r.ready: wanted,model = r.spec,unprepare(model)
+    (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
     trained = fake_quant_of(model) is not None
+    check_modes(self)
     with calibration_dl(self, dl, n_batches) as dl:
         batches = batches_of(self, dl)
         check_repeats(self.model, first_items(batches[0][0], 8))
@@ -112,6 +109,15 @@ def _say_if_slow(engine, xb):
     int8,float_ = ms['median']
     if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself
     warn(f"On this machine int8 is not faster than float in the same engine: {int8:.3g} ms an item, and {float_:.3g} ms in float. The file is smaller all the same. Measure again where it will run; timed=False leaves this out.")
+
+def _rounding_copy(learn, spec, exclude):
+    "A copy of the model, which rounds if it is ready to, and the spec to prepare it with if not; raises if it rounds in another way"
+    (model,_),wanted = float32_copy(learn.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
+    r = fake_quant_of(model)
+    if r is None: return model,wanted
+    if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
+    r.refresh()
+    return (model if r.ready else unprepare(model)),r.spec
 
 def _prepared(has, wanted):
     "What to say if a model that is prepared with the spec `has` is to be quantized with `wanted`"

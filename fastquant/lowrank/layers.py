@@ -133,7 +133,7 @@ def find_layers(
     check_kinds(model, kinds, [])
     if isinstance(kinds, str): factorisations.find(kinds)
     check_patterns(listify(exclude), [k for k,_ in model.named_modules()])
-    tr = trace(model, *[x[:2] for x in xb])
+    tr = trace(model, *first_items(xb, 2))
     tensors = [p for m in model.modules() for p in m._parameters.values()]
     owners = Counter(id(p) for p in tensors if p is not None)
     found,left = {},{}

@@ -131,7 +131,7 @@ def groups(
     structure,only,exclude = find_structure(structure),listify(only),listify(exclude)
     layers = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
-    tr = trace(model, *[x[:2] for x in xb]) if xb else None
+    tr = trace(model, *first_items(xb, 2)) if xb else None
     ends = set() if last else last_layers(model, tr)-set(only)
     seen,why,found = {},{},{}
     for k,m in layers.items():

@@ -175,7 +175,7 @@ def channel_groups(
     only,exclude = listify(only),listify(exclude)
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
     model = remove_masks(unprepare(clean_copy(model)))
-    xb = [x[:2].detach().as_subclass(Tensor) for x in xb]
+    xb = first_items(xb, 2)
     found,why = _found(model, xb)
     good = []
     for g in found:

@@ -169,4 +169,4 @@ def remove_masked(
     "Remove every channel of which masks have left nothing; raises `ValueError` if there is none"
     groups,_ = channel_groups(model, *xb, exclude=exclude, round_to=1)
     if all(k.all() for k in channels_now(groups, model).values()): raise ValueError("No channel is masked entirely, so none can be removed: pass the share of channels to remove, as in learn.prune(.5, structure='channel').")
-    return take_out(model, groups, [x[:2].detach().as_subclass(Tensor) for x in xb])
+    return take_out(model, groups, first_items(xb, 2))

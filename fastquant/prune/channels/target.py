@@ -40,10 +40,10 @@ def params(model, *xb): return n_params(model)
 # %% ../../../nbs/prune/channels/03_target.ipynb #17prun71f5cf
 @targets
 def latency(model, *xb):
-    xb = [x[:1] for x in xb]
+    xb = first_items(xb, 1)
     def run():
         with evaluating(model): model(*xb)
-        if xb[0].is_cuda: torch.cuda.synchronize()
+        if tensors(xb)[0].is_cuda: torch.cuda.synchronize()
     return in_turns({'':run}, n=15)['median'].item()
 
 # %% ../../../nbs/prune/channels/03_target.ipynb #17tgtsearch0
@@ -210,7 +210,7 @@ class ChannelPlan(_Plan):
         *xb                  # A batch of inputs
     ):
         self.model,self.selection = model,selection
-        self.xb = [x[:2].detach().as_subclass(Tensor) for x in xb]
+        self.xb = first_items(xb, 2)
         self.counts = None # channels that each group has in the end, once that is settled
         s,round_to = selection,find_structure(selection.structure).round_to
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
