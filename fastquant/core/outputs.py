@@ -16,7 +16,7 @@ from .where import Where
 from .trace import *
 
 # %% auto #0
-__all__ = ['structure_of', 'Fields', 'nesting', 'build', 'pick', 'sqnr', 'noise_ratio', 'plain_parts', 'change_ratio',
+__all__ = ['structure_of', 'Fields', 'nesting', 'build', 'picked', 'sqnr', 'noise_ratio', 'plain_parts', 'change_ratio',
            'agreement', 'names_of', 'OutputCheck', 'check_output', 'check_repeats']
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0007
@@ -76,7 +76,7 @@ def build(
     if kind in ('tuple','list'): return tuple(parts) if kind=='tuple' else parts
     return (dict if kind=='dict' else Fields)(zip(keys, parts))
 
-def pick(
+def picked(
     structure, # From `structure_of`
     o          # What is nested in this way, and maybe more
 )->list: # Tensors, in the order of `structure`
@@ -86,7 +86,7 @@ def pick(
     has = parts_of(o) or {}
     if missing := [k for k in structure['keys'] if k not in has]:
         raise ValueError(f"The model takes {structure['keys']}, and was given {list(has) or type(o).__name__}: {missing} is missing.")
-    return [t for k,p in zip(structure['keys'], structure['parts']) for t in pick(p, has[k])]
+    return [t for k,p in zip(structure['keys'], structure['parts']) for t in picked(p, has[k])]
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0013
 def sqnr(

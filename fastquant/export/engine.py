@@ -133,7 +133,7 @@ class Engine(FileModel):
         return self._opened
     def forward(self, *xb):
         opened,types,names,(given,made) = self.opened
-        xs = tensors(xb) if given is None else pick(given, xb)
+        xs = tensors(xb) if given is None else picked(given, xb)
         plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
         feed = {k:plain(x, t) for (k,t),x in zip(types.items(), xs, strict=True)}
         arrays = self.computed(opened, feed, names)
