@@ -11,7 +11,8 @@ from fastquant.quant.prepare import *
 from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.quant.train import *
 from .common import *
-from fastquant.quant.fakequant import Site, fake_quant_of
+from fastquant.quant.fakequant import fake_quant_of
+from fastquant.quant.site import Site
 
 sections = Registry('section')
 

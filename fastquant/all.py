@@ -19,7 +19,8 @@ from .prune.mask import masked, sparsity, set_masks, remove_masks
 from .prune.shrink import recipe_of, shrink
 from .prune.channels.target import targets
 from .export.onnx import to_onnx
-from .export.engine import Engine, engines, Report, load_engine
+from .export.summary import Report
+from .export.engine import Engine, engines, load_engine
 from .export.openvino import Openvino
 from .export.verify import ExportMismatch
 from .export.report import ranges

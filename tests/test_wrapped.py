@@ -8,7 +8,7 @@ from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, DataLoaders, Lear
 from fastcore.test import test_close as close, test_eq as eq
 from fastquant.all import *
 from fastquant.core.model import inner_model
-from fastquant.quant.fakequant import Site
+from fastquant.quant.site import Site
 from fastquant.quant.train import follow, guess, start
 
 xs,ys = torch.randn(64,3,8,8,generator=torch.Generator().manual_seed(0)),torch.arange(64)%3

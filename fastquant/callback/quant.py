@@ -11,6 +11,7 @@ from warnings import warn
 from ..core.basics import *
 from ..core.model import *
 from ..quant.spec import *
+from ..quant.site import Site
 from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.train import *

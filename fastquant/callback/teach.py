@@ -12,6 +12,7 @@ from copy import deepcopy
 from fastai.basics import *
 from fastai.callback.rnn import RNNCallback
 from ..core.model import *
+from ..core.shared import *
 from ..distill.losses import *
 from ..distill.outputs import *
 from .core import *

@@ -14,7 +14,6 @@ from copy import copy, deepcopy
 from pickle import PicklingError
 from fastai.layers import ToTensorBase
 from fastcore.basics import ifnone
-from itertools import permutations
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
@@ -22,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'map_tensors', 'batch_size', 'first_items',
            'own_weight', 'inner_model', 'eagerly', 'check_one_device', 'modules_in', 'evaluating', 'catching',
-           'clean_copy', 'copy_model', 'check_python', 'all_tensors', 'shared', 'check_apart', 'FileModel',
-           'check_weights', 'float32_copy', 'other_precision']
+           'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights', 'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -237,60 +235,6 @@ def check_python(
         if isinstance(m, torch.jit.ScriptModule):
             raise ValueError(f"{k or type(model).__name__!r} is TorchScript, whose operations nobody can see or export. Put the Python module there that it was made of, with its weights: "
                 "`load_state_dict(scripted.state_dict())`.")
-
-# %% ../../nbs/core/01_model.ipynb #01mod00sh02
-def all_tensors(
-    model:nn.Module # Any model
-)->dict:
-    "Parameters and buffers by name, those of modules in plain lists too"
-    found = {}
-    for path,m in modules_in(model).items():
-        own = {**m._parameters, **m._buffers}
-        found.update({_path(path, k):t for k,t in own.items() if t is not None})
-    return found
-
-# %% ../../nbs/core/01_model.ipynb #01mod00sh09
-def _place(t):
-    "On which device `t` lies, from where to where; what has no memory of its own lies in itself"
-    if t.layout!=torch.strided or not t.numel() or not t.data_ptr(): return None,id(t),id(t)+1
-    last = sum((n-1)*step for n,step in zip(t.shape, t.stride()))
-    start = t.data_ptr()
-    return t.device,start,start+(last+1)*t.element_size()
-
-def _meet(a, b): return a[0]==b[0] and max(a[1], b[1])<min(a[2], b[2])
-
-def shared(
-    these:dict, # Tensors by name
-    those:dict  # Tensors by name
-)->dict: # From names in `these` to names in `those`
-    "Which of `these` tensors lie in the memory of which of `those`"
-    places = {k:_place(t) for k,t in those.items()}
-    def first_at(a): return next((k for k,b in places.items() if _meet(a, b)), None)
-    found = {n:first_at(_place(t)) for n,t in these.items()}
-    return {n:k for n,k in found.items() if k is not None}
-
-# %% ../../nbs/core/01_model.ipynb #01mod00sh05
-def _moving(model, owned):
-    "Tensors of `model` that a fit can change whose optimizer has those with ids in `owned`"
-    def moves(p): return p.requires_grad or id(p) in owned
-    params = {k:p for k,p in model.named_parameters() if moves(p)}
-    return {**params, **{k:b for k,b in model.named_buffers() if b.is_floating_point()}}
-
-def _some(found):
-    "The first of some names, with those that others have for the same"
-    names = [k if k==n else f'{k} ({n} there)' for n,k in found.items()]
-    more = f' and {len(names)-4} more' if len(names)>4 else ''
-    return ', '.join(names[:4])+more
-
-def check_apart(
-    models:list, # Of each what it is, the model, and whether it is trained
-    owned=()     # Ids of tensors that the optimizer has, frozen ones too
-):
-    "Raise a `ValueError` if what one model learns would change another"
-    for (a,x,learns),(b,y,_) in permutations(models, 2):
-        found = shared(_moving(x, owned), all_tensors(y)) if learns else {}
-        advice = "Begin with a copy of one of them, which shares nothing: `copy_model(model)`."
-        if found: raise ValueError(f"{b.capitalize()} shares {_some(found)} with {a}, so what {a} learns would change it too. {advice}")
 
 # %% ../../nbs/core/01_model.ipynb #01mod00000c
 class FileModel(nn.Module):

@@ -8,7 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/export/engine.html.md"""
 from __future__ import annotations
 import json, math, re, tempfile
 import onnx, torch
-from dataclasses import dataclass
 from fastcore.all import camel2snake, patch
 from pathlib import Path
 from warnings import warn
@@ -21,61 +20,11 @@ from ..core.outputs import *
 from .onnx import *
 from .intact import *
 from .portable import *
+from .summary import *
 
 # %% auto #0
-__all__ = ['engines', 'integer_kernels', 'Report', 'Engine', 'runs_int8', 'said_of', 'optimized', 'layer_kernels', 'in_float',
-           'to_bytes', 'load_engine']
-
-# %% ../../nbs/export/02_engine.ipynb #07enga000001
-@dataclass(frozen=True, repr=False)
-class Report:
-    "How a file was verified"
-    n_layers:int        # Modules with weights in the model
-    n_int8:int          # Those that ONNX Runtime runs with integer kernels
-    float_layers:dict   # Why each of the others does not, by module path
-    n_items:int         # Items of the batches it was verified on
-    sqnr:float          # Of the file's worst output against its simulation's, in dB; 200 if they are equal
-    sqnr_float:float    # Of the file's worst output against the float model's, in dB
-    agrees:float|None   # Share of decisions equal to the simulation's, where they are the fewest; None if nothing is decided
-    agrees_float:float|None # Share of decisions equal to the float model's
-    agrees_rounded:float|None=None # Share of predictions equal to those of the PyTorch model that rounds
-    trained:bool=False  # Did the Learner's own model round, after training or calibration? Then that one counts, and not float
-    portable:bool|None=None # Is it the same on every processor? None in files from before that was known
-    sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
-    float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
-    outputs:tuple=()    # An `OutputCheck` for each output
-    def __post_init__(self):
-        checks = [OutputCheck(**o) if isinstance(o, dict) else o for o in self.outputs]
-        object.__setattr__(self, 'outputs', tuple(checks))
-    @property
-    def worst(self)->OutputCheck|None:
-        "The output that is farthest from what it is held against"
-        db = 'sqnr' if self.trained else 'sqnr_float'
-        return min(self.outputs, key=lambda o: getattr(o, db), default=None)
-    def in_float(self):
-        "What is in float, why, and its share of the work where that is a percent or more"
-        work = {k:f'{v:.0%} of the work' for k,v in (self.float_work or {}).items() if v>=.01}
-        both = {k:[why,*([work.pop(k)] if k in work else [])] for k,why in self.float_layers.items()}
-        return ', '.join(f"{k} ({', '.join(v)})" for k,v in {**both, **{k:[v] for k,v in work.items()}}.items())
-    def __str__(self):
-        floats,work = self.in_float(),''
-        rest = f'; in float: {floats}' if floats else ''
-        if self.float_work: work = f', {1-sum(self.float_work.values()):.0%} of the work in int8'
-        whole = ', the whole range of weights: not for a plain session on x86 without VNNI' if self.portable is False else ''
-        return f'{self.n_int8} of {self.n_layers} layers quantized{work}{rest}{self._same()}{whole}'
-    def _same(self):
-        "How near the outputs are to what they are held against"
-        share,whom,db = self.agrees_float,'float',self.sqnr_float
-        if self.trained: share,whom,db = self.agrees_rounded,'the model that rounds',self.sqnr
-        several,same = len(self.outputs)>1,''
-        if share is not None:
-            which = 'agrees_rounded' if self.trained else 'agrees_float'
-            n = [o.n for o in self.outputs if getattr(o, which)==share] or [self.n_items]
-            same = f', {share:.1%} of {n[0]} predictions equal to {whom}'
-        where = f'the worst of {len(self.outputs)} outputs, {self.worst.name!r},' if several else 'the output'
-        if several or self.outputs and share is None: same += f', {where} {db:.1f} dB above its difference from {whom}'
-        return same
-    __repr__ = _repr_markdown_ = __str__
+__all__ = ['engines', 'integer_kernels', 'Engine', 'runs_int8', 'said_of', 'optimized', 'layer_kernels', 'in_float', 'to_bytes',
+           'load_engine']
 
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
 engines = Registry('engine')

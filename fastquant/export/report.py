@@ -12,6 +12,7 @@ from ..core.model import *
 from ..core.outputs import *
 from ..core.measure import *
 from ..quant.grid import *
+from ..quant.site import Site
 from ..quant.fakequant import *
 from ..quant.prepare import *
 from .engine import *

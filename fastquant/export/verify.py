@@ -17,6 +17,7 @@ from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
 from .onnx import nodes_of
 from .portable import *
+from .summary import *
 from .engine import *
 
 # %% auto #0

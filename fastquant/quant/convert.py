@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from ..core.model import inner_model
 from .grid import *
 from .pairs import *
+from .site import Site
 from .fakequant import *
 from .prepare import *
 

@@ -6,8 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
-import itertools, math, torch, torch.distributed as dist
-from dataclasses import replace
+import itertools, math, torch
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -21,108 +20,10 @@ from .lsq import *
 from .pairs import *
 from .spec import *
 from .plan import *
+from .site import *
 
 # %% auto #0
-__all__ = ['rounding', 'Site', 'distributed', 'GateSite', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'swapped',
-           'FakeQuantMode']
-
-# %% ../../nbs/quant/06_fakequant.ipynb #05prepc4ccca
-class Site:
-    "A place where an activation is rounded"
-    def __init__(self,
-        of,              # The `FakeQuant` it belongs to
-        i:int,           # Its row in the model's tensors
-        spec:TensorSpec, # How it rounds
-        source:str,      # Path of the module whose output this is
-        touching=()      # Paths of the modules that make or use it in int8
-    ):
-        self.of,self.i,self.spec = of,i,spec
-        self.source,self.touching,self.observer = source,list(touching),None
-        self.at = '' # where in the source, if that is not PyTorch's
-    @property
-    def numbers(self)->tuple: return self.of.numbers[self.i]
-    @property
-    def scale(self)->Tensor: return self.of.scale[self.i]
-    @property
-    def zero_point(self)->Tensor: return self.of.zero_point[self.i].round().int()
-    @property
-    def name(self)->str: return f'{self.source} ({self.at})' if self.at else self.source
-    def as_is(self, x): return x
-    def watch(self, x):
-        "Show `x` to the observer"
-        if self.observer is None: self.observer = self.spec.watcher().to(x.device)
-        self.observer(x.detach().as_subclass(Tensor).float().reshape(1,-1))
-        return x
-    def forward(self, x, cap=None):
-        "`x` rounded; clipped at 0 and `cap` if that is given"
-        s,z = self.numbers
-        grid = self.spec.grid
-        learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
-        k = grad_factor(x[:1].numel(), grid)
-        return round_tensor(x, s, z, grid, learned, k, cap)
-    def __repr__(self): return f'Site({self.source}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
-
-# %% ../../nbs/quant/06_fakequant.ipynb #05prep4d4d58
-@patch
-def follow(self:Site, x, cap=None):
-    "Note the extremes of `x`, and round it if there are ranges"
-    self.note(x, cap)
-    if self.of.ready: return self.forward(x, cap)
-    return x+0*self.scale if self.spec.learned and distributed() else x # data parallel training wants a gradient for every parameter
-
-def distributed()->bool:
-    "Whether several processes train this model together"
-    return dist.is_available() and dist.is_initialized()
-
-@patch
-def note(self:Site, x, cap=None):
-    "Remember the extremes of `x`, and of values that will be a step's to learn also how large they are on average"
-    if in_backward(): return x # for the second time
-    t = x.detach().as_subclass(Tensor)
-    hi = t.amax().float()
-    if cap: lo,hi = torch.zeros((), device=x.device),hi.clamp(0, cap)
-    else: lo = t.amin().float()
-    if self.spec.learned and not self.of.ready: mean = t.abs().mean(dtype=torch.float32)
-    else: mean = torch.full_like(lo, torch.nan)
-    self.of.seen.setdefault(self.i, []).append(torch.stack([lo, hi, mean]))
-    return x
-
-# %% ../../nbs/quant/06_fakequant.ipynb #05prepd091c6
-@patch
-def through_integers(self:Site, x):
-    "`x` as integers, and as floats again"
-    model,name = self.of.model,f'site_{self.i}'
-    s,z = getattr(model, f'{name}_scale'),getattr(model, f'{name}_zero_point')
-    return dequantize(quantize(x, s, z, self.spec.grid), s, z)
-
-# %% ../../nbs/quant/06_fakequant.ipynb #06fqgate002
-class GateSite(Site):
-    "Where the sigmoid inside a SiLU is rounded: in 8 bits, from 0 to 1"
-    def __init__(self,
-        site:Site # Where the SiLU's result is rounded
-    ):
-        grid = replace(site.spec.grid, bits=8)
-        super().__init__(site.of, f'gate_{grid.hi}', TensorSpec(grid), f'sigmoid of {site.source}', site.touching)
-    @property
-    def numbers(self): return 1/self.spec.grid.hi,0
-    @property
-    def scale(self): return torch.tensor(1/self.spec.grid.hi, device=self.of.scale.device)
-    @property
-    def zero_point(self): return torch.zeros((), dtype=torch.int32, device=self.of.scale.device)
-    def note(self, x, cap=None): return x
-
-def _gates(plan, sites):
-    "A site for the sigmoid of each SiLU between two that are rounded"
-    return {o.key:GateSite(sites[o.key]) for o in plan.tr.ops if o.key in sites and plan.gated(o, plan.loose)}
-
-# %% ../../nbs/quant/06_fakequant.ipynb #05prepca5545
-@patch
-def wanted_range(self:Site)->tuple:
-    "Smallest and largest value to represent; raises `ValueError` if nothing was watched, or what was not numbers"
-    if self.observer is None: raise ValueError(f"The output of {self.source!r} was never seen: calibrate on at least one batch.")
-    lo,hi = self.observer.range(self.spec.grid)
-    self.of.check_range(self, lo, hi, 'on the calibration data')
-    return lo[0],hi[0]
+__all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'swapped', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
 @restorable
@@ -142,32 +43,6 @@ class FakeQuant(Attachment):
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
         self.folded,self.seen = set(),{}
-    def set_sites(self, plan):
-        "Make the sites, and say where in a forward pass they are"
-        site = {k:Site(self, i, *o) for i,(k,o) in enumerate(plan.places().items())}
-        at = {v:site[g] for v,g in plan.grid.items()}
-        self.all = list(site.values())
-        here = {v:s for v,s in at.items() if v not in plan.loose}
-        self.inputs = {i:here[v] for i,v in enumerate(plan.tr.inputs) if v in here}
-        self.sites = {o.key:here[v] for o in plan.tr.ops for v in o.outs if v in here}
-        self.set_effects(plan, {v:at[v] for v in plan.loose})
-        for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
-        self.gates = _gates(plan, self.sites)
-        self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
-        self.doors = {k:site[k] for k in plan.doors}
-        self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
-        found = [*self.sites,*self.reads,*plan.norms.values()]
-        self.places,self.bare = places(plan.tr, found),plan.tr.bare
-        clipped = plan.clipped()
-        self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
-    def set_layers(self, plan):
-        "Say how each layer that runs in int8 does so"
-        spec = {k:plan.at(k) for k in self.layers}
-        self.weights = {k:s.weight for k,s in spec.items()}
-        self.float_bias = {k for k,s in spec.items() if s.float_bias}
-        portable = [k for k,s in spec.items() if s.portable and s.weight.grid.bits==8]
-        self.paired = {k for k in portable if adds_pairs(self.model.get_submodule(k))}
-        self.norms = {k[0]:norm for k,norm in plan.norms.items() if k in plan.int8}
     def lay_out(self):
         "See which scales belong to which weight; again, after channels were removed"
         self.slices,n = {},0
@@ -187,6 +62,41 @@ class FakeQuant(Attachment):
     def batches(self)->Tensor: return self.model.fake_quant_batches
     @property
     def rounds(self)->bool: return self.ready and self.act not in (Site.as_is, Site.watch, Site.note)
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqset0002
+def _gates(plan, sites):
+    "A site for the sigmoid of each SiLU between two that are rounded"
+    return {o.key:GateSite(sites[o.key]) for o in plan.tr.ops if o.key in sites and plan.gated(o, plan.loose)}
+
+@patch
+def set_sites(self:FakeQuant, plan):
+    "Make the sites, and say where in a forward pass they are"
+    site = {k:Site(self, i, *o) for i,(k,o) in enumerate(plan.places().items())}
+    at = {v:site[g] for v,g in plan.grid.items()}
+    self.all = list(site.values())
+    here = {v:s for v,s in at.items() if v not in plan.loose}
+    self.inputs = {i:here[v] for i,v in enumerate(plan.tr.inputs) if v in here}
+    self.sites = {o.key:here[v] for o in plan.tr.ops for v in o.outs if v in here}
+    self.set_effects(plan, {v:at[v] for v in plan.loose})
+    for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
+    self.gates = _gates(plan, self.sites)
+    self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
+    self.doors = {k:site[k] for k in plan.doors}
+    self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
+    found = [*self.sites,*self.reads,*plan.norms.values()]
+    self.places,self.bare = places(plan.tr, found),plan.tr.bare
+    clipped = plan.clipped()
+    self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
+
+@patch
+def set_layers(self:FakeQuant, plan):
+    "Say how each layer that runs in int8 does so"
+    spec = {k:plan.at(k) for k in self.layers}
+    self.weights = {k:s.weight for k,s in spec.items()}
+    self.float_bias = {k for k,s in spec.items() if s.float_bias}
+    portable = [k for k,s in spec.items() if s.portable and s.weight.grid.bits==8]
+    self.paired = {k for k in portable if adds_pairs(self.model.get_submodule(k))}
+    self.norms = {k[0]:norm for k,norm in plan.norms.items() if k in plan.int8}
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqeff004
 @patch

@@ -18,6 +18,7 @@ from .grid import *
 from .pairs import *
 from .spec import *
 from .plan import *
+from .site import Site
 from .fakequant import *
 
 # %% auto #0

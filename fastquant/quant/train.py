@@ -13,6 +13,7 @@ from .grid import *
 from .lsq import *
 from .pairs import *
 from .spec import *
+from .site import *
 from .fakequant import *
 from .prepare import *
 

@@ -7,7 +7,8 @@ from fastquant.export.onnx import to_onnx
 from fastquant.export.verify import sqnr, verify
 from fastquant.prune.structures import groups
 from fastquant.quant.convert import convert
-from fastquant.quant.fakequant import Site, fake_quant_of
+from fastquant.quant.fakequant import fake_quant_of
+from fastquant.quant.site import Site
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.quant.spec import Spec
 from fastquant.quant.train import follow, unseen
