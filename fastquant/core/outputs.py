@@ -8,7 +8,6 @@ Docs: https://fastquant-dev.github.io/fastquant/core/outputs.html.md"""
 from __future__ import annotations
 import torch
 from collections import namedtuple
-from collections.abc import Mapping
 from dataclasses import dataclass
 from torch import nn, Tensor
 from .model import *
@@ -29,7 +28,7 @@ def structure_of(
         if isinstance(o, Tensor): return next(n)
         parts = parts_of(o)
         if parts is not None and all(isinstance(k, (int,str)) for k in parts):
-            return {'kind':_kind(o), 'keys':list(parts), 'parts':[of(v) for v in parts.values()]}
+            return dict(kind=_kind(o), keys=list(parts), parts=[of(v) for v in parts.values()])
         if o is None or isinstance(o, (bool,int,float,str)): return {'value':o}
         raise ValueError(f"There is an object of the class {type(o).__name__} among the inputs or outputs of the model, which a file cannot hold. Let `forward` take and return tensors, in lists, tuples, dictionaries or dataclasses.")
     return of(o)
@@ -49,6 +48,7 @@ class Fields(dict):
         if k in self: return self[k]
         raise AttributeError(k)
 
+# %% ../../nbs/core/08_outputs.ipynb #06outpnestc
 def nesting(
     model:nn.Module, # Any model
     xb               # Inputs
@@ -216,6 +216,7 @@ def check_repeats(
         raise ValueError(f"The model is random in evaluation: {name!r} {where} gives something else each time for the same inputs. A file of it cannot be verified. "
             "Let it draw random numbers only `if self.training`, or `F.dropout(x, p, self.training)`; to sample predictions, do so with the float model.")
 
+# %% ../../nbs/core/08_outputs.ipynb #06outpnearc
 def _near(p, q): return abs(p-q)<=1e-5*max(abs(p), abs(q)) # processors that add in any order
 
 def _equal(a, b):

@@ -69,6 +69,7 @@ def resuming(
         finally: owner.put(now)
     return first,later
 
+# %% ../../nbs/core/07_recompute.ipynb #06recomkeptc
 def _kept(see, keys, key, *args):
     out = see(key, *args)
     if floats(out): keys[key[:2]].append(key)

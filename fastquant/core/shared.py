@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/shared.html.md"""
 from __future__ import annotations
 import torch
 from itertools import permutations
-from torch import nn, Tensor
+from torch import nn
 from .model import *
 
 # %% auto #0

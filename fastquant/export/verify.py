@@ -275,6 +275,9 @@ def verify(
     facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
     return report_on(fake_quant_of(sim), run, sum(map(batch_size, batches)), tuple(checks), **facts)
 
+# %% ../../nbs/export/04_verify.ipynb #07verfleast
+def _least(outputs, k): return min((v for o in outputs if (v:=getattr(o, k)) is not None), default=None)
+
 # %% ../../nbs/export/04_verify.ipynb #07verf000041
 def report_on(r, engine, n_items, outputs, **facts):
     "The `Report` of a file, from what was found at its outputs"
@@ -284,6 +287,5 @@ def report_on(r, engine, n_items, outputs, **facts):
         if not engine.in_integers(str(kernels.get(k))): why[k] = f'{who} runs it as {kernels.get(k)}'
     n = len(r.layers)+len(r.float_layers)
     facts['float_work'] = {k:v for k,v in r.work.items() if k in why or k not in r.layers}
-    def least(k): return min((getattr(o, k) for o in outputs if getattr(o, k) is not None), default=None)
-    found = {k:least(k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
+    found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
     return Report(n, n-len(why), why, n_items, **found, outputs=outputs, **facts)

@@ -146,6 +146,7 @@ def _unwrapped(state):
     "Call the tensors in `state` what the model itself calls them, where a compiled one has saved it"
     for k in [k for k in state if k.startswith('_orig_mod.')]: state[k.removeprefix('_orig_mod.')] = state.pop(k)
 
+# %% ../../nbs/learner/00_core.ipynb #22learreadyc
 def make_ready(
     learn:Learner, # Its model and optimizer are changed in place
     state:dict,    # That is about to be loaded into the model

@@ -76,6 +76,7 @@ def _check_runs(model, xb, how, to):
         with evaluating(model): model(*first_items(xb, 2))
     except RuntimeError as e: raise ValueError(f"{type(model).__name__} does not run {how}: {str(e).splitlines()[0]}. Its forward pass seems to cast activations to {to} by itself: leave their dtype as it comes.") from e
 
+# %% ../../nbs/learner/01_quant.ipynb #22learverifc
 def _verified(learn, model, batches, trained, engine):
     "The file's bytes for the rounded `model`, checked on `batches`"
     steps = iter(with_bar(learn, ('exporting','verifying')))

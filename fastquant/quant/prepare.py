@@ -106,6 +106,7 @@ def new_names(
     for k in [k for k in state if k.startswith(older)]: state[f'{prefix}fake_quant_{k.removeprefix(older)}'] = state.pop(k)
     return state
 
+# %% ../../nbs/quant/07_prepare.ipynb #05prepsavec
 @patch
 def saving(self:FakeQuant, m, state, prefix): state[prefix+'fake_quant_spec'] = text_to_tensor(spec_to_json(self.spec))
 

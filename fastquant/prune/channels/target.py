@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from dataclasses import replace
 from fastcore.all import patch, store_attr
-from torch import nn, Tensor
+from torch import nn
 from ...core.basics import *
 from ...core.model import *
 from ..criteria import *
