@@ -6,7 +6,8 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/data.html.md"""
 
 # %% ../../nbs/callback/01_data.ipynb #18dataeb6eee
 from __future__ import annotations
-import copy, itertools, threading
+import itertools, threading
+from copy import copy as shallow_copy
 from contextlib import contextmanager, nullcontext
 from operator import length_hint
 from types import MethodType
@@ -68,11 +69,13 @@ def _like(learn, model, cbs):
     new('after_create')
     return new
 
+def _no_loss(pred, *yb): return torch.zeros(())
+
 def _own_copy(cb):
     "A copy of the callback `cb` that leaves it, and its lists, alone"
-    new = copy.copy(cb)
+    new = shallow_copy(cb)
     for k,v in vars(cb).items():
-        if isinstance(v, (list,dict,set,L)): new.__dict__[k] = copy.copy(v)
+        if isinstance(v, (list,dict,set,L)): new.__dict__[k] = shallow_copy(v)
         if isinstance(v, MethodType) and v.__self__ is cb: new.__dict__[k] = MethodType(v.__func__, new)
     return new
 
@@ -110,11 +113,9 @@ class _Keep(Callback):
     def before_batch(self):
         self.found.append((tuple(self.xb),tuple(self.yb)))
         _check_rows(self.xb, self.yb)
-        if not self.runs: self._next()
-    def after_pred(self): self._next()
-    def _next(self):
-        if len(self.found)==self.n: raise CancelValidException()
-        raise CancelBatchException()
+        if not self.runs: raise CancelValidException() if len(self.found)==self.n else CancelBatchException()
+    def after_batch(self):
+        if self.runs and len(self.found)==self.n: raise CancelValidException() # others have heard all of it, and closed what they opened
 
 def _check_rows(xb, yb):
     "Raise a `ValueError` if what comes first in `xb` is no batch of as many items as `yb`"
@@ -129,7 +130,7 @@ def _witnesses(
     own = [_own_copy(cb) for cb in learn.cbs if _may_shape(cb)]
     if not own: return []
     twin = _like(learn, learn.model, own)
-    twin.cbs = L(_Witness(cb) for cb in own)
+    twin.cbs,twin.loss_func = L(_Witness(cb) for cb in own),_no_loss
     for w in twin.cbs: w.learn = twin
     data = [dl for dl in learn.dls.loaders if length_hint(dl, 1)]
     if not data: return list(twin.cbs)
@@ -172,7 +173,9 @@ def batches_of(
     n:int=2 # Batches; None for all
 )->list: # Inputs and targets of each, both tuples
     "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
-    twin,keep = _like(learn, learn.model, shapers(learn)),_Keep(n)
+    cbs = shapers(learn)
+    twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs))
+    twin.loss_func = _no_loss
     with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
     if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
     xs,ys = zip(*keep.found)
