@@ -70,6 +70,11 @@ class _Plain(nn.Module):
         xs = iter(xs)
         return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
 
+def _root_of(e):
+    "The first line of what an exception came from in the first place"
+    while e.__cause__: e = e.__cause__
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
 @torch.no_grad()
 def to_onnx(
     model:nn.Module, # A float model, or one from `convert`
@@ -89,10 +94,7 @@ def to_onnx(
             done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False)
             proto = done.model_proto
     except RuntimeError as e:
-        root = e
-        while root.__cause__: root = root.__cause__
-        why = (str(root).strip() or type(root).__name__).splitlines()[0]
-        raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
+        raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {_root_of(e)}. "
             "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
     r = fake_quant_of(model)
     grids = {k:w.grid for k,w in r.weights.items()} if r else {}

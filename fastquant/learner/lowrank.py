@@ -154,6 +154,11 @@ class RankSensitivity:
         return b
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decoa2fcb8
+def _check_shares(shares):
+    if not len(shares): raise ValueError("shares=(): pass the shares of a layer's parameters to try, like (.2,.5).")
+    for s in shares:
+        if not 0<s<1: raise ValueError(f"shares={shares}: each is a share of a layer's parameters, above 0 and below 1.")
+
 @patch
 def rank_sensitivity(self:Learner,
     shares=(.1,.2,.3,.5,.7), # Shares of each layer's parameters to try
@@ -165,9 +170,7 @@ def rank_sensitivity(self:Learner,
     show_plot:bool=True # Draw it?
 )->RankSensitivity:
     "Singular values of each layer, and what its ranks alone do to the first metric (the loss if there is none); `suggest` turns that into ranks"
-    if not len(shares): raise ValueError("shares=(): pass the shares of a layer's parameters to try, like (.2,.5).")
-    for s in shares:
-        if not 0<s<1: raise ValueError(f"shares={shares}: each is a share of a layer's parameters, above 0 and below 1.")
+    _check_shares(shares)
     twin = trainable_twin(self, _float_copy(self))
     metric = self.metrics[0].name if self.metrics else 'loss'
     with calibration_dl(self, None, n_batches) as train: batches = inputs(self, train, n_batches if aware else 1)
@@ -177,12 +180,10 @@ def rank_sensitivity(self:Learner,
         base = first_metric(twin, dl)
         def row(k, l, f, o):
             got = _alone(twin, k, factorise(l, f, o.rank, m.get(k)), dl)
-            share = o.params/n_params(l)
-            return dict(layer=k, rank=o.rank, parameters=share, lost=o.lost, **{metric:got})
+            return dict(layer=k, rank=o.rank, parameters=o.params/n_params(l), lost=o.lost, **{metric:got})
         def rows_of(k):
             l,f = layers[k]
-            options = rank_options(l, f, None, m.get(k))
-            return [row(k, l, f, o) for o in _near(options, n_params(l), shares)]
+            return [row(k, l, f, o) for o in _near(rank_options(l, f, None, m.get(k)), n_params(l), shares)]
         tried = _each(layers, left, rows_of)
         rows = [r for rs in tried.values() for r in rs]
     spectra = {k:_spectra(*layers[k]) for k in tried}

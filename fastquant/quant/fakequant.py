@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
-import itertools, math, torch
+import itertools, torch
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -23,7 +23,7 @@ from .plan import *
 from .site import *
 
 # %% auto #0
-__all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'cap_of', 'swapped', 'FakeQuantMode']
+__all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
 @restorable
@@ -202,27 +202,13 @@ def fake_quant_of(
 rounding = fake_quant_of # what it was called before
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepf72e8a
-def cap_of(
-    name:str, # Name of an operation
-    args:tuple, # What it was called with
-    kwargs:dict
-)->float|None: # Infinite for a ReLU, None if it is something else
-    "Where an operation that clips at 0 clips at the other side"
-    if name in ('relu','relu_'): return math.inf
-    if name=='relu6': return 6.
-    if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
-
 def swapped(
     o,       # Tensors, in nested lists, tuples and dictionaries
     new:dict # What to put for a floating-point tensor, by its position among these
 ):
     "`o` with other tensors in it"
-    left = iter(range(len(floats(o))))
-    def each(o):
-        if isinstance(o, Tensor) and o.is_floating_point(): return new.get(next(left), o)
-        if isinstance(o, dict): return {k:each(v) for k,v in o.items()}
-        return type(o)(map(each, o)) if type(o) in (list,tuple) else o
-    return each(o)
+    left = itertools.count()
+    return map_tensors(lambda t: new.get(next(left), t) if t.is_floating_point() else t, o)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqeff002
 class FakeQuantMode(Matching):

@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/site.html.md"""
 
 # %% ../../nbs/quant/05_site.ipynb #qsiteaedaba1
 from __future__ import annotations
-import torch, torch.distributed as dist
+import math, torch, torch.distributed as dist
 from dataclasses import replace
 from fastcore.all import patch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .lsq import *
 from .spec import *
 
 # %% auto #0
-__all__ = ['Site', 'distributed', 'GateSite']
+__all__ = ['Site', 'distributed', 'GateSite', 'cap_of']
 
 # %% ../../nbs/quant/05_site.ipynb #05prepc4ccca
 class Site:
@@ -111,3 +111,14 @@ def wanted_range(self:Site)->tuple:
     lo,hi = self.observer.range(self.spec.grid)
     self.of.check_range(self, lo, hi, 'on the calibration data')
     return lo[0],hi[0]
+
+# %% ../../nbs/quant/05_site.ipynb #qsitecap02
+def cap_of(
+    name:str, # Name of an operation
+    args:tuple, # What it was called with
+    kwargs:dict
+)->float|None: # Infinite for a ReLU, None if it is something else
+    "Where an operation that clips at 0 clips at the other side"
+    if name in ('relu','relu_'): return math.inf
+    if name=='relu6': return 6.
+    if name in ('hardtanh','hardtanh_'): return kwargs.get('max_val', args[2] if len(args)>2 else 1.)
