@@ -133,6 +133,7 @@ def metadata_of(
     proto:onnx.ModelProto, # From `read_onnx`
     what='This file'       # What it is, for messages
 )->dict:
-    "What `proto` says besides the model, but for its digest"
-    left = [p for p in proto.metadata_props if p.key!='digest']
-    return {p.key:parsed(p.value, f'{what}: {p.key!r} in its metadata') for p in left}
+    "What `proto` says besides the model, but for its digest; of a file that fastquant did not write, nothing that it acts on"
+    said = {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
+    if 'fastquant' not in said: return {}
+    return {k:parsed(v, f'{what}: {k!r} in its metadata') for k,v in said.items()}
