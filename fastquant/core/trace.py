@@ -13,14 +13,13 @@ from fastcore.all import patch
 from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from .model import *
 from .where import *
 
 # %% auto #0
-__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'MacCounter', 'Tracer', 'Trace', 'trace']
+__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
 _of_kind = dict(
@@ -92,16 +91,6 @@ def argument(
     "An argument, wherever it was given; None if it was not"
     return args[i] if len(args)>i else kwargs.get(name)
 
-# %% ../../nbs/core/02_trace.ipynb #04tracmacs2
-class MacCounter(TorchDispatchMode):
-    "Counts the multiply-accumulates of convolutions and matrix products"
-    n = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        flops = flop_registry.get(func.overloadpacket)
-        if flops: self.n += flops(*args, **(kwargs or {}), out_val=out)//2
-        return out
-
 # %% ../../nbs/core/02_trace.ipynb #04traceff02
 class Tracer(Where):
     "Writes down all operations on activations"
@@ -112,7 +101,7 @@ class Tracer(Where):
         self.vals,self.keep = {},[]
         self.between,self.plain,self.keep_too = {},{},[]
         self.writes,self.whole,self.homes,self.reread = Counter(),{},{},set()
-        self.users,self.counter = WeakTensorKeyDictionary(),MacCounter()
+        self.users,self.counter = WeakTensorKeyDictionary(),FlopCounterMode(display=False)
         self.params = {id(p):k for k,p in model.named_parameters()}
     def key(self, place, frame):
         key = super().key(place, frame)
@@ -156,9 +145,9 @@ def see(self:Tracer, key, func, args, kwargs):
     reals = floats(given)
     vals,behind = [self.now(t) for t in reals],self.behind(given)
     for t in reals: self.users.setdefault(t, key)
-    before,done = [written(t) for t in reals],self.counter.n
+    before,done = [written(t) for t in reals],self.counter.get_total_flops()
     out = func(*args, **kwargs)
-    cost = dict(macs=self.counter.n-done, weight=next((self.params[id(t)] for t in reals if id(t) in self.params), ''))
+    cost = dict(macs=(self.counter.get_total_flops()-done)//2, weight=next((self.params[id(t)] for t in reals if id(t) in self.params), ''))
     kind = self.kind(key, vals, behind, args, kwargs)
     for i,t in enumerate(reals):
         if written(t)!=before[i] and (out is None or out is t): return self.wrote(key, t, i, vals, behind, kind, out, 'out' in kwargs)
