@@ -71,15 +71,15 @@ class Engine(FileModel):
     @property
     def opened(self):
         "The file, ready to run on as many threads as torch uses, exact on every processor; with the types of its inputs, the names of its outputs, and how both are nested"
-        n = torch.get_num_threads()
-        if self.__dict__.get('_threads')!=n or '_opened' not in self.__dict__:
-            g = read_onnx(self.data).graph
-            types = {i.name:_array_type(i) for i in g.input}
-            names = [o.name for o in g.output]
-            nested = [self.metadata.get(k) for k in ('inputs','outputs')]
-            self._opened = self.open(as_run(self.data), n),types,names,nested
-            self._threads = n
+        if self.__dict__.get('_threads')!=torch.get_num_threads() or '_opened' not in self.__dict__: self._open(read_onnx(self.data))
         return self._opened
+    def _open(self, proto):
+        n,g,said = torch.get_num_threads(),proto.graph,metadata_of(proto)
+        types = {i.name:_array_type(i) for i in g.input}
+        names = [o.name for o in g.output]
+        nested = [said.get(k) for k in ('inputs','outputs')]
+        self._opened = self.open(as_run(self.data), n),types,names,nested
+        self._threads = n
     def forward(self, *xb):
         opened,types,names,(given,made) = self.opened
         xs = tensors(xb) if given is None else picked(given, xb)
@@ -163,7 +163,7 @@ def checked(self:Engine, what='This file')->Engine:
     proto = read_onnx(self.data, what)
     _check_metadata(proto, what)
     check_digest(proto, what)
-    self.opened
+    self._open(proto)
     return self
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00ask2

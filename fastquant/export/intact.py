@@ -77,6 +77,10 @@ def read_onnx(
     return proto
 
 # %% ../../nbs/export/01_intact.ipynb #01intact14
+def _said(proto):
+    "The metadata of `proto` as they are, but for its digest"
+    return {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
+
 def _sums(proto):
     "What `proto` adds up to, but for what it says of that itself"
     left = [p for p in proto.metadata_props if p.key!='digest']
@@ -93,16 +97,15 @@ def seal(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Write into the metadata what the file adds up to"
-    left = {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
-    onnx.helper.set_model_props(proto, {**left, 'digest':json.dumps(_sums(proto))})
+    onnx.helper.set_model_props(proto, {**_said(proto), 'digest':json.dumps(_sums(proto))})
     return proto
 
+# %% ../../nbs/export/01_intact.ipynb #01intact14c
 def unseal(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Take that out again, for a file that is not what it was and need not be"
-    left = {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
-    onnx.helper.set_model_props(proto, left)
+    onnx.helper.set_model_props(proto, _said(proto))
     return proto
 
 # %% ../../nbs/export/01_intact.ipynb #01intact16
@@ -134,6 +137,6 @@ def metadata_of(
     what='This file'       # What it is, for messages
 )->dict:
     "What `proto` says besides the model, but for its digest; of a file that fastquant did not write, nothing that it acts on"
-    said = {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
+    said = _said(proto)
     if 'fastquant' not in said: return {}
     return {k:parsed(v, f'{what}: {k!r} in its metadata') for k,v in said.items()}
