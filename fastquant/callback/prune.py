@@ -152,7 +152,10 @@ class PruneScheduleCallback(MaskingCallback):
         self.selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         self.schedule,self.every = Schedule(schedule, start, end),every
         if every is not None and every<1: raise ValueError(f"every={every}: pass the number of steps between two changes, 1 or more.")
-    def start(self): self.mask(self.look(self.selection))
+    def start(self):
+        layers = self.look(self.selection)
+        if layers: self.plan.check_target()
+        self.mask(layers)
     @property
     def asked(self): return self.selection.asked
     @property

@@ -140,6 +140,15 @@ def test_criterion_is_tried_at_the_start():
         with pytest.raises(ValueError, match=say): l.fit(1, cbs=PruneScheduleCallback(.5, criterion=bad, start=.9, end=1.))
         assert masked(l.model)=={}
 
+def test_target_is_tried_at_the_start():
+    "Not when pruning starts, and nothing is masked"
+    l = learner(convs())
+    for target,say in (({'macs':.05},'would be left'), ({'macs':.85},'multiples of 8')):
+        with pytest.raises(ValueError, match=say): l.fit(2, cbs=PruneScheduleCallback(target=target, structure='channel', start=.6))
+        assert masked(l.model)=={}
+    l.fit(2, 1e-2, cbs=PruneScheduleCallback(target={'params':.6}, structure=Channel(1), start=.6))
+    assert abs(sum(p.numel() for p in l.model.parameters())/sum(p.numel() for p in convs().parameters())-.6)<.02
+
 def test_layer_that_would_be_gone():
     "It keeps a weight, the amount is met, and that is said once"
     l = learner(mlp(8, 64, 64))

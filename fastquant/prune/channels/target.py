@@ -146,6 +146,7 @@ class _Plan:
     "Base of what knows how something is pruned"
     spared = None # Gets the names of what keeps a part though all of it would go; as long as it is None, that is a `ValueError`
     def check_opt(self, opt): "Raise a `ValueError` if the optimizer could not go on afterwards"
+    def check_target(self): "Raise a `ValueError` if a target cannot be reached"
     def trial(self,
         like:dict # Tensors by path
     )->dict: # For each statistic that the criterion needs, tensors by path
@@ -211,7 +212,7 @@ class ChannelPlan(_Plan):
     ):
         self.model,self.selection = model,selection
         self.xb = first_items(xb, 2)
-        self.counts = None # channels that each group has in the end, once that is settled
+        self.counts = self.possible = None # channels that each group has in the end, once that is settled; and some that would do
         s,round_to = selection,find_structure(selection.structure).round_to
         self.groups,self.left_alone = channel_groups(model, *xb, only=s.only, exclude=s.exclude, round_to=round_to)
         self.leave_unscored()
@@ -237,8 +238,10 @@ class ChannelPlan(_Plan):
         "How many are left of each group in the end is settled when it starts, and which at every step"
         scores = {k:v.cpu().masked_fill(~now[k], -torch.inf) for k,v in scores.items()}
         if self.counts is None:
-            keep = to_target(groups, scores, as_float(self.model), self.xb, self.selection)
-            self.counts = {k:v.sum().item() for k,v in keep.items()}
+            try: self.counts = self.find_counts(groups, scores)
+            except ValueError:
+                if self.possible is None: raise
+                self.counts = self.possible
         keep = {}
         for k,v in scores.items():
             goes = len(v)-self.counts.get(k, len(v))
@@ -275,3 +278,16 @@ def leave_unscored(self:ChannelPlan):
             else: good.append(g)
     if not good: raise error
     self.groups = good
+
+@patch
+def find_counts(self:ChannelPlan, groups, scores):
+    "Channels of each group for the target"
+    keep = to_target(groups, scores, as_float(self.model), self.xb, self.selection)
+    return {k:v.sum().item() for k,v in keep.items()}
+
+@patch
+def check_target(self:ChannelPlan):
+    if not self.selection.target: return
+    now,scores = channels_now(self.groups, self.model),{}
+    for g in self.groups: scores[g.name] = score_group(g, self.model, 'l2').cpu().masked_fill(~now[g.name], -torch.inf)
+    self.possible = self.find_counts(self.groups, scores)
