@@ -55,14 +55,14 @@ def resuming(
     then,path,keys = owner.state(),mode.path,defaultdict(list)
     @contextmanager
     def first():
-        see,mode.see = mode.see,partial(_kept, mode.see, keys)
+        see,mode.see = mode.see,partial(_noting, mode.see, lambda key: keys[key[:2]].append(key))
         try: yield
         finally: mode.see = see
     @contextmanager
     def later():
         now,again,n = owner.state(),owner.mode(),Counter()
         again.around,again.key = path,partial(_again, keys, path, n)
-        again.see = partial(_counted, again.see, n)
+        again.see = partial(_noting, again.see, lambda key: n.update([key[:2]]))
         owner.put(then)
         try:
             with again, rerunning(partial(resuming, again, owner)): yield
@@ -70,14 +70,10 @@ def resuming(
     return first,later
 
 # %% ../../nbs/core/07_recompute.ipynb #06recomkeptc
-def _kept(see, keys, key, *args):
+def _noting(see, note, key, *args):
+    "`see`, with a `note` of the key if there are floating-point numbers to round"
     out = see(key, *args)
-    if floats(out): keys[key[:2]].append(key)
-    return out
-
-def _counted(see, n, key, *args):
-    out = see(key, *args)
-    if floats(out): n[key[:2]] += 1
+    if floats(out): note(key)
     return out
 
 def _again(keys, path, n, place, frame):
