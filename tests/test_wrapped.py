@@ -4,22 +4,21 @@ import torch.nn.functional as F
 from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
-from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, ProgressCallback, noop, set_seed
+from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, Learner, MSELossFlat, set_seed
 from fastcore.test import test_close as close, test_eq as eq
 from fastquant.all import *
 from fastquant.core.model import inner_model
 from fastquant.quant.site import Site
 from fastquant.quant.train import follow, guess, start
+from tests.helpers.data import loaders
+from tests.helpers.files import rounds
+from tests.helpers.learners import quiet
 
 xs,ys = torch.randn(64,3,8,8,generator=torch.Generator().manual_seed(0)),torch.arange(64)%3
 
 def learner(model, x=xs, y=ys, loss=CrossEntropyLossFlat(), **kwargs):
     items = list(zip(x, y))
-    dls = DataLoaders.from_dsets(items[:48], items[48:], bs=16, device='cpu', num_workers=0, shuffle=False)
-    learn = Learner(dls, model, loss_func=loss, **kwargs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
+    return quiet(Learner(loaders(items[:48], items[48:], bs=16, shuffle=False), model, loss_func=loss, **kwargs))
 
 def net():
     set_seed(0)
@@ -192,9 +191,7 @@ def test_checkpoint_sequential_rounds_too():
     x,grads = torch.randn(16,8),[]
     for n in 0,2:
         set_seed(0)
-        m = prepare(Sequence(n), 'int8', x)
-        watch(m, x)
-        set_ranges(m)
+        m = rounds(Sequence(n), 'int8', x, fold=False)
         m(x).square().sum().backward()
         grads.append([p.grad for p in m.parameters()])
     for a,b in zip(*grads, strict=True): eq(a, b)

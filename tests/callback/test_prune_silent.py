@@ -1,21 +1,19 @@
 "Pruning in a fit leaves alone what it cannot do, says what was not reached, counts steps, and leaves nothing behind"
 import math, pickle, pytest, torch, warnings
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from fastcore.all import L, noop
+from fastcore.all import L
 from functools import partial
 from torch import nn, Tensor
 from fastquant.all import *
 from fastquant.core.optim import remembered
 from fastquant.prune.channels.check import channel_groups
 from fastquant.prune.mask import mask_of
+from tests.helpers.data import loaders
+from tests.helpers.learners import classifier
 
 def mlp(*mid, n_in=16):
     ns = [n_in,*mid]
@@ -30,11 +28,7 @@ def learner(model, n=48, bs=8, path='.', **kwargs):
     set_seed(0)
     shape = (2,8,8) if isinstance(model[0], nn.Conv2d) else (16,)
     items = [(torch.randn(shape),torch.tensor(i%3)) for i in range(n)]
-    dls = DataLoaders.from_dsets(items, items[:8], bs=bs, device='cpu', num_workers=0)
-    learn = Learner(dls, model, loss_func=CrossEntropyLossFlat(), path=path, **kwargs)
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
+    return classifier(loaders(items, items[:8], bs=bs), model, path, metrics=None, **kwargs)
 
 def said(f):
     with warnings.catch_warnings(record=True) as caught:

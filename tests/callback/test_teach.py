@@ -5,11 +5,14 @@ from collections import Counter
 from fastai.callback.rnn import rnn_cbs
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, DiceLoss, FocalLossFlat, L1LossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.text.all import AWD_LSTM, awd_lstm_clas_config, get_text_classifier
-from fastai.vision.all import Callback, DataLoaders, Learner, MixUp, OptimWrapper, noop, partial, ranger, set_seed
+from fastai.vision.all import Callback, Learner, MixUp, OptimWrapper, partial, ranger, set_seed
 from torch import nn
 from torch.nn.utils import parametrizations, spectral_norm
 from fastquant.all import *
 from fastquant.core.model import clean_copy
+from tests.helpers.data import loaders
+from tests.helpers.learners import check_owned, quiet
+from tests.helpers.nets import same, state
 
 set_seed(0)
 X,W = torch.randn(96, 2, 4, 4),torch.randn(32, 3)
@@ -21,17 +24,13 @@ def net(of=None): return nn.Sequential(of or body(), nn.Linear(8, 3))
 def learner(model, loss_func=None, *ys, x=X, **kwargs):
     set_seed(0)
     items = list(zip(x, *(ys or (Y,))))
-    dls = DataLoaders.from_dsets(items[:64], items[64:], bs=16, device='cpu', num_workers=0)
+    dls = loaders(items[:64], items[64:], bs=16)
     dls.n_inp = 1
-    learn = Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), **kwargs)
-    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.logger = noop
-    return learn
+    return quiet(Learner(dls, model, loss_func=loss_func or CrossEntropyLossFlat(), **kwargs))
 
-def state(*ms): return [{k:v.clone() for k,v in m.state_dict().items()} for m in ms]
-def same(a, b): return all(x.keys()==y.keys() and all(torch.equal(v, y[k]) for k,v in x.items()) for x,y in zip(a, b, strict=True))
+def states(*ms): return [state(m) for m in ms]
+def all_same(a, b): return all(same(x, y) for x,y in zip(a, b, strict=True))
 def owned(learn): return Counter(id(p) for ps in learn.opt.param_lists for p in ps)
-def check_owned(learn): assert owned(learn)==Counter({id(p):1 for p in learn.model.parameters()})
 def still(model, was): return [k for k,p in model.named_parameters() if p.requires_grad and torch.equal(p, was[k])]
 
 # Models made of each other
@@ -77,38 +76,38 @@ def test_shares_with_the_student(make, cb):
     student,other = make(net())
     learn = learner(student)
     learn.fit(1, 1e-3)
-    was,groups = state(student, other),[[id(p) for p in ps] for ps in learn.opt.param_lists]
+    was,groups = states(student, other),[[id(p) for p in ps] for ps in learn.opt.param_lists]
     say = r'shares .*(weight|running_mean).* with the student.*copy_model\(model\)'
     with pytest.raises(ValueError, match=say): learn.fit(1, 1e-3, cbs=cb(other))
-    assert same(was, state(student, other)) and [[id(p) for p in ps] for ps in learn.opt.param_lists]==groups
+    assert all_same(was, states(student, other)) and [[id(p) for p in ps] for ps in learn.opt.param_lists]==groups
     twin = copy_model(other)
-    before = state(twin)
+    before = states(twin)
     learn.fit(1, 1e-2, cbs=cb(twin))
     check_owned(learn)
-    assert same(before, state(twin))==(cb is DistillCallback) or isinstance(other, Ensemble)
+    assert all_same(before, states(twin))==(cb is DistillCallback) or isinstance(other, Ensemble)
 
 @pytest.mark.parametrize('kwargs', opts.values(), ids=opts)
 def test_peers_that_share(kwargs):
     "With each other, or with who teaches in another callback, whichever comes first"
     trunk,other,learn = body(),net(),learner(net(), **kwargs)
-    was = state(other)
+    was = states(other)
     def twice(): return DistillCallback(other),MutualCallback(other)
     for cbs,who in (([MutualCallback(net(trunk), net(trunk))], 'A peer'), (twice(), 'The teacher'), (twice()[::-1], 'The teacher')):
         say = f'{who} shares .* with a peer'
         with pytest.raises(ValueError, match=say): learn.fit(1, 1e-2, cbs=list(cbs))
         check_owned(learn)
-    assert same(was, state(other))
+    assert all_same(was, states(other))
 
 @pytest.mark.parametrize('kwargs', opts.values(), ids=opts)
 @pytest.mark.parametrize('cb', [DistillCallback,MutualCallback], ids=['teacher','peer'])
 def test_what_is_frozen_may_be_shared(cb, kwargs):
     first = nn.Sequential(nn.Flatten(), nn.Linear(32, 8)).requires_grad_(False)
     student,other = net(first),net(first)
-    learn,was = learner(student, **kwargs),state(first, other)
-    before = dict(state(student)[0])
+    learn,was = learner(student, **kwargs),states(first, other)
+    before = dict(state(student))
     learn.fit(1, 1e-2, cbs=cb(other))
-    assert same(was[:1], state(first)) and still(student, before)==[] and max(owned(learn).values())==1
-    assert same(was, state(first, other))==(cb is DistillCallback)
+    assert all_same(was[:1], states(first)) and still(student, before)==[] and max(owned(learn).values())==1
+    assert all_same(was, states(first, other))==(cb is DistillCallback)
 
 def test_frozen_for_now_may_not_be_shared():
     "A stage that is only frozen can be thawed in the next fit"
@@ -120,9 +119,9 @@ def test_frozen_for_now_may_not_be_shared():
 def test_ensemble_in_a_list_stays_what_it_is():
     "Batchnorms that PyTorch does not see do not go on counting"
     a,b = net(),net().train()
-    was = state(a, b)
+    was = states(a, b)
     learner(net()).fit(1, 1e-2, cbs=DistillCallback(Ensemble(a, b)))
-    assert same(was, state(a, b)) and b[0][2].training
+    assert all_same(was, states(a, b)) and b[0][2].training
 
 # How outputs are read
 
@@ -156,10 +155,10 @@ def test_all_follow_the_loss(make):
     for loss_func,y,want in losses[:1]+losses[3:4]: assert read_as(learner(net(), loss_func, y), make())=={'':want}
     assert read_as(learner(net(), cbs=MixUp()), make())=={'':'soft_targets'}
     learn = learner(net(), own_bce, several)
-    was = state(learn.model)
+    was = states(learn.model)
     say = "own_bce, does not show how the teacher is to be read. Pass loss='soft_targets' for classes, 'soft_labels'"
     with pytest.raises(ValueError, match=say): learn.fit(1, cbs=make())
-    assert same(was, state(learn.model))
+    assert all_same(was, states(learn.model))
 
 def test_classes_of_pixels():
     y = torch.randint(0, 3, (96,4,4))
@@ -183,7 +182,7 @@ Z = (X[:,0].mean((1,2))>0).long()
 @pytest.mark.parametrize('kind,theirs', [(tuple,tuple),(list,tuple),(dict,dict),(dict,reversed)])
 def test_all_outputs_are_taught(kind, theirs):
     student,teacher,seen = Heads(kind),Heads(theirs, 16),[]
-    learn,was = learner(student, both, Y, Z),state(student)[0]
+    learn,was = learner(student, both, Y, Z),state(student)
     def parts(p): return [p['a'],p['b']] if isinstance(p, dict) else p
     class Note(Callback):
         order = DistillCallback.order+1
@@ -198,7 +197,7 @@ def test_all_outputs_are_taught(kind, theirs):
 @pytest.mark.parametrize('make', [lambda: PastSelfCallback(), lambda: AverageSelfCallback(), lambda: MutualCallback(Heads(dict, 16))], ids=['past','average','peer'])
 def test_all_outputs_of_oneself(make):
     cb = make()
-    was = [state(p)[0] for p in getattr(cb, 'peers', ())]
+    was = [state(p) for p in getattr(cb, 'peers', ())]
     assert read_as(learner(Heads(dict), both, Y, Z), cb)=={'a':'soft_targets', 'b':'soft_targets'}
     assert all(still(p, w)==[] for p,w in zip(getattr(cb, 'peers', ()), was))
 
@@ -276,13 +275,13 @@ def test_copies_of_normed_weights(norm):
         twin = clean_copy(m)
         assert torch.allclose(twin.eval()(x), m.eval()(x))
         m.train(), twin.train()
-    was,mine = state(m),state(twin)[0]
+    was,mine = states(m),state(twin)
     opt = torch.optim.SGD(twin.parameters(), lr=.1)
     for _ in range(2):
         opt.zero_grad()
         twin(x).square().sum().backward()
         opt.step()
-    assert same(was, state(m)) and still(twin, mine)==[]
+    assert all_same(was, states(m)) and still(twin, mine)==[]
 
 def test_copies_of_cached_tensors():
     "A view of a weight follows the copy's weight, in values and gradients"

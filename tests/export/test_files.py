@@ -15,8 +15,9 @@ from fastquant.lowrank.layers import factorise, find_layers, put_factors
 from fastquant.prune.mask import set_mask
 from fastquant.prune.recipe import Recipe, recipe_from_json
 from fastquant.quant.convert import convert
-from fastquant.quant.prepare import prepare, set_ranges, watch
+from fastquant.quant.prepare import prepare
 from fastquant.quant.spec import low_bits, spec_from_json, spec_to_json
+from tests.helpers.files import rounds
 
 torch.manual_seed(0)
 x = torch.randn(4,2,6,6)
@@ -27,9 +28,7 @@ def net():
 def simulated():
     m = net()
     for _ in range(3): m(x)
-    m = prepare(m.eval(), 'int8', x, fold=True)
-    watch(m, x)
-    set_ranges(m)
+    m = rounds(m.eval(), 'int8', x)
     return convert(m)
 
 vocab = dict(vocab=['a','b','c'])

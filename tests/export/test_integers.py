@@ -4,6 +4,7 @@ from onnx import helper as oh
 from fastquant.all import *
 from fastquant.export.onnx import layer_nodes
 from fastquant.export.portable import session
+from tests.helpers.files import rounds
 from tests.helpers.haswell import on_haswell
 from tests.helpers.integers import evaluate, integer_layers, values
 from tests.helpers.layers import Case, File, Net, conv, model, plain
@@ -138,9 +139,7 @@ def exported(spec):
     net,x = Net(),torch.randn(8, 3, 12, 12)
     with torch.no_grad():
         for _ in range(20): net(x)
-    sim = prepare(copy.deepcopy(net.eval()), spec, x, fold=True)
-    watch(sim, x)
-    set_ranges(sim)
+    sim = rounds(copy.deepcopy(net.eval()), spec, x)
     return to_onnx(convert(sim), x),{'input':x.numpy()}
 
 def db(a, b):

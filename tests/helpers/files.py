@@ -31,9 +31,9 @@ def few(learn):
     "As many inputs as the gate is shown"
     return tuple(x[:8].detach().as_subclass(torch.Tensor) for x in inputs(learn, learn.dls.valid, 1)[0])
 
-def rounds(model, spec, *xb):
+def rounds(model, spec, *xb, fold=True):
     "`model` with ranges from `xb`"
-    prepare(model, spec, *xb, fold=True)
+    prepare(model, spec, *xb, fold=fold)
     watch(model, *xb)
     set_ranges(model)
     return model

@@ -10,6 +10,7 @@ from fastquant.prune.shrink import recipe_from_json
 from fastquant.prune.channels.check import channel_groups
 from fastquant.prune.channels.target import plan_for
 from tests.helpers.data import loaders, noise
+from tests.helpers.files import rounds
 from tests.helpers.learners import classifier
 from tests.helpers.nets import same_with_nan as same, state, two_convs
 
@@ -107,9 +108,7 @@ def test_integers_are_not_cut(learn):
     "A model whose weights are integers already is left as it is"
     s,x = learn.prune(.5, structure='channel', scope='local'),torch.randn(4, 2, 8, 8)
     learn.fit(1, 1e-3)
-    model = prepare(clean_copy(learn.model), 'int8', x)
-    watch(model, x)
-    set_ranges(model)
+    model = rounds(clean_copy(learn.model), 'int8', x, fold=False)
     convert(model)
     before = state(model)
     with pytest.raises(ValueError, match='Remove channels before `convert`'): shrink(model, recipe_of(s.model))

@@ -1,6 +1,5 @@
 "Each kind of bad input gets an error that says how to go on, and leaves the Learner and the disk as they were"
 import onnx, pytest, torch
-from pathlib import Path
 from fastai.vision.all import Learner, set_seed
 from torch import nn
 import fastquant.learner.quant

@@ -12,6 +12,7 @@ from fastquant.quant.site import Site
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.quant.spec import Spec
 from fastquant.quant.train import follow, unseen
+from tests.helpers.files import rounds
 
 x = torch.randn(8,3,8,8, generator=torch.Generator().manual_seed(0))
 
@@ -212,18 +213,14 @@ def test_effects_are_those_of_float(f):
 def test_effects_have_the_gradients_of_values(f):
     nets = [stmt(f),stmt(plain(f))]
     for net in nets:
-        prepare(net, 'int8', x)
-        watch(net, x)
-        set_ranges(net)
+        rounds(net, 'int8', x, fold=False)
         net.train()(x).square().sum().backward()
     for p,q in zip(*(n.parameters() for n in nets), strict=True): assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-5)
 
 @pytest.mark.parametrize('f', [relu,add,silu,part,put])
 def test_file_has_the_effects(f):
     net = stmt(f).eval()
-    rounded = prepare(copy.deepcopy(net), 'int8', x)
-    watch(rounded, x)
-    set_ranges(rounded)
+    rounded = rounds(copy.deepcopy(net), 'int8', x, fold=False)
     sim = convert(copy.deepcopy(rounded))
     report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
     assert report.n_int8==report.n_layers==3, report
@@ -249,9 +246,7 @@ def test_born_inside(name):
     assert list(groups(net, 'weight', x)[0])==['lin']
     with torch.no_grad():
         want = net(x)
-        prepare(net, 'int8', x)
-        watch(net, x)
-        set_ranges(net)
+        rounds(net, 'int8', x, fold=False)
         assert set(fake_quant_of(net).layers)=={'lin','head'} and sqnr(want, net(x))>25
 
 class Both(nn.Module):
@@ -267,9 +262,7 @@ class Both(nn.Module):
 def test_what_stays_in_float_gets_floats(f):
     net = Both(f).eval()
     x = torch.randn(16,8)
-    rounded = prepare(copy.deepcopy(net), 'int8', x)
-    watch(rounded, x)
-    set_ranges(rounded)
+    rounded = rounds(copy.deepcopy(net), 'int8', x, fold=False)
     sim = convert(copy.deepcopy(rounded))
     with torch.no_grad():
         for m in (rounded,sim): assert m(x)[0].equal(net(x)[0]) and 60<sqnr(net(x)[1], m(x)[1])<200
