@@ -1,5 +1,6 @@
 "What a fastai user does to a Learner, done to one that trains through rounding: it survives, and does what it should"
 import copy, numpy as np, onnx, pytest, torch
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from fastai.callback.rnn import ModelResetter
@@ -805,3 +806,43 @@ def test_full_range_is_for_who_asks(make):
     learn.fit(2, 1e-3, cbs=QuantAwareCallback('int8_full'))
     report = learn.quantize().model.report
     assert not fake_quant_of(learn.model).paired and report.portable is False and 'whole range' in str(report)
+
+# Published formulas, by value inside a fit
+
+class Lsq(torch.autograd.Function):
+    "Rounding with the gradient of its step as Esser et al. 2020 print it: equation 3, times what section 2.2 says for `n` numbers; what rounds to the last integer is on the grid"
+    @staticmethod
+    def forward(ctx, v, s, lo, hi, n, most):
+        ctx.save_for_backward(v, s)
+        ctx.rest = lo,hi,n*most
+        return (v/s).clamp(lo, hi).round()*s
+    @staticmethod
+    def backward(ctx, g):
+        v,s = ctx.saved_tensors
+        lo,hi,n = ctx.rest
+        r = v/s
+        q = r.round()
+        each = torch.where(q<lo, lo, torch.where(q>hi, hi, q-r))
+        return g*(lo<=q)*(q<=hi),(g*each).sum_to_size(s.shape)/n**.5,None,None,None,None
+
+@pytest.mark.parametrize('bits', [3,4])
+def test_gradients_of_learned_steps(bits, tmp_path):
+    "Of weights with a step for each channel, of inputs of both signs, and of activations that are never negative"
+    spec,got = replace(find_spec(f'w{bits}a{bits}'), ends=None, stream=None),[]
+    learn = learner(tmp_path, nn.Sequential(nn.Flatten(), nn.Linear(64,16), nn.ReLU(), nn.Linear(16,10)))
+    def note(l):
+        r = fake_quant_of(l.model)
+        if r.ready: got.append((r,state(l.model),r.scale.grad.clone(),r.weight_scale.grad.clone(),l.x.clone(),l.y.clone()))
+    learn.fit(1, 1e-3, cbs=[QuantAwareCallback(spec, start=0.), Do(before_step=note, order=-1)])
+    r,at,of_acts,of_weights,x,y = got[-1]
+    s,sw = (at[f'fake_quant_{k}'].requires_grad_() for k in ('scale','weight_scale'))
+    h,most,hi = x.flatten(1),2**(bits-1)-1,2**bits-1
+    for k,n in ('1',64),('3',16):
+        i = r.layers[k].i
+        z = at['fake_quant_zero_point'][i].round()
+        h = Lsq.apply(h.relu() if k=='3' else h, s[i], -z, hi-z, n, hi)
+        w = Lsq.apply(at[f'{k}.weight'], sw[r.slices[k]][:,None], -most, most, n, most)
+        h = nn.functional.linear(h, w, at[f'{k}.bias'])
+    nn.functional.cross_entropy(h, y).backward()
+    for a,b in (of_acts,s.grad),(of_weights,sw.grad): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    assert of_acts.all() and of_weights.count_nonzero()>20
