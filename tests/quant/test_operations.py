@@ -1,5 +1,5 @@
 "Operations of a model that is not a plain stack of layers: each keeps its place, whatever runs beside it, and does to its arguments what it does in float"
-import copy, pickle, pytest, torch
+import copy, math, pickle, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -268,6 +268,57 @@ def test_what_stays_in_float_gets_floats(f):
         for m in (rounded,sim): assert m(x)[0].equal(net(x)[0]) and 60<sqnr(net(x)[1], m(x)[1])<200
     report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
     assert report.n_int8==1
+
+class Clipped(nn.Module):
+    "A layer that reads what `act` makes of its own output; and the batch as well, if `twice`, on the same grid"
+    def __init__(self, act, twice):
+        super().__init__()
+        self.act,self.twice,self.lin,self.head = act,twice,nn.Linear(8,8),nn.Linear(8,8)
+        self.lin.weight.data.mul_(9)
+    def forward(self, x):
+        x = self.act(self.lin(x))
+        return self.head(self.lin(x) if self.twice else x)
+
+clipped = dict(relu=(F.relu, math.inf), relu6=(F.relu6, 6), hardtanh=(lambda x: F.hardtanh(x, 0, 4), 4))
+
+@pytest.mark.parametrize('spec', ['int8','int8_symmetric','w4a4'])
+@pytest.mark.parametrize('twice', ['','any','positive'])
+@pytest.mark.parametrize('name', clipped)
+def test_no_grid_undoes_a_clip(name, twice, spec):
+    "Not one with a sign, nor one that the layer's other input needs, which reaches further down and up"
+    torch.manual_seed(0)
+    act,cap = clipped[name]
+    x,seen = 10*torch.randn(64,8),[]
+    if twice=='positive': x = x.abs()
+    net = rounds(Clipped(act, twice).eval(), spec, x)
+    (net.lin if twice else net.head).register_forward_pre_hook(lambda m,xs: seen.append(xs[0]))
+    for m in net.eval(),convert(copy.deepcopy(net)):
+        with torch.no_grad(): m(x)
+        h = seen[-1]
+        assert h.min()==0 and h.max()<=1.1*cap and (h>0).float().mean()>.3, (h.min(), h.max())
+
+class Parted(nn.Module):
+    "A value in two parts, of which a layer reads one, and a gate in float the other"
+    def __init__(self, cut):
+        super().__init__()
+        self.cut,self.first,self.lin,self.head = cut,nn.Linear(8,16),nn.Linear(8,8),nn.Linear(8,2)
+    def forward(self, x):
+        a,b = self.cut(self.first(x))
+        return self.head(self.lin(a)*b.sigmoid())
+
+cuts = dict(chunk=lambda x: x.chunk(2, 1), split=lambda x: x.split(8, 1), unbind=lambda x: x.view(-1,2,8).unbind(1), slices=lambda x: (x[:,:8],x[:,8:]))
+
+@pytest.mark.parametrize('cut', cuts)
+def test_one_part_of_a_value_in_int8(cut):
+    "The layer that reads it finds it rounded, in the file too"
+    net,x = Parted(cuts[cut]).eval(),torch.randn(32,8)
+    rounded = rounds(copy.deepcopy(net), 'int8', x)
+    r = fake_quant_of(rounded)
+    assert set(r.layers)=={'first','lin','head'} and r.layers['lin'].source in ('first','')
+    with torch.no_grad(): want = net(x)
+    sim = convert(copy.deepcopy(rounded))
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert report.n_int8==3 and report.sqnr_float>20 and want.std()>.05, report
 
 class Outside(nn.Module):
     "Weights that are in no layer"
