@@ -369,3 +369,15 @@ def test_batches_of_another_size(teacher, tmp_path):
             if self.iter%2: self.learn.xb = (F.interpolate(self.x, 6),)
     learn.fit(1, 1e-3, cbs=[hinted(teacher),Shrink()])
     check_clean(learn)
+
+@pytest.mark.parametrize('curve', [4., SchedCos(8, 1), lambda t: 2+6*t])
+def test_loss_is_the_published_one_at_every_step(teacher, tmp_path, curve):
+    "Hinton et al. 2015, section 2, at the temperature that the curve gives for that part of the fit"
+    learn,cb,want = learner(tmp_path),DistillCallback(teacher, temperature=curve),[]
+    def note(l):
+        t = curve(l.pct_train) if callable(curve) else curve
+        with torch.no_grad(): theirs = teacher.model.eval()(l.x)
+        p,q = ((v/t).softmax(1) for v in (theirs,l.pred.detach()))
+        want.append(t**2*(p*(p.log()-q.log())).sum(1).mean())
+    learn.fit(2, 1e-3, cbs=[cb, Do(after_loss=note)])
+    torch.testing.assert_close(torch.stack(cb.losses), torch.stack(want).as_subclass(torch.Tensor), rtol=1e-4, atol=1e-6)
