@@ -846,3 +846,11 @@ def test_gradients_of_learned_steps(bits, tmp_path):
     nn.functional.cross_entropy(h, y).backward()
     for a,b in (of_acts,s.grad),(of_weights,sw.grad): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     assert of_acts.all() and of_weights.count_nonzero()>20
+
+def test_rounding_that_starts_at_the_end(make):
+    "With start=1 the whole fit is in float, and what it ends with is rounded"
+    learn,seen = make(),[]
+    cb = QuantAwareCallback('int8', start=1., freeze_bn=1., freeze=1.)
+    learn.fit(2, 1e-3, cbs=[cb, Do(after_pred=lambda l: seen.append(fake_quant_of(l.model).rounds))])
+    assert not any(seen) and fake_quant_of(learn.model).ready
+    assert learn.quantize(timed=False).model.report.n_int8==4
