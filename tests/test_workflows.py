@@ -145,7 +145,7 @@ def test_displays():
     learn = tiny()
     with learn.no_bar():
         q = learn.quantize(n_batches=1)
-        shown = [q.model.report, learn.compare(q, n=2), learn.layer_errors(show_plot=False), learn.prune_sensitivity((.5,), show_plot=False), learn.prune_report(show_plot=False)]
+        shown = [q.model.report, learn.compare(q, n=2), learn.layer_errors(n_batches=1, show_plot=False), learn.prune_sensitivity((.5,), show_plot=False), learn.prune_report(show_plot=False)]
         learn.validate(cbs=PTQCalibrate(1))
         shown.append(ranges(learn.model))
     for o in shown:
