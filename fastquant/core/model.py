@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'map_tensors', 'batch_size', 'first_items',
-           'own_weight', 'inner_model', 'eagerly', 'check_one_device', 'modules_in', 'evaluating', 'catching',
-           'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights', 'float32_copy', 'other_precision']
+           'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'check_one_device', 'modules_in',
+           'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights',
+           'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -83,6 +84,21 @@ def first_items(
         t = t.detach().as_subclass(Tensor)
         return t[:n] if t.ndim and len(t)==size else t
     return map_tensors(cut, xb)
+
+# %% ../../nbs/core/01_model.ipynb #01mod0000nb
+def has_rows(
+    xb # Inputs, nested as the model takes them
+)->list:
+    "Whether each tensor of `xb` has a row for each item"
+    n = batch_size(xb)
+    return [t.ndim>0 and len(t)==n for t in tensors(xb)]
+
+def item_sizes(
+    xb # Inputs, nested as the model takes them
+)->list: # A tuple for each tensor
+    "Sizes of an item; of what has no row for each item all of them"
+    both = zip(tensors(xb), has_rows(xb))
+    return [tuple(t.shape[1:] if rows else t.shape) for t,rows in both]
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009
 conv_layers,batchnorms = nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm # PyTorch has no public names for these

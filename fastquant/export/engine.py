@@ -17,8 +17,10 @@ from ..core.basics import *
 from ..core.plain import *
 from ..core.model import *
 from ..core.outputs import *
+from .graph import *
 from .onnx import *
 from .intact import *
+from .feed import *
 from .portable import *
 from .summary import *
 
@@ -36,11 +38,6 @@ def _as_bytes(o):
     data = o if isinstance(o, bytes) else o.cpu().numpy().tobytes()
     check_digest(read_onnx(data, 'The file in this state'), 'The file in this state')
     return data
-
-def _as_given(o, types, xb):
-    "The output `o` in the precision of the inputs, if they had to be cast for the file"
-    cast = [x.dtype for x,t in zip(xb, types.values()) if x.dtype!=t and x.is_floating_point()]
-    return o.to(cast[0]) if cast and o.is_floating_point() else o
 
 # %% ../../nbs/export/02_engine.ipynb #07engaintac7
 class Engine(FileModel):
@@ -70,23 +67,22 @@ class Engine(FileModel):
         self.__dict__.pop('_opened', None)
     @property
     def opened(self):
-        "The file, ready to run on as many threads as torch uses, exact on every processor; with the types of its inputs, the names of its outputs, and how both are nested"
+        "The file, ready to run on as many threads as torch uses, exact on every processor; with what it takes, the names of its outputs, and how both are nested"
         if self.__dict__.get('_threads')!=torch.get_num_threads() or '_opened' not in self.__dict__: self._open(read_onnx(self.data))
         return self._opened
     def _open(self, proto):
         n,g,said = torch.get_num_threads(),proto.graph,metadata_of(proto)
-        types = {i.name:_array_type(i) for i in g.input}
-        names = [o.name for o in g.output]
+        ins,names = inputs_of(g),[o.name for o in g.output]
         nested = [said.get(k) for k in ('inputs','outputs')]
-        self._opened = self.open(as_run(self.data), n),types,names,nested
+        self._opened = self.open(as_run(self.data), n),ins,names,nested
         self._threads = n
     def forward(self, *xb):
-        opened,types,names,(given,made) = self.opened
+        opened,ins,names,(given,made) = self.opened
         xs = tensors(xb) if given is None else picked(given, xb)
-        plain = lambda x,t: x.detach().as_subclass(Tensor).to('cpu', t).contiguous().numpy()
-        feed = {k:plain(x, t) for (k,t),x in zip(types.items(), xs, strict=True)}
+        feed = {i.name:i.array(x) for i,x in zip(ins, xs, strict=True)}
         arrays = self.computed(opened, feed, names)
-        out = [_as_given(torch.from_numpy(o).to(xs[0].device), types, xs) for o in arrays]
+        found = [torch.from_numpy(o).to(xs[0].device) for o in arrays]
+        out = [as_given(o, ins, xs) for o in found]
         if made is not None: return build(made, out)
         return out[0] if len(out)==1 else tuple(out)
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
@@ -94,16 +90,6 @@ class Engine(FileModel):
 engines['onnxruntime'] = Engine
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000092
-_of = onnx.TensorProto
-_arrays = {_of.FLOAT:torch.float32, _of.FLOAT16:torch.float16, _of.DOUBLE:torch.float64,
-    _of.INT64:torch.int64, _of.INT32:torch.int32, _of.INT16:torch.int16, _of.INT8:torch.int8, _of.UINT8:torch.uint8, _of.BOOL:torch.bool}
-
-def _array_type(i):
-    "The type of tensors that the input `i` of a graph takes"
-    dtype = i.type.tensor_type.elem_type
-    check_field(dtype in _arrays, f'The type of the input {i.name!r}', dtype, 'a number that PyTorch has: a float, an integer of 32 or 64 bits, or a bool')
-    return _arrays[dtype]
-
 @patch
 def computed(self:Engine, opened, feed, names)->list:
     "What `compute` gives; raises `ValueError` where the file and the inputs do not go together"
@@ -145,6 +131,13 @@ def _report_in(said, what='This file'):
     check_fields(r, Report, f"{what}: 'report' in its metadata")
     return Report(**r)
 
+def _sizes_in(said, what='This file'):
+    "The sizes of inputs among the metadata `said`, as far as they are there"
+    sizes = said.get('preprocess', {}).get('size', [])
+    def is_shape(o): return isinstance(o, list) and all(map(is_size, o))
+    check_field(isinstance(sizes, list) and all(map(is_shape, sizes)), f"{what}: 'size' in its metadata", sizes, 'a list of sizes for each input')
+    return sizes
+
 _kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'))
 
 def _check_metadata(proto, what):
@@ -154,6 +147,7 @@ def _check_metadata(proto, what):
     for k in _kinds.keys()&said.keys():
         kind,wanted = _kinds[k]
         check_field(isinstance(said[k], kind), f'{what}: {k!r} in its metadata', said[k], wanted)
+    _sizes_in(said, what)
     check_portable(proto, said.get('portable'), what)
 
 # %% ../../nbs/export/02_engine.ipynb #07engaintac9
@@ -189,8 +183,10 @@ def said_of(
 # %% ../../nbs/export/02_engine.ipynb #07expo78d278
 @patch(as_prop=True)
 def n_macs(self:Engine)->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
-    g = onnx.shape_inference.infer_shapes(onnx.load_from_string(self.data)).graph
+    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
+    proto = onnx.load_from_string(self.data)
+    set_sizes(proto.graph, _sizes_in(self.metadata))
+    g = onnx.shape_inference.infer_shapes(proto).graph
     dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
     shape = {v.name:dims(v) for v in [*g.input,*g.value_info,*g.output]}
     shape.update({i.name:list(i.dims) for i in g.initializer})
@@ -215,12 +211,17 @@ def optimized(
         session(as_run(data), optimized_model_filepath=f'{d}/o.onnx')
         return onnx.load(f'{d}/o.onnx')
 
+_added = re.compile(r'(_token_\d+|_nchwc|_quant)$') # by ONNX Runtime, to the name of a node
+
 def layer_kernels(
     data:bytes # An ONNX file written by fastquant
 )->dict:
     "The kernel that ONNX Runtime uses for each layer, by module path"
     nodes = layer_nodes(onnx.load_from_string(data))
-    plain = lambda name: re.sub(r'^fused |(_token_\d+|_nchwc|_quant)+$', '', name)
+    def plain(name):
+        name = name.removeprefix('fused ')
+        while name not in nodes and (short:=_added.sub('', name))!=name: name = short
+        return name
     found = {plain(n.name):n.op_type for n in optimized(data).graph.node}
     kernel = lambda k,n: found.get(k, found.get(n.output[0], 'gone')) # some fusions name a node after its output
     return {k:kernel(k, n) for k,n in nodes.items()}

@@ -7,27 +7,22 @@ Docs: https://fastquant-dev.github.io/fastquant/export/onnx.html.md"""
 # %% ../../nbs/export/00_onnx.ipynb #07expoba6e60
 from __future__ import annotations
 import logging, warnings
-import numpy as np, onnx, torch
+import onnx, torch
 from collections.abc import Sequence
 from contextlib import contextmanager
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
-from google.protobuf.message import DecodeError
-from torch import nn, Tensor
+from torch import nn
 from ..core.model import *
 from ..quant.grid import *
-from ..quant.convert import room
 from ..quant.fakequant import fake_quant_of
+from .dims import *
+from .graph import *
+from .lowbit import *
+from .older import *
 
 # %% auto #0
-__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'name_ends',
-           'layer_nodes', 'nodes_of', 'put_before', 'keep_float', 'pack', 'packed_four', 'packed_two', 'file_tensors',
-           'file_bytes']
-
-# %% ../../nbs/export/00_onnx.ipynb #07expo483e03
-_of = onnx.TensorProto
-INT4,INT8,UINT8 = _of.INT4,_of.INT8,_of.UINT8
-INT32,INT64 = _of.INT32,_of.INT64
+__all__ = ['translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo914d5b
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
@@ -70,35 +65,66 @@ class _Plain(nn.Module):
         xs = iter(xs)
         return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
 
+def _pair(xb):
+    "The first two items of `xb`, or the only one twice, as plain tensors on the CPU"
+    rows = iter(has_rows(xb))
+    def twice(x): return torch.cat([x,x]) if next(rows) else x
+    if batch_size(xb)<2: xb = map_tensors(twice, xb)
+    return map_tensors(lambda x: x.cpu().contiguous(), first_items(xb, 2))
+
+def _free(xb, dims):
+    "What is free in each tensor of `xb`, as `torch.export` is told"
+    dim = torch.export.Dim
+    def of(rows, ds):
+        batch = {0:dim('batch')} if rows else {}
+        return {**batch, **dict.fromkeys(ds, dim.DYNAMIC)} or None
+    return tuple(map(of, has_rows(xb), dims))
+
+# %% ../../nbs/export/00_onnx.ipynb #00onnxdyn2
+@torch.no_grad()
+def to_onnx(
+    model:nn.Module, # A float model, or one from `convert`
+    *xb,             # Example inputs, a batch of 2 or more
+    dynamic=None,    # Dimensions that are free besides the batch, see `free_dims`
+    opset:int=None   # Version of ONNX, from 13 to 21; what PyTorch writes if None
+)->onnx.ModelProto:
+    "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done, and `ValueError` if it cannot for `dynamic` or `opset`"
+    check_opset(opset)
+    check_python(model)
+    dims,two = free_dims(dynamic, xb),_pair(xb)
+    model = model.cpu().eval()
+    at_other_sizes(model, two, dims)
+    try: proto = _exported(model, two, _free(xb, dims), opset)
+    except RuntimeError as e:
+        if any(dims): to_onnx(model, *xb, opset=opset) # raises by itself if it is not they that are to blame
+        raise _not_exported(model, xb, dims, e) from e
+    name_dims(proto.graph, dims)
+    r = fake_quant_of(model)
+    grids = {k:w.grid for k,w in r.weights.items()} if r else {}
+    return lowered(pack(keep_float(tidy(proto)), grids, opset), opset)
+
+def _exported(model, xb, free, opset):
+    "What PyTorch makes of `model`"
+    how = {} if opset is None else dict(opset_version=max(opset, 18))
+    with quiet():
+        plain,xs = _Plain(model, xb),tuple(tensors(xb))
+        program = torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False)
+        done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)
+        return done.model_proto
+
+# %% ../../nbs/export/00_onnx.ipynb #00onnxdyn7
 def _root_of(e):
     "The first line of what an exception came from in the first place"
     while e.__cause__: e = e.__cause__
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-@torch.no_grad()
-def to_onnx(
-    model:nn.Module, # A float model, or one from `convert`
-    *xb              # Example inputs, a batch of 2 or more
-)->onnx.ModelProto:
-    "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done"
-    check_python(model)
-    n = batch_size(xb)
-    has_rows = [x.ndim and len(x)==n for x in tensors(xb)]
-    if n<2: xb = map_tensors(lambda x: torch.cat([x,x]) if x.ndim and len(x)==n else x, xb)
-    plain = lambda x: x.detach().as_subclass(Tensor).cpu().contiguous()
-    xb = map_tensors(plain, first_items(xb, 2))
-    batch = {'xs':tuple({0:torch.export.Dim('batch')} if rows else None for rows in has_rows)}
-    try:
-        with quiet():
-            program = torch.export.export(_Plain(model.cpu().eval(), xb), tuple(tensors(xb)), dynamic_shapes=batch, strict=False)
-            done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False)
-            proto = done.model_proto
-    except RuntimeError as e:
-        raise RuntimeError(f"{type(model).__name__} cannot be exported to ONNX by torch {torch.__version__}: {_root_of(e)}. "
-            "The usual cause is a forward pass that depends on the values in a batch, or on its size.") from e
-    r = fake_quant_of(model)
-    grids = {k:w.grid for k,w in r.weights.items()} if r else {}
-    return pack(keep_float(tidy(proto)), grids)
+def _not_exported(model, xb, dims, e):
+    "What to say if `_exported` raised `e`"
+    name,why = type(model).__name__,_root_of(e)
+    if any(dims):
+        return ValueError(f"{name} cannot take inputs of any size in dimensions {dims}: {why}. Leave `dynamic` out, and the file takes those of {item_sizes(xb)}; or pass fewer dimensions.")
+    return RuntimeError(f"{name} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
+        "The usual cause is a forward pass that depends on the values in a batch, or on its size.")
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo73d649
 def tidy(
@@ -109,25 +135,15 @@ def tidy(
     for o in [proto, g, *g.node, *g.initializer, *g.input, *g.output, *g.value_info]: o.ClearField('metadata_props')
     for n in g.node: n.ClearField('doc_string')
     del g.value_info[:]
-    short = lambda s: s.removeprefix('model.')
-    for i in g.initializer: i.name = short(i.name)
-    for n in g.node: n.input[:] = [short(i) for i in n.input]
-    for path,n in layer_nodes(proto).items(): n.name = path
-    name_ends(g, g.input, 'input')
-    name_ends(g, g.output, 'output')
+    name_values(g)
+    layers = layer_nodes(proto)
+    others = set(map(id, g.node))-set(map(id, layers.values()))
+    for n in g.node:
+        if id(n) in others and n.name in layers: n.name += '_'
+    for path,n in layers.items(): n.name = path
     return proto
 
-def name_ends(g, ends, name):
-    "Call the graph's inputs or outputs `name`, with a number if there are several"
-    n = len(ends)
-    names = [f'{name}_{i}' for i in range(n)] if n>1 else [name]
-    new = {o.name:k for o,k in zip(ends, names)}
-    if set(new.values())&{v for n in g.node for v in n.output}: return
-    for o in ends: o.name = new[o.name]
-    for n in g.node:
-        for o in n.input,n.output: o[:] = [new.get(i, i) for i in o]
-
-unpacking = set('DequantizeLinear Transpose Cast Mul Add Sub Unsqueeze BitShift BitwiseAnd Slice Reshape'.split())
+unpacking = set('DequantizeLinear Transpose Cast Mul Add Sub Unsqueeze BitShift BitwiseAnd Mod Slice Reshape'.split())
 
 def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
@@ -145,120 +161,26 @@ def layer_nodes(
     return {k:n for k,n in found.items() if computes(n)}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
-def nodes_of(
-    graph:onnx.GraphProto, # Any
-    *kinds                 # Operators, as ONNX calls them
-)->list:
-    "Nodes of `graph` with these operators, in order"
-    return [n for n in graph.node if n.op_type in kinds]
-
-def put_before(
-    graph:onnx.GraphProto, # Changed in place
-    new:dict               # Lists of nodes, by the position of the node that they are to come before
-):
-    "Put nodes in front of others"
-    nodes = []
-    for i,n in enumerate(graph.node): nodes += [*new.get(i, ()),n]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
 def keep_float(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Keep engines from rounding the weights of layers that are in float"
     g,new = proto.graph,{}
-    floats = {i.name for i in g.initializer if i.data_type==_of.FLOAT}
+    taken = set(values_of(g))
+    floats = {i.name for i in g.initializer if i.data_type==onnx.TensorProto.FLOAT}
     integer = {o for n in nodes_of(g, 'DequantizeLinear') for o in n.output}
     for i,n in enumerate(g.node):
         if n.op_type not in ('Conv','ConvTranspose','Gemm'): continue
         x,w,*_ = n.input
         if x not in integer or w not in floats: continue
-        own = f'{x}_of_{i}'
+        own = free_name(f'{x}_of_{i}', taken)
         new[i] = [onnx.helper.make_node('Max', [x], [own])]
         n.input[0] = own
     put_before(g, new)
     return proto
 
-# %% ../../nbs/export/00_onnx.ipynb #07expof08d97
-def pack(
-    proto:onnx.ModelProto, # Changed in place
-    grids:dict             # Grid of the weight of each layer, by module path
-)->onnx.ModelProto: # `proto`
-    "Store the integer weights of 4 and fewer bits in as few bytes"
-    g,front = proto.graph,[]
-    for i in list(g.initializer):
-        grid = grids.get(i.name.removesuffix('.weight'), Grid())
-        if not i.name.endswith('.weight') or i.data_type!=INT8 or grid.bits>4: continue
-        q,n = onnx.numpy_helper.to_array(i).astype(np.int32),room(grid)
-        if (q%n).any(): continue
-        packed = packed_two if grid.bits==2 else packed_four
-        small,nodes = packed(i.name, q//n, n)
-        i.CopyFrom(small)
-        new = {i.name:f'{i.name}_int8'}
-        for o in g.node: o.input[:] = [new.get(v, v) for v in o.input]
-        front += nodes
-    if not front: return proto
-    put_before(g, {0:front})
-    for o in proto.opset_import: o.version = max(o.version, 21) if o.domain=='' else o.version
-    proto.ir_version = max(proto.ir_version, 10)
-    return proto
-
-# %% ../../nbs/export/00_onnx.ipynb #07expo6e2f03
-def _constant(name, dtype, value):
-    "A node that puts out `value`, a number or a list of them"
-    a = np.array(value)
-    t = onnx.helper.make_tensor(name, dtype, a.shape, a.flatten().tolist())
-    return onnx.helper.make_node('Constant', [], [name], value=t)
-
-def _step(kind, *consts, **attrs):
-    "What makes a node for the weight `name`, from `a` to `b`; its other inputs are constants of that weight"
-    def node(name, a, b):
-        second = [f'{name}_{k}' for k in consts]
-        return onnx.helper.make_node(kind, [a,*second], [b], **attrs)
-    return node
-
-def _nodes(name, *steps):
-    "Nodes for the steps one after the other, from the initializer `name` to the int8 weight"
-    between = [f'{name}_{i}' for i in range(len(steps)-1)]
-    names = [name,*between,f'{name}_int8']
-    ends = zip(names, names[1:])
-    return [step(name, *o) for step,o in zip(steps, ends)]
-
-# %% ../../nbs/export/00_onnx.ipynb #07expo2aca79
-def packed_four(
-    name:str, # Of the weight
-    q,        # Its integers, an array
-    room:int  # What they are multiplied by in a byte
-)->tuple: # An initializer, and a list of nodes
-    "An initializer of 4-bit integers, and the nodes that make int8 of it"
-    even = np.pad(q.flatten(), (0, q.size%2))
-    u = even.astype(np.uint8)&15
-    pairs = u[::2]|u[1::2]<<4
-    small = onnx.helper.make_tensor(name, INT4, q.shape, pairs.tobytes(), raw=True)
-    nodes = _nodes(name, _step('Cast', to=INT8), _step('Mul', 'room'))
-    return small,[_constant(f'{name}_room', INT8, room),*nodes]
-
-def packed_two(
-    name:str, # Of the weight
-    q,        # Its integers, an array
-    room:int  # What they are multiplied by in a byte
-)->tuple: # An initializer, and a list of nodes
-    "An initializer of bytes that hold four 2-bit integers each, and the nodes that make int8 of it"
-    whole = np.pad(q.flatten()+1, (0, -q.size%4))
-    fours = whole.reshape(-1,4)<<[0,2,4,6]
-    small = onnx.numpy_helper.from_array(fours.sum(1).astype(np.uint8), name)
-    of_bits = dict(axis=(INT64,[1]), shifts=(UINT8,[0,2,4,6]), mask=(UINT8,3))
-    of_values = dict(one=(INT32,1), room=(INT32,room))
-    of_shape = dict(flat=(INT64,[-1]), zero=(INT64,[0]), size=(INT64,[q.size]), shape=(INT64,q.shape))
-    consts = {**of_bits, **of_values, **of_shape}
-    bits = _step('Unsqueeze', 'axis'),_step('BitShift', 'shifts', direction='RIGHT'),_step('BitwiseAnd', 'mask')
-    values = _step('Cast', to=INT32),_step('Sub', 'one'),_step('Mul', 'room')
-    shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape')
-    nodes = _nodes(name, *bits, *values, *shape, _step('Cast', to=INT8))
-    made = [_constant(f'{name}_{k}', *o) for k,o in consts.items()]
-    return small,made+nodes
-
 # %% ../../nbs/export/00_onnx.ipynb #00onnxprt2
+_of = onnx.TensorProto
 _in_torch = {_of.FLOAT:torch.float32, INT8:torch.int8, UINT8:torch.uint8, INT32:torch.int32, INT64:torch.int64}
 _nibbles = INT4,_of.UINT4 # a byte holds two of these
 

@@ -11,7 +11,7 @@ import numpy as np, onnx, onnxruntime as ort, torch
 from functools import lru_cache
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from ..quant.pairs import *
-from .onnx import *
+from .graph import *
 
 # %% auto #0
 __all__ = ['ort_errors', 'session', 'saturates', 'constants', 'constant_names', 'int8_weights', 'misfits', 'check_portable',
@@ -149,13 +149,14 @@ def unsigned(
 )->onnx.ModelProto: # `proto`
     "The same model with uint8 weights around 128"
     g,new = proto.graph,{}
+    taken = set(values_of(g))
     is_weight = lambda n: n.op_type=='DequantizeLinear' and n.input[0] in names
     shifted = {i:n for i,n in enumerate(g.node) if is_weight(n)}
     needed = {k for n in shifted.values() for k in n.input[1:]}
     was = constants(proto, list(needed))
     for i,n in shifted.items():
         q,scale,*_ = n.input
-        new[i],zero = _shift(q, i),f'zero_of_{i}'
+        new[i],zero = _shift(q, i, taken),free_name(f'zero_of_{i}', taken)
         shift = (_zero_point(n, was)+128).astype(np.uint8)
         g.initializer.append(onnx.numpy_helper.from_array(shift, zero))
         out = new[i][-1].output[0]
@@ -168,9 +169,10 @@ def _zero_point(n, was):
     if len(n.input)>2: return was[n.input[2]].astype(np.int32)
     return np.zeros_like(was[n.input[1]], np.int32)
 
-def _shift(name, i):
+def _shift(name, i, taken):
     "Nodes that make uint8 of the int8 values `name` by adding 128"
-    wide,by,sum_,out = (f'{k}_of_{i}' for k in ('wide','shift','sum','unsigned'))
+    names = [f'{k}_of_{i}' for k in ('wide','shift','sum','unsigned')]
+    wide,by,sum_,out = [free_name(k, taken) for k in names]
     node,number = onnx.helper.make_node,onnx.helper.make_tensor('', INT32, (), [128])
     shift = node('Constant', [], [by], value=number)
     widen = node('Cast', [name], [wide], to=INT32)

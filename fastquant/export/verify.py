@@ -15,7 +15,7 @@ from ..core.model import *
 from ..core.outputs import *
 from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
-from .onnx import nodes_of
+from .graph import *
 from .portable import *
 from .summary import *
 from .engine import *
@@ -259,11 +259,12 @@ def verify(
     batches,           # Tuples of inputs, real ones
     trained=False,     # Did the Learner's own model round?
     engine=Engine,     # Who will run it
-    says=()            # For each output a function that makes decisions of it, or None for numbers; none decides anything if empty
+    says=(),           # For each output a function that makes decisions of it, or None for numbers; none decides anything if empty
+    others=()          # Inputs of sizes that are to work too
 )->Report:
     "Run all four on `batches`; raises `ExportMismatch` if the file does not do what the simulation does, or this not what the model did that rounded"
     proto,run = onnx.load_from_string(data),engine(data)
-    few = [first_items(xb, 8) for xb in batches]
+    few = [first_items(xb, 8) for xb in (*batches,*others)]
     near = min(ties(sim, xb) for xb in few)
     for xb in few: check_plain(gate(rounded, sim, proto, xb), outputs_of(run, xb), near)
     def outputs(m): return list(zip(*[outputs_of(m, xb) for xb in batches]))

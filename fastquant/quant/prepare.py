@@ -22,8 +22,8 @@ from .site import Site
 from .fakequant import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'put_on', 'new_names', 'watch', 'by_grid',
-           'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'check_free', 'put_on', 'new_names', 'watch',
+           'by_grid', 'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -72,6 +72,22 @@ def check_float32(
     "Raise a `ValueError` that names a parameter of `model` in half or double precision"
     for k,dtype in other_precision(model).items():
         raise ValueError(f"The parameter {k!r} is {dtype}, and a model is rounded, and trained through rounding, in float32. Cast it with `learn.model.float()`, and its inputs too (for mixed precision use `learn.to_fp16()` or `learn.to_bf16()`); or call `learn.quantize()` without training, which casts its copy by itself.")
+
+# %% ../../nbs/quant/07_prepare.ipynb #05prepf3205
+def check_free(
+    model:nn.Module, # Any model
+    r:FakeQuant      # What is to be put on it
+):
+    "Raise a `ValueError` that names an attribute of `model` which has the name of a tensor that is to be put there"
+    def taken(m, names): return next((k for k in names if hasattr(m, k)), None)
+    kept = 'scale','zero_point'
+    sites = [f'site_{s.i}_{k}' for s in r.all for k in kept]
+    own = taken(model, [*blank(r, 'cpu'),*sites])
+    if own: raise ValueError(f"{type(model).__name__} has a {own!r} of its own, where quantization keeps its tensors. Give that another name.")
+    of_layers = [f'{o}_{k}' for o in ('weight','bias') for k in kept]
+    for path in r.layers:
+        own = taken(model.get_submodule(path), of_layers)
+        if own: raise ValueError(f"{path!r} has a {own!r} of its own, where quantization keeps the scale of its integers. Give that another name, or leave it in float with exclude={path!r}.")
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep322cba
 def put_on(
@@ -263,5 +279,6 @@ def prepare(
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
     r = FakeQuant(model, plan, float_layers(model, plan))
+    check_free(model, r)
     put_on(model, r, tensors(xb)[0].device, fold)
     return model
