@@ -116,9 +116,8 @@ def with_size(
     info:dict, # From `describe`
     xb         # Inputs, as the model takes them
 )->dict:
-    "`info` with the size of an item"
-    size = [list(x.shape[1:]) for x in tensors(xb)]
-    preprocess = merge(info['preprocess'], dict(size=size))
+    "`info` with the size of an item, or all of what is the same for each"
+    preprocess = merge(info['preprocess'], dict(size=list(map(list, item_sizes(xb)))))
     return merge(info, dict(preprocess=preprocess))
 
 # %% ../../nbs/learner/00_core.ipynb #22learfirst1

@@ -17,11 +17,14 @@ from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.train import *
 from ..quant.convert import *
+from ..export.dims import *
+from ..export.older import *
 from ..export.onnx import *
 from ..export.engine import *
 from ..export.openvino import *
 from ..export.verify import *
 from ..export.report import *
+from ..export.check import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from ..callback.quant import *
@@ -39,24 +42,25 @@ def quantize(self:Learner,
     exclude=None,    # Module names or patterns to leave in float
     fname=None,      # Where to write the ONNX file too, relative to `self.path`
     timed:bool=True, # Warn if int8 is not faster here than float in the same engine? Takes a moment
-    engine='onnxruntime' # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
+    engine='onnxruntime', # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
+    dynamic=None,    # Dimensions that are free besides the batch: True for those of pictures, recordings and texts, or their numbers, like (2,3); for each input if they differ
+    opset:int=None   # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
     check_weights(self.model, 'quantize')
+    check_opset(opset)
     (runs:=engines.find(engine)).check()
     if fname: fname = check_writable(self.path/fname)
     (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
     trained = fake_quant_of(model) is not None
     check_modes(self)
     with calibration_dl(self, dl, n_batches) as dl:
-        batches = batches_of(self, dl)
-        check_repeats(self.model, first_items(batches[0][0], 8))
-        if cast: batches = _in_float32(model, batches)
+        batches = _batches(self, model, dl, dynamic)
         xb,_ = batches[0]
         if not trained:
             prepare(model, wanted, *xb, fold=True)
             twin_of(self, model).validate(dl=dl, cbs=[PTQCalibrate(n_batches), *[Float32Callback()]*cast])
-    data = _verified(self, model, batches, trained, runs)
+    data = _verified(self, model, batches, trained, runs, dynamic=dynamic, opset=opset)
     if fname: write_whole(fname, data)
     new = twin_of(self, runs(data))
     if timed: _say_if_slow(new.model, xb)
@@ -76,22 +80,47 @@ def _check_runs(model, xb, how, to):
         with evaluating(model): model(*first_items(xb, 2))
     except RuntimeError as e: raise ValueError(f"{type(model).__name__} does not run {how}: {str(e).splitlines()[0]}. Its forward pass seems to cast activations to {to} by itself: leave their dtype as it comes.") from e
 
+# %% ../../nbs/learner/01_quant.ipynb #22learsize2
+def _check_sizes(model, batches, dynamic):
+    "Raise a `ValueError` if the file could not take all of `batches`, or `model` not all that is wanted"
+    at_other_sizes(model, batches[0], free_dims(dynamic, batches[0]))
+    def sizes(xb): return [x.shape[1:] for x in tensors(xb)]
+    first = batches[0]
+    others = [xb for xb in batches if sizes(xb)!=sizes(first)]
+    if dynamic or not others: return
+    raise ValueError(f"Batches have different sizes, {item_sizes(first)} and {item_sizes(others[0])}, and a file takes one if nothing else is said. Pass dynamic=True if the model takes others, or a `dl` with batches of one size.")
+
+def _batches(learn, model, dl, dynamic):
+    "The batches that `model`, a copy, is verified on; raises `ValueError` if the file could not be"
+    batches = batches_of(learn, dl)
+    check_repeats(learn.model, first_items(batches[0][0], 8))
+    if other_precision(learn.model): batches = _in_float32(model, batches)
+    _check_sizes(model, [xb for xb,_ in batches], dynamic)
+    return batches
+
+def _said(learn, model, xb, dynamic):
+    "What the file says of `learn`, whose `model` takes `xb`: how its inputs are nested, and made, and what of their sizes is free"
+    free = dict(dynamic=free_dims(dynamic, xb)) if dynamic else {}
+    return {**free, **nesting(model, xb), **with_size(describe(learn), xb)}
+
 # %% ../../nbs/learner/01_quant.ipynb #22learverifc
-def _verified(learn, model, batches, trained, engine):
-    "The file's bytes for the rounded `model`, checked on `batches`"
+def _verified(learn, model, batches, trained, engine, **how):
+    "The file's bytes for the rounded `model`, made as `to_onnx` is told to, and checked on `batches`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
     rounded = copy_model(model).cpu()
     sim = convert(model)
     (xb,yb),*_ = batches = to_device(batches, 'cpu')
     _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")
-    proto = to_onnx(sim, *xb)
+    proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
     next(steps)
     float_,data = unprepare(float32_copy(learn.model)[0]).cpu(),proto.SerializeToString()
     with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb)
-    report = verify(float_, rounded, sim, data, [x for x,_ in batches], trained, engine, says)
+    others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
+    given = [x for x,_ in batches]
+    report = verify(float_, rounded, sim, data, given, trained, engine, says, others)
     next(steps, None)
-    return to_bytes(proto, report=asdict(report), **nesting(float_, xb), **with_size(describe(learn), xb))
+    return to_bytes(proto, report=asdict(report), **_said(learn, float_, xb, dynamic))
 
 _hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
 
@@ -136,17 +165,35 @@ def remove_quant(self:Learner)->Learner: # `self`
 # %% ../../nbs/learner/01_quant.ipynb #22lear745ea0
 @patch
 def export_onnx(self:Learner,
-    fname='model.onnx' # Relative to `self.path`
+    fname='model.onnx', # Relative to `self.path`
+    dynamic=None,       # As in `quantize`
+    opset:int=None      # As in `quantize`
 )->Path: # Where it is
-    "Write the model to one ONNX file, with a free batch dimension, and classes and preprocessing in its metadata; float or int8, as the Learner is"
+    "Write the model to one ONNX file, with a free batch dimension, and classes and preprocessing in its metadata; float or int8, as the Learner is. A float one is run by ONNX Runtime first; raises, and writes nothing, if it does not do what the model does"
     fname = check_writable(self.path/fname)
-    if isinstance(self.model, FileModel): return write_whole(fname, self.model.data)
+    if isinstance(self.model, FileModel):
+        if dynamic or opset: raise ValueError("This Learner runs a file, whose sizes and version are settled. Pass `dynamic` and `opset` to `quantize`, or to `export_onnx` of the float Learner.")
+        return write_whole(fname, self.model.data)
     if fake_quant_of(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take fake-quant off with `learn.remove_quant()`.")
     last = self.dls[-1]
     if not len(self.dls.train) and not len(last): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
     xb = some_inputs(self, last if len(last) else None)
-    proto,nested = to_onnx(copy_model(self.model), *xb),nesting(self.model, xb)
-    return write_whole(fname, to_bytes(proto, **nested, **with_size(describe(self), xb)))
+    return write_whole(fname, _float_file(self, to_device(xb, 'cpu'), dynamic, opset))
+
+def _float_file(learn, xb, dynamic, opset):
+    "The file's bytes for the float model of `learn`, checked on `xb`"
+    model = copy_model(learn.model).cpu()
+    other = set(other_precision(model).values())
+    if len(other)==1: xb = map_tensors(lambda x: x.to(*other) if x.is_floating_point() else x, xb)
+    check_repeats(model, first_items(xb, 8))
+    proto = to_onnx(model, *xb, dynamic=dynamic, opset=opset)
+    data = to_bytes(proto, **_said(learn, model, xb, dynamic))
+    others = at_other_sizes(model, xb, free_dims(dynamic, xb))
+    try: check_export(model, data, first_items(xb, 5), *others)
+    except ValueError as e:
+        if not other: raise
+        raise ValueError(f"ONNX Runtime does not run this model in {', '.join(map(str, other))} on a CPU, so nobody could check the file: {e} Cast the model with `learn.model.float()`, and export then.") from e
+    return data
 
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c
 @patch

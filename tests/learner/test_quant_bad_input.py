@@ -87,8 +87,8 @@ def test_unknown_observer():
     with pytest.raises(ValueError, match="Did you mean 'percentile'"): TensorSpec(observer='percentil')
 
 def test_mismatch_is_not_returned(learn, monkeypatch):
-    def wrong(model, *xb):
-        proto = to_onnx(model, *xb)
+    def wrong(model, *xb, **how):
+        proto = to_onnx(model, *xb, **how)
         for scale in [i for i in proto.graph.initializer if i.name=='0.weight_scale']:
             scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale)*3, scale.name))
         return proto
