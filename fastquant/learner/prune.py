@@ -89,6 +89,7 @@ def _gradients(learn, layers, names, dl):
     cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, names)
     scratch = trainable_twin(learn, model)
     scratch.dls = DataLoaders(dl, dl)
+    if hasattr(learn.dls, 'n_inp'): scratch.dls.n_inp = learn.dls.n_inp
     scratch.remove_cb(Recorder) # it cannot average losses of half precision
     with scratch.no_bar(), scratch.no_logging(): scratch.fit(1, cbs=cb)
     return cb.watched

@@ -1,6 +1,7 @@
 "Each kind of bad input to pruning gets an error that says how to go on, and leaves the Learner and the disk as they were"
 import json, pytest, torch
-from fastai.vision.all import noop, set_seed
+import torch.nn.functional as F
+from fastai.vision.all import DataLoaders, noop, set_seed
 from safetensors.torch import save
 from fastquant.all import *
 from fastquant.export.sparse import decode, from_sparse, to_sparse
@@ -50,6 +51,14 @@ def test_prune(learn, case):
     with pytest.raises(ValueError, match=message): learn.prune(**kwargs, fname='m.safetensors')
     assert same_with_nan(state(learn.model), before) and masked(learn.model)=={}
     assert not list(learn.path.glob('*.safetensors'))
+
+def test_gradients_of_data_that_say_how_many_inputs_they_have(learn):
+    "Whoever says so on `dls` alone is heard"
+    items = [(x,y,y) for x,y in learn.dls.train_ds]
+    dls = DataLoaders.from_dsets(items, items, bs=8, device='cpu', num_workers=0)
+    dls.n_inp = 1
+    two = classifier(dls, two_convs(8, 6), learn.path, loss_func=lambda p,a,b: F.cross_entropy(p, a)+F.cross_entropy(p, b), metrics=None)
+    assert .45<sparsity(two.prune(.5, criterion='taylor').model)<.55
 
 @pytest.mark.parametrize('case', [k for k in cases if k not in ('no_gradient','layer_gone')])
 def test_fit(learn, case):
