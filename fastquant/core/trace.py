@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 from __future__ import annotations
 import torch
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fastcore.all import patch
 from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -250,3 +250,14 @@ _nothing = ("Nothing that {model} returns (a {out}) can be followed back to the 
     "It has to return tensors, or lists, tuples or dictionaries of them, that are made from the batch.")
 
 def _shapes(xb): return ', '.join(f'{t.dtype} of {tuple(t.shape)}'.removeprefix('torch.') for t in tensors(xb)) or 'no tensor'
+
+# %% ../../nbs/core/02_trace.ipynb #04tracneed2
+@patch
+def needed(self:Trace)->Trace:
+    "The trace without operations that nothing depends on which the model returns"
+    wanted,kept = set(self.outputs),[]
+    for o in reversed(self.ops):
+        if wanted.isdisjoint(o.outs): continue
+        wanted.update(o.ins)
+        kept.append(o)
+    return replace(self, ops=kept[::-1], consumers=defaultdict(list))

@@ -84,7 +84,7 @@ def set_sites(self:FakeQuant, plan):
     self.doors = {k:site[k] for k in plan.doors}
     self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
     found = [*self.sites,*self.reads,*plan.norms.values()]
-    self.places,self.bare = places(plan.tr, found),plan.tr.bare
+    self.places,self.bare = places(plan.whole, found),plan.tr.bare
     clipped = plan.clipped()
     self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
 
@@ -235,8 +235,7 @@ class FakeQuantMode(Matching):
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
-        def each(o): return r.act(site, o) if o.is_floating_point() else o
-        return each(out) if isinstance(out, Tensor) else type(out)(map(each, out))
+        return map_tensors(lambda t: r.act(site, t) if t.is_floating_point() else t, out)
     def clips(self, site, cap):
         "Whether rounding at `site` clips at 0 and `cap` already"
         r,grid = self.fake_quant,site.spec.grid

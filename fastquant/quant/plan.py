@@ -23,6 +23,7 @@ class Plan:
         tr:Trace, # What the model does
         spec:Spec # What is wanted
     ):
+        self.whole,tr = tr,tr.needed()
         self.tr,self.spec = tr,spec
         self.norms,self.inner = {},set()
         self.int8,self.source,self.grid = set(),{},{}
@@ -208,10 +209,12 @@ def float_layers(
         user = None if weight is None else plan.tr.users.get(weight)
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: return 'it never ran on the calibration batch, so nothing is known of its activations'
+        if path in idle: return 'nothing that the model returns depends on it'
         if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it depends on the batch'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
     in_int8,others = plan.layers,plan.outside(model)
+    idle = {o.path for o in plan.whole.ops}-{o.path for o in plan.tr.ops}
     def counts(k, m): return isinstance(m, weighted) or isinstance(m, batchnorms) and k not in plan.tr.ran
     mods = {k:m for k,m in model.named_modules() if counts(k, m)}
     return {k:why(k, m) for k,m in mods.items() if k not in in_int8}|others

@@ -331,3 +331,36 @@ def test_all_work_is_accounted_for():
     r = fake_quant_of(prepare(Outside(), 'int8', torch.randn(4,8)))
     assert set(r.float_layers)=={'w','v'} and 'einsum multiplies with it' in r.float_layers['w']
     assert {k:round(v, 3) for k,v in r.work.items()}==dict(lin=.333, w=.333, v=.333)
+
+class Idle(nn.Module):
+    "An auxiliary head that always runs, and is of use in training only; a layer that runs for the size of what it makes"
+    def __init__(self):
+        super().__init__()
+        self.body,self.aux,self.size,self.head = nn.Conv2d(3,4,1),nn.Conv2d(4,2,3),nn.Conv2d(4,2,3),nn.Conv2d(4,2,1)
+    def forward(self, x):
+        x = F.relu(self.body(x))
+        aux = self.aux(x).relu()
+        out = self.head(x)/self.size(x).shape[-1]
+        return (out,aux) if self.training else out
+
+def test_what_no_output_needs_is_left_alone():
+    net = Idle().eval()
+    rounded = prepare(copy.deepcopy(net), 'int8', x)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert report.n_int8==2 and set(report.float_layers)=={'aux','size'}
+    assert [len(o) for o in rounded.train()(x)]==[8,8]
+
+@pytest.mark.parametrize('need_weights', [True,False])
+def test_an_operation_may_give_back_nothing_beside_its_tensors(need_weights):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.att,self.head = nn.MultiheadAttention(8, 2, batch_first=True),nn.Linear(8,2)
+        def forward(self, x): return self.head(self.att(x, x, x, need_weights=need_weights)[0])
+    net,x = Attention().eval(),torch.randn(4,3,8)
+    watch(prepare(net, 'int8', x), x)
+    set_ranges(net)
+    with torch.no_grad(): assert sqnr(fake_quant_of(net).own_forward(x), net(x))>25
