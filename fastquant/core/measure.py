@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np, pandas as pd, random, time, torch
 from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from torch import nn, Tensor
 from .model import *
+from .trace import *
 
 # %% auto #0
 __all__ = ['n_bytes', 'n_params', 'n_macs', 'layer_macs', 'latency']
@@ -45,7 +45,7 @@ def n_macs(
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         one = first_items(xb, 1)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count: model(*one)
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), flop_counter() as count: model(*one)
     finally: torch.backends.mha.set_fastpath_enabled(fast)
     return count.get_total_flops()//2
 

@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 from __future__ import annotations
 import torch
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -19,7 +20,7 @@ from .model import *
 from .where import *
 
 # %% auto #0
-__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'Tracer', 'Trace', 'trace']
+__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'flop_counter', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
 _of_kind = dict(
@@ -91,6 +92,15 @@ def argument(
     "An argument, wherever it was given; None if it was not"
     return args[i] if len(args)>i else kwargs.get(name)
 
+# %% ../../nbs/core/02_trace.ipynb #04tracflop2
+class _NoModules(nullcontext): parents = {'Global'}
+
+def flop_counter()->FlopCounterMode:
+    "PyTorch's counter of operations, which looks at no modules"
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = _NoModules()
+    return counter
+
 # %% ../../nbs/core/02_trace.ipynb #04traceff02
 class Tracer(Where):
     "Writes down all operations on activations"
@@ -101,7 +111,7 @@ class Tracer(Where):
         self.vals,self.keep = {},[]
         self.between,self.plain,self.keep_too = {},{},[]
         self.writes,self.whole,self.homes,self.reread = Counter(),{},{},set()
-        self.users,self.counter = WeakTensorKeyDictionary(),FlopCounterMode(display=False)
+        self.users,self.counter = WeakTensorKeyDictionary(),flop_counter()
         self.params = {id(p):k for k,p in model.named_parameters()}
     def key(self, place, frame):
         key = super().key(place, frame)
