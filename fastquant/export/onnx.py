@@ -63,7 +63,7 @@ class _Plain(nn.Module):
         self.model,self.xb = model,xb
     def forward(self, *xs):
         xs = iter(xs)
-        return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
+        with open_len(self.model): return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
 
 def _pair(xb):
     "The first two items of `xb`, or the only one twice, as plain tensors on the CPU"

@@ -3,6 +3,7 @@ import copy, math, pickle, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from fastquant.export.engine import Engine
 from fastquant.export.onnx import to_onnx
 from fastquant.export.verify import sqnr, verify
 from fastquant.prune.structures import groups
@@ -364,3 +365,15 @@ def test_an_operation_may_give_back_nothing_beside_its_tensors(need_weights):
     watch(prepare(net, 'int8', x), x)
     set_ranges(net)
     with torch.no_grad(): assert sqnr(fake_quant_of(net).own_forward(x), net(x))>25
+
+def test_a_file_takes_any_batch_though_the_model_says_len():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.token = nn.Linear(8,8),nn.Parameter(torch.randn(1,1,8))
+        def forward(self, x): return self.lin(torch.cat([self.token.expand(len(x), -1, -1),x.view(len(x), -1, 8)], 1))
+    net = Token()
+    run = Engine(to_onnx(net, torch.randn(4,24)).SerializeToString())
+    for n in 1,4,7:
+        x = torch.randn(n,24)
+        with torch.no_grad(): assert sqnr(net(x), run(x))>80
