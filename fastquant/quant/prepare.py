@@ -10,6 +10,7 @@ import torch
 from dataclasses import replace
 from fastcore.all import patch
 from torch import nn, Tensor
+from torch.nn.utils import parametrize
 from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
@@ -104,6 +105,7 @@ def put_on(
         else: model.register_buffer(k, v)
     for path,norm in r.norms.items() if fold else ():
         m = model.get_submodule(path)
+        if parametrize.is_parametrized(m, 'weight'): continue # `convert` does it, where nothing computes the weight any more
         w,b,_ = folded(m.weight, m.bias, model.get_submodule(norm[0]))
         m.weight,m.bias = nn.Parameter(w),nn.Parameter(b)
         r.folded.add(norm)

@@ -2,6 +2,7 @@
 import copy, math, pickle, pytest, torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 from fastquant.export.engine import Engine
 from fastquant.export.onnx import to_onnx
@@ -377,3 +378,14 @@ def test_a_file_takes_any_batch_though_the_model_says_len():
     for n in 1,4,7:
         x = torch.randn(n,24)
         with torch.no_grad(): assert sqnr(net(x), run(x))>80
+
+@pytest.mark.parametrize('norm', [weight_norm,spectral_norm,orthogonal])
+@pytest.mark.parametrize('fold', [True,False])
+def test_a_batchnorm_after_a_weight_that_is_computed(norm, fold):
+    net = nn.Sequential(norm(nn.Conv2d(3,4,3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4,2,1))
+    with torch.no_grad(): net(x)
+    rounded = prepare(copy.deepcopy(net.eval()), 'int8', x, fold=fold)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    assert verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)]).n_int8==2
