@@ -69,7 +69,11 @@ def _like(learn, model, cbs):
     new('after_create')
     return new
 
-def _no_loss(pred, *yb): return torch.zeros(())
+class _NoLoss(GetAttr):
+    "Costs nothing, and is the loss function `loss` to callbacks that talk to it"
+    _default = 'loss'
+    def __init__(self, loss): self.loss = loss
+    def __call__(self, pred, *yb): return torch.zeros(())
 
 def _own_copy(cb):
     "A copy of the callback `cb` that leaves it, and its lists, alone"
@@ -130,7 +134,7 @@ def _witnesses(
     own = [_own_copy(cb) for cb in learn.cbs if _may_shape(cb)]
     if not own: return []
     twin = _like(learn, learn.model, own)
-    twin.cbs,twin.loss_func = L(_Witness(cb) for cb in own),_no_loss
+    twin.cbs,twin.loss_func = L(_Witness(cb) for cb in own),_NoLoss(learn.loss_func)
     for w in twin.cbs: w.learn = twin
     data = [dl for dl in learn.dls.loaders if length_hint(dl, 1)]
     if not data: return list(twin.cbs)
@@ -175,7 +179,7 @@ def batches_of(
     "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
     cbs = shapers(learn)
     twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs))
-    twin.loss_func = _no_loss
+    twin.loss_func = _NoLoss(learn.loss_func)
     with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
     if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
     xs,ys = zip(*keep.found)
@@ -210,6 +214,7 @@ def _distinct(
     if n<3 or len(rows)<2 or _same(model, xb, ()): return batches
     for i in rows[1:]:
         if _same(model, xb, (i,)): return [_less(b, (i,)) for b in batches]
+    _check_divides(model, xb)
     return batches
 
 def _less(xb, whole):
@@ -228,6 +233,16 @@ def _same(model, xb, whole):
         if a.ndim and len(a)==n: a = a[:n-1]
         return a.shape==b.shape and a.allclose(b, rtol=1e-3, atol=1e-4)
     return all(map(same, all_, few))
+
+# %% ../../nbs/callback/01_data.ipynb #18datadiv02
+def _check_divides(model, xb):
+    "Raise a `ValueError` if `model` runs on `xb`, and not on a part of it"
+    n = batch_size(xb)
+    with evaluating(model):
+        model(*xb) # what it says of the whole is not about parts
+        try: model(*_less(xb, ()))
+        except _misfits as e: raise ValueError(f"{type(model).__name__} runs on {n} items and not on the first {n-1} of them ({str(e).splitlines()[0]}), so there is no batch that may be of any size. "
+            "Let `forward` take inputs with a dimension for the batch first: of a graph (batch, nodes, features) and (batch, nodes, nodes).") from e
 
 # %% ../../nbs/callback/01_data.ipynb #18databa7002
 def with_bar(
