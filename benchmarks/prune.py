@@ -5,6 +5,7 @@ from torchvision.models import resnet18
 from fastquant.quant.grid import *
 from fastquant.callback.distill import *
 from fastquant.callback.prune import *
+from fastquant.callback.rigl import *
 from fastquant.export.engine import *
 from fastquant.export.onnx import *
 from fastquant.learner.quant import *

@@ -26,11 +26,13 @@ from .export.verify import ExportMismatch
 from .export.report import ranges
 from .callback.core import FitCallback
 from .callback.quant import PTQCalibrate, QuantAwareCallback
-from .callback.prune import PruneScheduleCallback, GroupLassoCallback, RigLCallback, RewindCallback
+from .callback.prune import PruneScheduleCallback, GroupLassoCallback, RewindCallback
+from .callback.rigl import RigLCallback
 from .callback.distill import DistillCallback
 from .callback.selfdistill import SelfDistillCallback, PastSelfCallback, AverageSelfCallback, MutualCallback
 from .learner.core import describe
 from .learner.quant import *
+from .learner.lottery import *
 from .learner.prune import Sensitivity
 from .learner.lowrank import RankSensitivity
 from .learner.compare import *

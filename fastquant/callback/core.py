@@ -16,6 +16,12 @@ __all__ = ['FitCallback']
 class FitCallback(Callback):
     "Base of callbacks that do something to a model while it trains"
     @property
+    def learn(self): return vars(self).get('learn')
+    @learn.setter
+    def learn(self, learn):
+        if learn is None and self.learn is not None: self.over()
+        vars(self)['learn'] = learn
+    @property
     def net(self)->nn.Module:
         "The model itself, without what distributes or compiles it"
         return inner_model(self.learn.model)
@@ -31,7 +37,7 @@ class FitCallback(Callback):
     def counts(self)->bool:
         "Whether this is a fit whose results stay"
         return self.fitting and not self.searching
-    def over(self): "The fit is over, however it ended, and everybody else has heard of it"
+    def over(self): "The fit is over, however it ended, and everybody else has heard of it; or the Learner takes this callback off"
     def add_column(self,
         name:str # Of the column
     ):
@@ -57,7 +63,8 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
         mine = [cb for cb in self.cbs if isinstance(cb, FitCallback)]
         try: _fit(self, n_epoch, lr, wd, **kwargs)
         finally:
-            for cb in mine:
-                if cb.learn is self: cb.over()
+            for cb in (cb for cb in mine if cb.learn is self):
+                cb.run = True
+                cb.over()
 
 Learner.fit.__wrapped__ = _fit

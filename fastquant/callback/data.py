@@ -16,17 +16,27 @@ from fastai.basics import *
 from fastai.callback.rnn import ModelResetter
 from fastai.callback.fp16 import MixedPrecision
 from fastprogress.fastprogress import progress_bar
+from ..core.arguments import *
 from ..core.model import *
 
 # %% auto #0
-__all__ = ['calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'check_modes', 'batches_of', 'inputs', 'some_inputs', 'with_bar',
-           'Float32Callback']
+__all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'check_modes', 'batches_of', 'inputs', 'some_inputs',
+           'with_bar', 'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
 class _Idxs:
     "Gives the same indices whenever asked, and can be pickled"
     def __init__(self, idxs): self.idxs = idxs
     def __call__(self): return self.idxs
+
+def check_dl(
+    dl # What was given
+): # `dl`
+    "Raise a `ValueError` if `dl` is neither a DataLoader nor a list of batches"
+    no = isinstance(dl, (str,bytes,dict,Tensor,DataLoaders)) or not hasattr(dl, '__iter__')
+    if no or isinstance(dl, (list,tuple,L)) and not all(map(tensors, dl)):
+        raise ValueError(f"dl={quoted(dl)}: pass a DataLoader, like `learn.dls.valid` or `learn.dls.test_dl(items)`, or a list of batches.")
+    return dl
 
 @contextmanager
 def calibration_dl(
@@ -35,15 +45,15 @@ def calibration_dl(
     n_batches:int=8 # Batches to take of it
 ):
     "A DataLoader of at most `n_batches` batches, spread evenly, neither shuffled nor augmented; raises `ValueError` if there are none"
-    dl = ifnone(dl, learn.dls.train)
-    if n_batches<1: raise ValueError(f"n_batches={n_batches}: at least one batch is needed to see how large activations get.")
+    dl = check_dl(ifnone(dl, learn.dls.train))
+    n_batches = as_count('n_batches', n_batches, say='at least one batch is needed to see how large activations get.')
     split = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with no_random(reproducible=False), split(1) if split else nullcontext():
         if length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
             spread = _Idxs([i*dl.n//n for i in range(n)])
             dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=spread)
-        else: dl = list(itertools.islice(dl, n_batches)) # a stream has no other items to choose from
+        else: dl = check_dl(list(itertools.islice(dl, n_batches))) # a stream has no other items to choose from
         if not len(dl): raise ValueError("The calibration set is empty: pass a `dl` with data, for example `dl=learn.dls.test_dl(files)`.")
         yield dl
 
@@ -54,6 +64,7 @@ def valid_dl(
 ): # `dl`
     "The data to measure on; raises `ValueError` if there is none"
     if dl is None and len(learn.dls.loaders)>1: dl = learn.dls.valid
+    if dl is not None: check_dl(dl)
     if dl is None or not length_hint(dl, 1): raise ValueError("This Learner has no validation set to measure on: pass `dl`, for example `dl=learn.dls.train`.")
     return dl
 

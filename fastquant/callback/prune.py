@@ -7,20 +7,20 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/prune.html.md"""
 # %% ../../nbs/callback/04_prune.ipynb #21call921230
 from __future__ import annotations
 from fastai.basics import *
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import check_weights
 from ..quant.fakequant import fake_quant_of
 from ..prune.criteria import *
 from ..prune.select import *
 from ..prune.schedule import *
 from ..prune.mask import *
-from ..prune.regrow import *
 from ..prune.channels.check import *
 from ..prune.channels.target import *
 from .core import *
 
 # %% auto #0
-__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback',
-           'RigLCallback']
+__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback']
 
 # %% ../../nbs/callback/04_prune.ipynb #21call399ec5
 def _same_everywhere(keep):
@@ -150,8 +150,9 @@ class PruneScheduleCallback(MaskingCallback):
         target:dict=None        # In place of an amount of channels: the share that shall be left, as in `{'macs':.5}`, of `macs`, `params` or `latency`
     ):
         self.selection = Selection(amount, structure, criterion, scope, exclude, last, target)
+        plan_for(self.selection) # raises if nobody knows the target
+        if every is not None: every = as_count('every', every, say='pass the number of steps between two changes, 1 or more.')
         self.schedule,self.every = Schedule(schedule, start, end),every
-        if every is not None and every<1: raise ValueError(f"every={every}: pass the number of steps between two changes, 1 or more.")
     def start(self):
         layers = self.look(self.selection)
         if layers: self.plan.check_target()
@@ -202,8 +203,9 @@ class GroupLassoCallback(FitCallback):
         alpha:float=4., # The least channel of a group is pulled 2 to the power of this times as far as the greatest
         exclude=None    # Module names or patterns to leave alone
     ):
-        if not reg>0: raise ValueError(f"reg={reg}: pass how far a step pulls, as a share of the learning rate, like 0.05.")
-        if alpha<0: raise ValueError(f"alpha={alpha}: what matters least would be pulled least. Pass 0 or more.")
+        reg = as_number('reg', reg, 'pass how far a step pulls, as a share of the learning rate, like 0.05.', above=0)
+        alpha = as_number('alpha', alpha, 'what matters least is to be pulled most. Pass 0 or more.', least=0)
+        exclude = as_names('exclude', exclude)
         store_attr()
     def before_fit(self): self.run,self.size = self.counts,None
     def before_batch(self):
@@ -238,61 +240,10 @@ class RewindCallback(FitCallback):
     order,run_valid,_only_train_loop = MaskingCallback.order,False,True
     def __init__(self,
         step:int=0 # Steps of the fit before; 0 keeps the state before the first
-    ): store_attr()
+    ): self.step = as_count('step', step, 0)
     def _keep(self): self.state = {k:t.clone() for k,t in self.net.state_dict().items()}
     def before_fit(self):
         self.run = self.counts
         if self.run and self.step==0: self._keep()
     def after_batch(self):
         if self.epoch*self.n_iter+self.iter+1==self.step: self._keep()
-
-# %% ../../nbs/callback/04_prune.ipynb #21call5e86a1
-class RigLCallback(MaskingCallback):
-    "Train sparse from the start, and let weights move to where the gradient is largest (Evci et al. 2020, algorithm 1)"
-    def __init__(self,
-        amount:float,     # Share of weights that are zero all the time
-        densities=erk,    # Amounts for each layer: `erk`, `uniform`, or a function of the layers and the amount
-        alpha:float=.3,   # Share of the weights left that move at first
-        every:int=None,   # Steps of the optimizer from one move to the next, those that move included; about a hundred moves if None
-        end:float=.75,    # Part of the fit after which none moves any more
-        exclude=None,     # Module names or patterns to leave alone
-        last:bool=False   # Make the last layer sparse too?
-    ):
-        check_amount(amount)
-        if not 0<alpha<1: raise ValueError(f"alpha={alpha}: pass the share of weights that move at first, above 0 and below 1.")
-        if not 0<end<=1: raise ValueError(f"end={end}: pass the part of the fit after which none moves, above 0 and up to 1.")
-        if every is not None and every<1: raise ValueError(f"every={every}: pass the number of steps between two moves, 1 or more.")
-        store_attr()
-    def start(self):
-        layers = self.look(Selection(self.amount, exclude=self.exclude, last=self.last))
-        fresh = {k:m for k,m in layers.items() if mask_now(m).all()}
-        keep = {}
-        if fresh and len(fresh)==len(layers): keep = random_masks(fresh, self.densities(fresh, self.amount))
-        self.mask(layers)
-        if keep: self.change(keep)
-    @property
-    def asked(self): return f'amount={self.amount}'
-    @property
-    def span(self): return self.end
-    def due(self): return bool(self.to_prune) and self.turn and self.opened<self.end*self.n_steps
-    def before_backward(self):
-        for m in self.to_prune.values(): mask_of(m).watching = self.due()
-    def before_step(self):
-        super().before_step()
-        if not self.due(): return
-        share = moving_share(self.alpha, self.step/(self.end*self.n_steps))
-        keep = {}
-        for k,m in self.to_prune.items():
-            d = self.dense(m)
-            if d is not None: keep[k] = regrow(m.weight, m.weight_mask, d, share)
-        self.change(keep)
-        raise CancelStepException()
-    def dense(self, m):
-        "The gradient of all weights of `m`, also of those that are pruned, averaged over processes"
-        d = mask_of(m).forget()
-        if d is not None and num_distrib()>1: torch.distributed.all_reduce(d)
-        return d
-    def short(self, plan):
-        "What to say of an amount that is not there"
-        got,n = sparsity(self.net),sum(m.weight.numel() for m in plan.layers.values())
-        if got<self.amount-.005-len(plan.layers)/n: return f"{self.asked} was to be zero all the time, and {got:.3g} of the weights are: masks that were there before the fit stay as dense as they are, as do those that are loaded at its end, and `densities` may say less. Take masks off with `remove_masks(learn.model)` to start anew."

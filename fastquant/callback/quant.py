@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/quant.html.md"""
 from __future__ import annotations
 from fastai.basics import *
 from warnings import warn
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
 from ..quant.spec import *
@@ -23,7 +24,7 @@ from .optimizer import *
 __all__ = ['PTQCalibrate', 'QuantAwareCallback']
 
 # %% ../../nbs/callback/03_quant.ipynb #20call2bb1af
-class PTQCalibrate(Callback):
+class PTQCalibrate(FitCallback):
     "Watch the activations of a few batches of a validation pass, set the ranges, and end the pass"
     order,run_train = 1000,False # the recorder and the bar count the last batch too, and whoever changes a batch has done so
     def __init__(self,
@@ -31,11 +32,13 @@ class PTQCalibrate(Callback):
         spec='int8',     # A `Spec`, or the name of one; a model that is prepared already keeps its own
         exclude=None     # Module names or patterns to leave in float
     ):
+        n_batches = as_count('n_batches', n_batches, say='at least one batch is needed to see how large activations get.')
+        find_spec(spec).excluding(exclude) # raises if that is none
         store_attr()
-        if n_batches<1: raise ValueError(f"n_batches={n_batches}: at least one batch is needed to see how large activations get.")
+    seen,put_on = 0,False # until a pass says otherwise, which others may end before it comes here
     def before_validate(self):
         check_one_device(self.model)
-        self.seen,self.was_ready = 0,fake_quant_of(self.model)
+        self.seen,self.put_on = 0,not fake_quant_of(self.model)
     def before_batch(self):
         if not fake_quant_of(self.model): prepare(self.model, find_spec(self.spec).excluding(self.exclude), *self.xb)
         fake_quant_of(self.model).how = Site.watch
@@ -44,16 +47,19 @@ class PTQCalibrate(Callback):
         if self.seen>=self.n_batches: raise CancelValidException()
     def after_validate(self):
         try:
-            if not self.seen: raise ValueError("The calibration set is empty: pass a `dl` with at least one batch.")
+            if not self.seen: raise ValueError("The calibration set is empty: pass a `dl` with at least one batch. (Or another callback has ended the pass before the first.)")
             set_ranges(self.model)
-        except ValueError:
-            if not self.was_ready: unprepare(self.model)
-            raise
+            self.put_on = False
+        finally: self.over()
+    def over(self):
+        if self.put_on: unprepare(self.model) # and not calibrated
+        self.put_on = False
 
 # %% ../../nbs/callback/03_quant.ipynb #20call8f33e3
 class QuantAwareCallback(FitCallback):
     "Train through the rounding of weights and activations; raises `ValueError` if the model cannot be rounded, or is already in another way"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+1,False,True # the model is on its device, and nobody has wrapped or saved it
+    put_on,trained,before = False,False,() # until a fit says otherwise: what others cancel comes to its end without having begun
     def __init__(self,
         spec='int8',          # A `Spec`, or the name of one
         exclude=None,         # Module names or patterns to leave in float
@@ -63,11 +69,15 @@ class QuantAwareCallback(FitCallback):
         mom:float=.01,        # Share of the way to the extremes of a batch that a range goes
         step_lr:float=1.      # Learning rate of learned step sizes, as a share of that of the model's head
     ):
+        say = 'these are shares of the fit, from 0 to 1, in this order. Rounding has to start before anything is frozen, and batchnorm to rest before ranges do.'
+        start,freeze_bn = as_number('start', start, say),as_number('freeze_bn', freeze_bn, say)
+        freeze = as_number('freeze', freeze, say)
+        mom = as_number('mom', mom, 'pass the share of the way to the extremes of a batch that a range goes, above 0 and up to 1.', above=0, most=1)
+        step_lr = as_number('step_lr', step_lr, "pass a share of the learning rate of the model's head, above 0.", above=0)
         store_attr()
         self.spec = find_spec(spec).excluding(exclude)
-        if not 0<=start<=freeze_bn<=freeze<=1: raise ValueError(f"start={start}, freeze_bn={freeze_bn}, freeze={freeze}: these are shares of the fit, from 0 to 1, in this order. Rounding has to start before anything is frozen, and batchnorm to rest before ranges do.")
+        if not 0<=start<=freeze_bn<=freeze<=1: raise ValueError(f"start={start}, freeze_bn={freeze_bn}, freeze={freeze}: {say}")
     def before_fit(self):
-        self.put_on = self.trained = False
         if self.fitting: self._ready()
     def before_train(self): self._ready()
     def before_batch(self):
@@ -82,7 +92,9 @@ class QuantAwareCallback(FitCallback):
         self.before = [p.detach().clone() for p in steps(self.net)]
         if self.before and not fake_quant_of(self.net).ready:
             for p in steps(self.net): p.grad = None # nothing is rounded yet, so there is nothing to learn from
-    def after_step(self): limit_change(self.net, self.before)
+    def after_step(self):
+        limit_change(self.net, self.before)
+        self.before = ()
     def after_batch(self):
         self.trained = self.trained or self._training()
         if self._training() and hasattr(self, 'recorder') and self.train_iter%max(1, self.n_epoch*self.n_iter//200)==0:
@@ -90,9 +102,14 @@ class QuantAwareCallback(FitCallback):
     def after_train(self):
         if self._training() and self.epoch==self.n_epoch-1: start(self.net)
     def after_fit(self):
-        if self.put_on and not self.trained: unprepare(self.net)
         if self.trained and (never:=unseen(self.net)) and not fake_quant_of(self.net).ready:
             warn(f"Nothing was rounded, because {', '.join(map(repr, never))} never ran in training, so no range is known there. Leave it in float with `exclude`.")
+        self.over()
+    def over(self):
+        if self.put_on and not self.trained: # for nothing
+            unprepare(self.net)
+            drop_group(self.opt)
+        self.put_on = self.trained = False
 
 # %% ../../nbs/callback/03_quant.ipynb #20call9a2067
 @patch
@@ -124,13 +141,14 @@ def plot_ranges(self:Recorder,
 ):
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
-    names = [s.source for s in fake_quant_of(inner_model(self.model)).all]
+    layers = None if layers is None else as_names('layers', layers)
+    names = [s.source for s in prepared(self.model).all]
     its,ends = zip(*self.ranges)
     ends = torch.stack(ends)
-    check_patterns(listify(layers), names)
-    ax = ax or subplots(1, 1, figsize=(6,3.5))[1][0]
+    check_patterns(layers or (), names)
+    ax = as_ax(ax) or subplots(1, 1, figsize=(6,3.5))[1][0]
     for i,k in enumerate(names):
-        if layers is not None and not any(matches(k, p) for p in listify(layers)): continue
+        if layers is not None and not any(matches(k, p) for p in layers): continue
         ax.plot(its, ends[:,i,1], color=f'C{i}', label=k)
         ax.plot(its, ends[:,i,0], color=f'C{i}', ls='--')
     ax.set(xlabel='batch', ylabel='range')

@@ -6,8 +6,9 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/selfdistill.html.md"""
 
 # %% ../../nbs/callback/07_selfdistill.ipynb #24slf95ef930
 from __future__ import annotations
-import math
 from fastai.basics import *
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..distill.losses import *
 from ..distill.outputs import *
@@ -45,8 +46,7 @@ class AverageSelfCallback(PastSelfCallback):
         features=None        # Likewise
     ):
         super().__init__(loss, weight, temperature, features)
-        if not isinstance(mom, float) or not 0<mom<1: raise ValueError(f"mom={mom!r}: pass the share of the average that stays in each step, above 0 and below 1.")
-        self.mom = mom
+        self.mom = as_number('mom', mom, 'pass the share of the average that stays in each step, above 0 and below 1.', above=0, below=1)
     @property
     def beside(self): return [*self.guide.parameters(), *self.guide.buffers()]
     @property
@@ -73,17 +73,15 @@ class SelfDistillCallback(TeachingCallback):
     ):
         super().__init__(loss, weight, temperature)
         if loss is None: raise ValueError("loss=None: heads learn from the net's outputs, so say how to compare them.")
-        if not isinstance(width, int) or width<1: raise ValueError(f"width={width!r}: a head needs at least one channel.")
-        check_curve('hint_weight', hint_weight, lambda v: 0<=v<math.inf, 'pass what the difference to the deepest features is multiplied with, 0 or more.')
-        self.at,self.width = listify(at),width
-        self.hint,self.hint_weight = hint,hint_weight
-        for k,o in (('at',at),('hint',hint or '')):
-            if any(not isinstance(p, str) for p in listify(o)): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
+        self.width = as_count('width', width, say='a head needs at least one channel.')
+        self.hint_weight = as_curve('hint_weight', hint_weight, 'pass what the difference to the deepest features is multiplied with, 0 or more.', least=0)
+        self.at,self.hint = as_names('at', at),hint
+        if not self.at: raise ValueError(f"at={at}: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
+        if hint is not None: check_kind('hint', hint, str, 'pass the name of a module, or a pattern.')
     def begin(self, *xb):
         matched = [modules_at(self.net, p) for p in self.at]
         self.heads = list(dict.fromkeys(k for paths in matched for k in paths))
         self.deepest = modules_at(self.net, self.hint) if self.hint else []
-        if not self.heads: raise ValueError("at=[]: name the modules that are to predict, as in SelfDistillCallback('layer[123]').")
         if len(self.deepest)>1: raise ValueError(f"hint={self.hint!r} matches {len(self.deepest)} modules ({', '.join(self.deepest)}): name one, whose features all are to learn from.")
         self.paths = [*self.heads,*self.deepest]
         y,found = self.look(self.net, self.paths, xb, 'The model')

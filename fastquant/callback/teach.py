@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from fastai.basics import *
 from fastai.callback.rnn import RNNCallback
+from ..core.arguments import *
 from ..core.model import *
 from ..core.shared import *
 from ..distill.losses import *
@@ -20,7 +21,7 @@ from .data import *
 from .optimizer import *
 
 # %% auto #0
-__all__ = ['LossColumn', 'at_pos', 'check_curve', 'TeachingCallback', 'check_term', 'model_of']
+__all__ = ['LossColumn', 'TeachingCallback', 'check_term', 'model_of']
 
 # %% ../../nbs/callback/05_teach.ipynb #24calld21c9c
 class LossColumn(FitCallback):
@@ -37,51 +38,27 @@ class LossColumn(FitCallback):
         new = self.of.losses[getattr(self, 'start', 0):]
         if self.fitting: self.log_value(torch.stack(new).mean().item() if new else math.nan)
 
-# %% ../../nbs/callback/05_teach.ipynb #24call0b9e78
-def at_pos(
-    o,  # A number, or a function from the position in a fit to one
-    pos # From 0 to 1
-):
-    "What `o` is at `pos`"
-    return o(pos) if callable(o) else o
-
-def check_curve(
-    name:str, # Of the argument
-    o,        # A number, or a function from the position in a fit to one
-    ok,       # Whether a value is all right
-    say:str   # What would be
-):
-    "Raise a `ValueError` if `o` is not `ok` somewhere in a fit"
-    for i in range(65 if callable(o) else 1):
-        v = at_pos(o, i/64)
-        if isinstance(v, (int,float)) and ok(v): continue
-        at = f' at {i/64:.2f} of the fit' if callable(o) else ''
-        raise ValueError(f"{name}={v!r}{at}: {say}")
-
 # %% ../../nbs/callback/05_teach.ipynb #24callfafab2
 class TeachingCallback(FitCallback):
     "What callbacks that add to the loss have in common; `losses` is what they added, batch by batch"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # fake-quant is on the model, autocast is still on after the loss, and nobody has scaled it
     _stateattrs = ('extra','_open','found','kept','said')
-    _learn,extra,aside,losses = None,None,True,()
+    extra,aside,losses = None,True,()
     company,trains,said = (),False,None # models beside it, by what they are, whether these learn too, what the student said of this batch
     def __init__(self, loss, weight, temperature):
         check_asked(loss)
-        check_curve('weight', weight, lambda v: 0<=v<=1, 'pass the share of the loss that is not the labels\', from 0 to 1.')
-        check_curve('temperature', temperature, lambda v: 0<v<math.inf, 'a temperature divides what nets say, so it must be above 0. From 2 to 8 is usual, 1 changes nothing.')
+        weight = as_curve('weight', weight, "pass the share of the loss that is not the labels', from 0 to 1.", least=0, most=1)
+        temperature = as_curve('temperature', temperature, 'a temperature divides what nets say, so it must be above 0. From 2 to 8 is usual, 1 changes nothing.', above=0)
         self.asked,self.weight,self.temperature = loss,weight,temperature
         self.column,self.paths = LossColumn(self),[]
         self._init_state()
     def _init_state(self): self._state,self._open = {},ExitStack()
-    @property
-    def learn(self): return self._learn
-    @learn.setter
+    @FitCallback.learn.setter
     def learn(self, learn):
-        if learn is None and self._learn is not None:
-            self.leave()
-            self._learn.remove_cb(self.column)
-        self._learn = learn
+        had = self.learn
+        FitCallback.learn.fset(self, learn)
         if learn is not None: learn.add_cb(self.column)
+        elif had is not None: had.remove_cb(self.column)
     @property
     def beside(self):
         "Tensors of this fit that nothing trains"
@@ -90,7 +67,7 @@ class TeachingCallback(FitCallback):
         "What `o` is at this position in the fit"
         return at_pos(o, min(1., self.pct_train))
     def before_fit(self):
-        self.leave()
+        self.over()
         self.losses,self.going,self.how = [],False,None
         if self.fitting: self.start()
     def before_train(self):
@@ -106,7 +83,7 @@ class TeachingCallback(FitCallback):
     def after_train(self): self.keep_up()
     def after_fit(self):
         self.share(self.extra.buffers() if self.extra else ())
-        self.leave()
+        self.over()
 
 # %% ../../nbs/callback/05_teach.ipynb #24call917010
 @patch
@@ -147,7 +124,7 @@ def inside(self:TeachingCallback):
 def keep_up(self:TeachingCallback):
     "Where channels have gone from the model, begin anew with what has to fit it inside"
     if not self.inside or self.shapes==_shapes(self.net): return
-    self.leave()
+    self.over()
     self.start(self.xb)
 
 # %% ../../nbs/callback/05_teach.ipynb #24callcut003
@@ -177,7 +154,7 @@ def before_step(self:TeachingCallback):
 
 # %% ../../nbs/callback/05_teach.ipynb #24call8c035d
 @patch
-def leave(self:TeachingCallback):
+def over(self:TeachingCallback):
     "Let nothing stay behind"
     self._open.close()
     for m,state in getattr(self, 'kept', {}).items(): m.load_state_dict(state)

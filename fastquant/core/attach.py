@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from fastcore.all import camel2snake
 from functools import partial
 from torch import nn, Tensor
+from .arguments import *
 from .basics import *
 from .plain import *
 from .model import *
@@ -47,6 +48,7 @@ class _Held(list):
 
 def _held(m):
     "What sits on `m`"
+    check_model(m, 'm')
     owners = (getattr(o.hook, '__self__', None) for o in m._load_state_dict_pre_hooks.values())
     return next((o for o in owners if isinstance(o, _Held)), [])
 
@@ -55,6 +57,7 @@ def attach(
     a:Attachment  # What is to sit on it
 ):
     "Put `a` on `m`"
+    check_kind('a', a, Attachment, 'pass an object of a subclass of `Attachment`.')
     if not (held:=_held(m)):
         held = _Held()
         m.register_state_dict_post_hook(partial(_Held.saving, held)) # PyTorch writes on this one, and cannot write on a method
@@ -70,12 +73,14 @@ def attached(
     cls:type     # A kind of attachment
 )->Attachment|None:
     "The attachment of this kind on `m` itself, None if there is none"
+    check_kind('cls', cls, type, 'pass a class, a kind of attachment.')
     return next((a for a in _held(inner_model(m)) if isinstance(a, cls)), None)
 
 def attachments(
     model:nn.Module # Any model
 )->list: # Pairs of a path and an attachment
     "What sits on `model` and on the modules in it, those that come first first"
+    check_model(model)
     found = [(k,a) for k,m in inner_model(model).named_modules() for a in _held(m)]
     return sorted(found, key=lambda o: o[1].order)
 
@@ -205,7 +210,7 @@ def remember(
     else: a.steps.append(step)
 
 # %% ../../nbs/core/04_attach.ipynb #04att00016
-restorable = Registry('attachment')
+restorable = Registry('attachment', lambda o: isinstance(o, type) and issubclass(o, Attachment))
 restorable(Structure)
 
 def restore(

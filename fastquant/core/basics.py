@@ -1,4 +1,4 @@
-"""Choosing things by name, matching module names, and writing files whole or not at all
+"""What is given to a function, choosing things by name, matching module names, and writing files whole or not at all
 
 Docs: https://fastquant-dev.github.io/fastquant/core/basics.html.md"""
 
@@ -14,9 +14,11 @@ from pathlib import Path
 from stat import S_IMODE
 from zlib import crc32
 from fastcore.all import *
+from .arguments import *
 
 # %% auto #0
-__all__ = ['near_misses', 'Registry', 'matches', 'check_patterns', 'check_writable', 'remove_litter', 'write_whole']
+__all__ = ['near_misses', 'Registry', 'matches', 'as_names', 'check_patterns', 'file_in', 'check_writable', 'remove_litter',
+           'write_whole']
 
 # %% ../../nbs/core/00_basics.ipynb #00basia54d82
 def near_misses(
@@ -30,17 +32,26 @@ def near_misses(
 # %% ../../nbs/core/00_basics.ipynb #00basi6db6cf
 class Registry(dict):
     "Objects of one `kind` by name: decorating with it adds, calling `find` with a name or an object gets"
-    def __init__(self, kind): self.kind = kind
+    def __init__(self,
+        kind:str,   # What they are, for errors
+        ok=callable # Whether an object that is not registered could be one
+    ):
+        check_kind('kind', kind, str, 'pass what the objects are, in words.')
+        check_function('ok', ok, 1, 'pass a function that says whether an object could be one.')
+        self.kind,self.ok = kind,ok
     def __call__(self, o):
         "Add `o` under its name in snake case"
+        named = callable(o) and hasattr(o, '__name__')
+        if not named or not self.ok(o): raise ValueError(f"o={quoted(o)}: a {self.kind} is registered by the name of its function or class. Decorate one.")
         self[camel2snake(o.__name__)] = o
         return o
     def find(self, o):
         "`o` itself, or what is registered under that name; raises `ValueError` where there is nothing"
-        if not isinstance(o, str): return o
-        if o in self: return self[o]
-        near,names = near_misses(o, self),', '.join(sorted(self))
-        raise ValueError(f"No {self.kind} is called {o!r}.{near} Pass one of {names}, or an object of your own.")
+        if isinstance(o, str) and o in self: return self[o]
+        if not isinstance(o, str) and self.ok(o): return o
+        no = f"{quoted(o)} is no {self.kind}."
+        if isinstance(o, str): no = f"No {self.kind} is called {o!r}.{near_misses(o, self)}"
+        raise ValueError(f"{no} Pass one of {', '.join(sorted(self))}, or an object of your own.")
 
 # %% ../../nbs/core/00_basics.ipynb #00basi256e36
 def matches(
@@ -51,6 +62,16 @@ def matches(
     return fnmatch(path, pattern) or fnmatch(path, f'{pattern}.*')
 
 # %% ../../nbs/core/00_basics.ipynb #00basi757809
+def as_names(
+    name:str, # Of the argument
+    o         # A module name or pattern, several, or None
+)->list:
+    "The patterns in `o`; raises `ValueError` if one of them is no text"
+    several = isinstance(o, (list,tuple,set,L))
+    found = list(o) if several else [] if o is None else [o]
+    if all(isinstance(p, str) and p for p in found): return found
+    raise ValueError(f"{name}={quoted(o)}: pass a module's name as in `learn.model.named_modules()`, a pattern with * and ?, or a list of these.")
+
 def check_patterns(
     patterns, # Patterns as in `matches`
     names     # Every module path there is
@@ -59,6 +80,16 @@ def check_patterns(
     for p in patterns:
         if not isinstance(p, str) or not any(matches(n, p) for n in names):
             raise ValueError(f"{p!r} matches no module.{near_misses(str(p), names)} Patterns are module names as in `learn.model.named_modules()`, with * and ?.")
+
+# %% ../../nbs/core/00_basics.ipynb #00args0010
+def file_in(
+    folder, # Where a relative name starts
+    fname,  # What was given
+    name:str='fname' # Of the argument
+)->Path:
+    "The path that is meant by `fname`; raises `ValueError` if it is no name of a file"
+    if isinstance(fname, (str,Path)) and str(fname) and '\0' not in str(fname): return Path(folder)/fname
+    raise ValueError(f"{name}={quoted(fname)}: pass the name of a file, relative to {str(folder)!r}, or its path.")
 
 # %% ../../nbs/core/00_basics.ipynb #00basi1681c6
 def check_writable(fname)->Path:

@@ -10,6 +10,7 @@ import numpy as np, pandas as pd, random, time, torch
 from safetensors.torch import save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch import nn, Tensor
+from .arguments import *
 from .model import *
 from .trace import *
 
@@ -21,6 +22,7 @@ def n_bytes(
     model:nn.Module # Any model, or one that runs a file
 )->int:
     "Bytes on disk"
+    check_model(model)
     if isinstance(model, FileModel): return len(model.data)
     state = {k:t for k,t in inner_model(model).state_dict().items() if isinstance(t, Tensor)}
     once = {t.data_ptr() or k:(k,t) for k,t in state.items()}
@@ -32,6 +34,7 @@ def n_params(
     model:nn.Module # Any model, or one that runs a file
 )->int:
     "Number of weights and biases"
+    check_model(model)
     return model.n_params if isinstance(model, FileModel) else sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/core/03_measure.ipynb #08repoe62213
@@ -40,7 +43,9 @@ def n_macs(
     *xb              # A batch of inputs, of which the first item is taken
 )->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products, for one item"
-    if isinstance(model:=inner_model(model), FileModel): return model.n_macs
+    check_model(model:=inner_model(model))
+    if isinstance(model, FileModel): return model.n_macs
+    check_batch(xb)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -73,6 +78,9 @@ def latency(
     seconds:float=10. # Stop early after so many in all
 )->pd.DataFrame: # Median and spread in ms, a row for each name
     "Time `fns` in turns"
+    if not isinstance(fns, dict) or not fns or not all(map(callable, fns.values())): raise ValueError(f"fns={quoted(fns)}: pass functions without arguments in a dictionary, by name.")
+    n,warmup = as_count('n', n),as_count('warmup', warmup, 0)
+    seconds = as_number('seconds', seconds, 'pass how long it may take in all.', above=0)
     times,order = {k:[] for k in fns},random.Random(42)
     start = time.perf_counter()
     for i in range(n+warmup):

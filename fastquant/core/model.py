@@ -17,11 +17,12 @@ from fastcore.basics import ifnone
 from torch import nn, Tensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
+from .arguments import *
 
 # %% auto #0
-__all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'map_tensors', 'batch_size', 'first_items',
-           'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'check_one_device', 'open_len',
-           'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel',
+__all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors', 'batch_size',
+           'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'check_one_device',
+           'open_len', 'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel',
            'check_weights', 'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
@@ -48,6 +49,15 @@ def floats(
 )->list:
     "All the floating-point tensors in nested lists, tuples, dictionaries and dataclasses"
     return [t for t in tensors(o) if t.is_floating_point()]
+
+# %% ../../nbs/core/01_model.ipynb #01args0002
+def check_batch(
+    xb # What was given as inputs, each an argument of the model
+):
+    "Raise a `ValueError` if there is no tensor in one of `xb`, or none in all"
+    for i,x in enumerate(xb):
+        if x is not None and not tensors(x): raise ValueError(f"xb[{i}]={quoted(x)}: pass a batch of inputs, as the model takes them.")
+    if not tensors(xb): raise ValueError(f"xb={quoted(xb)}: pass a batch of inputs, as the model takes them.")
 
 # %% ../../nbs/core/01_model.ipynb #01mod0000n2
 def map_tensors(
@@ -176,6 +186,8 @@ def evaluating(
     compiled:bool=False # Run what `torch.compile` made of it, if it did? Hooks and modes do not see into that
 ):
     "`model` in evaluation mode and without gradients; afterwards every module is in the mode it was in"
+    check_model(model)
+    check_flags(compiled=compiled)
     modes = {m:m.training for m in modules_in(model).values()}
     try:
         for m in modes: m.eval()
@@ -237,7 +249,7 @@ def clean_copy(
     model:nn.Module # Left as it is
 )->nn.Module:
     "A copy of `model` itself (see `inner_model`) without what fastai's hooks have stored in it; raises `ValueError` if something in it cannot be copied"
-    model = inner_model(model)
+    check_model(model:=inner_model(model))
     def several(v): return v if isinstance(v, (list,tuple)) else getattr(v, 'hooks', [v])
     held = [v for m in model.modules() for v in vars(m).values()]
     hooks = [h for v in held for h in several(v) if hasattr(h, 'stored')]
@@ -274,6 +286,7 @@ class FileModel(nn.Module):
         data:bytes # The file's content
     ):
         super().__init__()
+        check_kind('data', data, bytes, "pass what is in a file, as from `Path(fname).read_bytes()`.")
         self.data,self.training = data,False
     def train(self, mode=True):
         if mode: raise RuntimeError("This model runs a file, for inference only, and cannot be trained. Train the float Learner it came from, then call `quantize` again.")

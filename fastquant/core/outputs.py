@@ -10,6 +10,7 @@ import torch
 from collections import namedtuple
 from dataclasses import dataclass
 from torch import nn, Tensor
+from .arguments import *
 from .model import *
 from .where import Where
 from .trace import *
@@ -94,6 +95,8 @@ def sqnr(
     y:Tensor  # What it is
 )->float: # In dB: 20 is an error of a tenth, 40 of a hundredth; infinite if they are equal
     "Signal to quantization noise ratio of `y`"
+    check_tensors(x=x, y=y)
+    if x.shape!=y.shape: raise ValueError(f"x is of shape {tuple(x.shape)} and y={quoted(y)} of {tuple(y.shape)}: pass two of the same shape.")
     return noise_ratio(x, x, y)
 
 def noise_ratio(

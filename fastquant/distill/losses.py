@@ -6,11 +6,12 @@ Docs: https://fastquant-dev.github.io/fastquant/distill/losses.html.md"""
 
 # %% ../../nbs/distill/00_losses.ipynb #09diste10f6a
 from __future__ import annotations
-import inspect, math
-import torch.nn.functional as F
+import inspect, torch.nn.functional as F
 from dataclasses import dataclass
+from fastcore.all import ifnone
 from fnmatch import fnmatch
 from torch import nn, Tensor
+from ..core.arguments import *
 from ..core.basics import *
 
 # %% auto #0
@@ -51,6 +52,8 @@ def agree(
     *what # Of `width` and `size`, what has to be the same
 ):
     "Say in which of their sizes features have to agree for a loss"
+    odd = [o for o in what if o not in ('width','size')]
+    if odd: raise ValueError(f"what={quoted(odd[0])}: features may have to agree in 'width' and in 'size'.")
     def _inner(f):
         f.agree = what
         return f
@@ -84,8 +87,17 @@ def find_loss(
     o # A distillation loss, or the name of one
 ):
     "The function that is meant by `o`; raises `ValueError` if there is none"
-    if callable(f:=distill_losses.find(o)): return f
-    raise ValueError(f"loss={o!r}: pass a function of student and teacher, or the name of one: {', '.join(sorted(distill_losses))}.")
+    f = distill_losses.find(o) if isinstance(o, str) else o
+    names = ', '.join(sorted(distill_losses))
+    check_function('loss', f, 2, f'pass a function of student and teacher, or the name of one: {names}.', *_extra_of(f))
+    return f
+
+def _extra_of(
+    loss # A function
+)->list:
+    "What `loss` gets besides student and teacher"
+    if not callable(loss): return []
+    return ['temperature'] if 'temperature' in inspect.signature(loss).parameters else []
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist8ac5f1
 def distill_loss(
@@ -96,8 +108,8 @@ def distill_loss(
 )->Tensor: # A number
     "How far `student` is from `teacher`, in 32 bits"
     f = find_loss(loss)
-    extra = (temperature,) if 'temperature' in inspect.signature(f).parameters else ()
-    return f(student.float(), teacher.float(), *extra)
+    extra = dict.fromkeys(_extra_of(f), temperature)
+    return f(student.float(), teacher.float(), **extra)
 
 # %% ../../nbs/distill/00_losses.ipynb #09diste9628e
 def aligned(
@@ -149,12 +161,14 @@ class Match:
     loss:object='mse' # A distillation loss, or the name of one
     weight:float=1.   # Of each of these losses, beside the one of the outputs
     def __post_init__(self):
-        for k,o in (('student',self.student),('teacher',self.teacher or '')):
-            if not isinstance(o, str): raise ValueError(f"{k}={o!r}: pass the name of a module, or a pattern.")
-        if not isinstance(self.weight, (int,float)) or not 0<self.weight<math.inf: raise ValueError(f"weight={self.weight!r}: pass a positive number, or leave the match out.")
+        for k,o in (('student',self.student),('teacher',ifnone(self.teacher, self.student))):
+            if not isinstance(o, str) or not o: raise ValueError(f"{k}={quoted(o)}: pass the name of a module, or a pattern.")
+        object.__setattr__(self, 'weight', as_number('weight', self.weight, 'pass a positive number, or leave the match out.', above=0))
         find_loss(self.loss)
     def pairs(self, student, teacher)->list: # Of paths
         "Paths in the models `student` and `teacher`"
+        check_model(student, 'student')
+        check_model(teacher, 'teacher')
         theirs = self.teacher or self.student
         a = modules_at(student, self.student, 'the student')
         b = modules_at(teacher, theirs, 'the teacher')
@@ -171,7 +185,7 @@ def find_matches(
     if isinstance(o, Match): return [o]
     if isinstance(o, str): return [Match(o)]
     if isinstance(o, dict): return [Match(*kv) for kv in o.items()]
-    if not isinstance(o, (list,tuple)): raise ValueError(f"features={o!r}: pass a module's name or pattern, a `Match`, a dictionary from the student's to the teacher's, or a list of these.")
+    if not isinstance(o, (list,tuple)): raise ValueError(f"features={quoted(o)}: pass a module's name or pattern, a `Match`, a dictionary from the student's to the teacher's, or a list of these.")
     return [m for x in o for m in find_matches(x)]
 
 # %% ../../nbs/distill/00_losses.ipynb #09dist404c09

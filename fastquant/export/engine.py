@@ -29,7 +29,7 @@ __all__ = ['engines', 'integer_kernels', 'Engine', 'runs_int8', 'said_of', 'opti
            'load_engine']
 
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
-engines = Registry('engine')
+engines = Registry('engine', lambda o: isinstance(o, type) and issubclass(o, Engine))
 
 def _as_bytes(o):
     "The file in a state dict or a pickle, if it is whole"
@@ -268,7 +268,7 @@ def load_engine(
     engine='onnxruntime' # Who runs it: the name of an engine, or a class
 )->Engine:
     "An engine that runs the file; raises `ValueError` if it is damaged, somebody else's, or not what it says of itself, and `ImportError` if there is no such engine here"
-    cls = engines.find(engine)
+    cls,fname = engines.find(engine),file_in('.', fname)
     cls.check()
     data,what = Path(fname).read_bytes(),repr(str(fname))
     proto = read_onnx(data, what)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from torch import nn
+from ..core.arguments import *
 from ..core.model import *
 from ..quant.grid import *
 from ..quant.fakequant import fake_quant_of
@@ -89,6 +90,8 @@ def to_onnx(
     opset:int=None   # Version of ONNX, from 13 to 21; what PyTorch writes if None
 )->onnx.ModelProto:
     "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done, and `ValueError` if it cannot for `dynamic` or `opset`"
+    check_model(model)
+    check_batch(xb)
     check_opset(opset)
     check_python(model)
     dims,two = free_dims(dynamic, xb),_pair(xb)

@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/report.html.md"""
 from __future__ import annotations
 import matplotlib.pyplot as plt, pandas as pd
 from torch import nn
+from ..core.arguments import *
 from ..core.model import *
 from ..core.outputs import *
 from ..core.measure import *
@@ -88,7 +89,7 @@ def plot_errors(
 ):
     "A bar for each of the `n` worst layers"
     e = errors.head(n).iloc[::-1]
-    ax = ax or plt.subplots(figsize=(6,.28*len(e)+1))[1]
+    ax = as_ax(ax) or plt.subplots(figsize=(6,.28*len(e)+1))[1]
     ax.barh(e.layer, e.output.clip(upper=80), color='C0', label='this one alone, at the output')
     ax.plot(e.sqnr, e.layer, 'o', color='C1', label='everything rounded, here')
     ax.set(xlabel='signal to quantization noise, dB (left is worse)', title='What hurts')

@@ -8,6 +8,8 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/compare.html.md"""
 from __future__ import annotations
 import pandas as pd
 from fastai.basics import *
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..core.outputs import *
 from ..core.trace import *
@@ -33,9 +35,10 @@ def compare(self:Learner,
     **kwargs
 )->pd.DataFrame: # A row for each Learner
     "Size, work, latency, metrics and agreement of `self` and `others`; of an int8 file also the latency of the same net in float in its engine"
+    for o in others: check_kind('others', o, Learner, 'pass Learners.')
     learns = (self,*others)
-    names = names or _names(learns)
-    if len(names)!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
+    names = _names(learns) if names is None else as_names('names', names)
+    if len(set(names))!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
     dl = valid_dl(self, dl)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
@@ -121,6 +124,7 @@ def layer_errors(self:Learner,
 )->pd.DataFrame: # A row for each site, worst first
     "What rounding does to each activation, in dB (see `site_errors`)"
     check_weights(self.model, 'layer_errors')
+    check_flags(show_plot=show_plot)
     model,cast = float32_copy(self.model)
     unprepare(model)
     with calibration_dl(self, dl, n_batches) as dl:

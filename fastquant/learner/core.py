@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 from fastai.basics import *
 from fastai.vision.augment import RandTransform
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..core.attach import *
 from ..quant.train import *
@@ -104,6 +106,7 @@ def describe(
     learn:Learner
 )->dict: # Plain data
     "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs as far as they are known, and what `also` is done"
+    check_kind('learn', learn, Learner, 'pass a Learner.')
     vocab,steps = getattr(learn.dls, 'vocab', None),_steps(learn.dls[-1])
     facts = [_step_facts(t) for t in steps]
     unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
@@ -165,6 +168,8 @@ def make_ready(
 @delegates(_load)
 def load(self:Learner, file, device=None, strict=True, **kwargs):
     "Load model and optimizer state from `self.path/self.model_dir/file`, after making the model ready for what is in it; raises, and leaves `self` as it was, if it cannot be"
+    check_flags(strict=strict)
+    if not hasattr(file, 'read'): file_in(self.path/self.model_dir, file, 'file')
     model,had = inner_model(self.model),self.opt
     if had is None: self.create_opt()
     passed = dict(device=device, strict=strict, **kwargs)
@@ -194,6 +199,7 @@ def save(self:Learner,
     **kwargs
 )->Path: # Where it is
     "Save model and optimizer state (if `with_opt`) to `self.path/self.model_dir/file`, under the names that the model itself has"
+    if not hasattr(file, 'read'): file_in(self.path/self.model_dir, file, 'file')
     with _bare(self): return _save(self, file, **kwargs)
 
 Learner.save.__wrapped__ = _save

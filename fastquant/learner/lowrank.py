@@ -13,6 +13,8 @@ from ..quant.fakequant import fake_quant_of
 from ..quant.prepare import check_finite
 from .core import first_metric, trainable_twin
 from ..prune.mask import masked
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..core.measure import *
 from ..lowrank.factors import *
@@ -38,6 +40,8 @@ def decompose(self:Learner,
 )->Learner: # To be trained on, or used; `self` is left as it is
     "A copy of `self` with layers of low rank, and in its `not_factorised` why others are not; raises `ValueError` if there is nothing to gain"
     _check_one(energy=energy, params=params, macs=macs, ranks=ranks)
+    check_flags(aware=aware)
+    n_batches = as_count('n_batches', n_batches, say='at least one batch is needed to see what goes into layers.')
     model = _float_copy(self)
     n = n_batches if aware else 1
     with calibration_dl(self, dl, n) as dl: batches = inputs(self, dl, n)
@@ -46,11 +50,7 @@ def decompose(self:Learner,
     m = moments(model, layers, batches) if aware else {}
     if ranks: chosen = by_pattern(layers, left, ranks)
     else: chosen = _choose(model, layers, left, m, batches[0], energy, params, macs)
-    why = 'it would grow' if energy else 'it would grow, or lose more than others do'
-    if ranks: why = 'no rank is given for it'
-    for k in [k for k in layers if k not in left]:
-        if k not in chosen: left[k] = why
-        elif ranks and _grows(*layers[k], chosen[k]): left[k] = 'it would grow'
+    left.update(_why_dense(layers, left, chosen, energy, ranks))
     def made(k): return factorise(*layers[k], chosen[k], m.get(k))
     new = _each([k for k in chosen if k not in left], left, made)
     if not new: raise ValueError(_no_gain(left))
@@ -62,8 +62,7 @@ def decompose(self:Learner,
 def _check_one(**ways):
     given = [k for k,v in ways.items() if v is not None]
     if len(given)!=1: raise ValueError(f"Say in one way how much to keep: {' and '.join(given) or 'none'} given, of {', '.join(ways)}. For example learn.decompose(params=.5).")
-    for k,v in ways.items():
-        if k!='ranks' and v is not None and not (isinstance(v, (int,float)) and 0<v<=1): raise ValueError(f"{k}={v}: pass the share to keep, above 0 and up to 1, so 0.5 for a half.")
+    for k in set(given)-{'ranks'}: as_number(k, ways[k], 'pass the share to keep, above 0 and up to 1, so 0.5 for a half.', above=0, most=1)
     if ways['ranks'] is not None and not (isinstance(ways['ranks'], dict) and ways['ranks']): raise ValueError(f"ranks={ways['ranks']!r}: pass a dictionary of ranks by module pattern, like {{'layer3.*':16}}.")
 
 def _float_copy(learn):
@@ -81,6 +80,15 @@ def _no_gain(left):
     reasons = '; '.join(f'{k!r}: {why}' for k,why in left.items())
     if not left: reasons = 'the model has no layer that can be factorised'
     return f'There is nothing to gain: {reasons}. Keep less, or choose other layers.'
+
+def _why_dense(layers, left, chosen, energy, ranks):
+    "Why those of `layers` that are not in `left` stay as they are for which no rank, or none that gains anything, was chosen"
+    why = 'it would grow' if energy else 'it would grow, or lose more than others do'
+    if ranks: why = 'no rank is given for it'
+    rest = [k for k in layers if k not in left]
+    found = {k:why for k in rest if k not in chosen}
+    growing = [k for k in rest if ranks and k in chosen and _grows(*layers[k], chosen[k])]
+    return {**found, **dict.fromkeys(growing, 'it would grow')}
 
 def _grows(layer, kind, rank): return n_params(skeleton(layer, kind, rank))>=n_params(layer)
 
@@ -111,6 +119,7 @@ def save_decomposed(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
     "`save_sparse`, for a factorised model only; raises `ValueError` if it is none"
+    file_in(self.path, fname)
     if not factor_recipe(inner_model(self.model)): raise ValueError("Nothing in this model is factorised: call `save_decomposed` on what `decompose` returns.")
     return self.save_sparse(fname)
 
@@ -133,7 +142,7 @@ class RankSensitivity:
         change:float=.01 # How far the metric may be from `base`, in its own units
     )->dict: # Ranks by layer, for `decompose`
         "The lowest rank of each layer down to which the metric stays within `change`"
-        found = {}
+        found,change = {},as_number('change', change, 'pass how far the metric may move, 0 or more.', least=0)
         for k,t in self.table.groupby('layer', sort=False):
             t = t.sort_values('parameters', ascending=False)
             near = (t[self.metric]-self.base).abs().le(change+1e-9)
@@ -154,10 +163,9 @@ class RankSensitivity:
         return b
 
 # %% ../../nbs/learner/03_lowrank.ipynb #25decoa2fcb8
-def _check_shares(shares):
-    if not len(shares): raise ValueError("shares=(): pass the shares of a layer's parameters to try, like (.2,.5).")
-    for s in shares:
-        if not 0<s<1: raise ValueError(f"shares={shares}: each is a share of a layer's parameters, above 0 and below 1.")
+def _as_shares(shares):
+    shares = as_list('shares', shares, "pass the shares of a layer's parameters to try, like (.2,.5).")
+    return [as_number('shares', s, "each is a share of a layer's parameters, above 0 and below 1.", above=0, below=1) for s in shares]
 
 @patch
 def rank_sensitivity(self:Learner,
@@ -170,7 +178,8 @@ def rank_sensitivity(self:Learner,
     show_plot:bool=True # Draw it?
 )->RankSensitivity:
     "Singular values of each layer, and what its ranks alone do to the first metric (the loss if there is none); `suggest` turns that into ranks"
-    _check_shares(shares)
+    check_flags(aware=aware, show_plot=show_plot)
+    shares = _as_shares(shares)
     twin = trainable_twin(self, _float_copy(self))
     metric = self.metrics[0].name if self.metrics else 'loss'
     with calibration_dl(self, None, n_batches) as train: batches = inputs(self, train, n_batches if aware else 1)
@@ -185,9 +194,8 @@ def rank_sensitivity(self:Learner,
             l,f = layers[k]
             return [row(k, l, f, o) for o in _near(rank_options(l, f, None, m.get(k)), n_params(l), shares)]
         tried = _each(layers, left, rows_of)
-        rows = [r for rs in tried.values() for r in rs]
     spectra = {k:_spectra(*layers[k]) for k in tried}
-    found = RankSensitivity(pd.DataFrame(rows), spectra, base, metric)
+    found = RankSensitivity(pd.DataFrame(sum(tried.values(), [])), spectra, base, metric)
     if show_plot: found.plot()
     return found
 

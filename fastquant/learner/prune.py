@@ -1,4 +1,4 @@
-"""`prune`, its sensitivity, tickets, reports and files, as methods of every `Learner`
+"""`prune`, its sensitivity, reports and files, as methods of every `Learner`
 
 Docs: https://fastquant-dev.github.io/fastquant/learner/prune.html.md"""
 
@@ -6,11 +6,11 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/prune.html.md"""
 
 # %% ../../nbs/learner/02_prune.ipynb #23prun537cc3
 from __future__ import annotations
-import numpy as np, pandas as pd
+import pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
-from fastai.callback.schedule import *
 from .core import describe, first_metric, trainable_twin
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
 from ..prune.criteria import *
@@ -43,7 +43,7 @@ def prune(self:Learner,
 )->Learner: # To be trained on, or used; `self` is left as it is
     "A pruned copy of `self`: with the masks that a fit has left, or in one shot. It stays as sparse as it is in any fit, until `remove_masks`; channels are removed for good. Its `not_pruned` says why layers were left alone"
     check_weights(self.model, 'prune')
-    if fname: fname = check_writable(self.path/fname)
+    if fname is not None: fname = check_writable(file_in(self.path, fname))
     new = trainable_twin(self, clean_copy(inner_model(self.model)))
     structure = find_structure(ifnone(structure, 'channel' if target else 'weight'))
     as_is = amount is None and target is None and not isinstance(structure, NM)
@@ -100,7 +100,8 @@ def save_sparse(self:Learner,
     fname='model.safetensors' # Relative to `self.path`
 )->Path: # Where it is
     "Write the model, float or quantized, with masks, factors and whatever sits on it, to a small safetensors file; see `pack_model`"
-    return write_whole(check_writable(self.path/fname), pack_model(inner_model(self.model), **describe(self)))
+    fname = check_writable(file_in(self.path, fname))
+    return write_whole(fname, pack_model(inner_model(self.model), **describe(self)))
 
 @patch
 def load_sparse(self:Learner,
@@ -109,8 +110,8 @@ def load_sparse(self:Learner,
 )->Learner: # `self` is left as it is
     "A Learner like `self` with weights and masks of the file, or around the quantized model in it; raises `ValueError` if that is damaged, or does not fit"
     model = None if isinstance(self.model, FileModel) else remove_masks(clean_copy(inner_model(self.model)))
-    data = (self.path/fname).read_bytes()
-    model,about = unpack_model(data, model, max_bytes, partial(some_inputs, self))
+    path,max_bytes = file_in(self.path, fname),as_count('max_bytes', max_bytes)
+    model,about = unpack_model(path.read_bytes(), model, max_bytes, partial(some_inputs, self))
     if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
     return twin_of(self, model) if isinstance(model, FileModel) else trainable_twin(self, model)
 
@@ -121,6 +122,7 @@ def prune_report(self:Learner,
 )->pd.DataFrame: # A row for each layer
     "Sparsity, weights left, and bytes of each layer, before and after packing"
     check_weights(self.model, 'prune_report')
+    check_flags(show_plot=show_plot)
     report = pd.DataFrame(layer_report(inner_model(self.model))).T
     if show_plot: plot_report(report)
     return report
@@ -130,7 +132,7 @@ def plot_report(
     ax=None              # Where to; None makes a new figure
 ):
     "For each layer, the weights that it has and those that are left"
-    ax = ax or plt.subplots(figsize=(6,.28*len(report)+1))[1]
+    ax = as_ax(ax) or plt.subplots(figsize=(6,.28*len(report)+1))[1]
     r = report.iloc[::-1]
     ax.barh(r.index, r.weights, color='lightgray', label='weights')
     ax.barh(r.index, r.left, color='C0', label='left')
@@ -146,6 +148,7 @@ def channel_report(self:Learner,
 )->pd.DataFrame: # A row for each layer
     "Channels of each layer, before any were removed and now"
     check_weights(self.model, 'channel_report')
+    check_flags(show_plot=show_plot)
     report = pd.DataFrame(channel_counts(inner_model(self.model))).T
     if show_plot: plot_channels(report)
     return report
@@ -156,7 +159,7 @@ def plot_channels(
 ):
     "For each layer, the channels that it had and those that are left"
     width = max(4, .3*len(report))
-    ax = ax or plt.subplots(figsize=(width,3))[1]
+    ax = as_ax(ax) or plt.subplots(figsize=(width,3))[1]
     ax.bar(report.index, report.before, color='lightgray', label='before')
     ax.bar(report.index, report.after, color='C0', label='after')
     ax.set(title='Channels', ylabel='outputs of the layer')
@@ -171,8 +174,9 @@ def plot_sparsity(self:Recorder,
     ax=None           # Where to; None makes a new figure
 ):
     "Loss and sparsity, step by step"
+    skip_start = as_count('skip_start', skip_start, 0)
     if not getattr(self, 'sparsities', None): raise ValueError("The last fit did not prune: there is a sparsity to plot after one with `PruneScheduleCallback`.")
-    ax = ax or plt.subplots(figsize=(6,3))[1]
+    ax = as_ax(ax) or plt.subplots(figsize=(6,3))[1]
     ax.plot(range(skip_start, len(self.losses)), self.losses[skip_start:], label='loss')
     ax.set(xlabel='steps', ylabel='loss')
     other = ax.twinx()
@@ -192,6 +196,7 @@ class Sensitivity:
         change:float=.01 # How far the metric may be from `base`, in its own units
     )->dict: # Amounts by layer, for `prune` or `PruneScheduleCallback`; layers that can spare nothing are not in it
         "The largest amount for each layer up to which the metric stays within `change`"
+        change = as_number('change', change, 'pass how far the metric may move, 0 or more.', least=0)
         near = (self.table-self.base).abs().le(change+1e-9)
         ok = near.cumprod(axis=1).astype(bool)
         found = {k:max(self.table.columns[row]) for k,row in ok[ok.any(axis=1)].iterrows()}
@@ -201,7 +206,7 @@ class Sensitivity:
     def _repr_html_(self): return f'<p>{self._title()}</p>{self.table.round(4).to_html()}'
     def _title(self): return f'{self.metric} with this share of a layer pruned; {self.base:.4g} without'
     def plot(self, ax=None):
-        ax = ax or plt.subplots(figsize=(7,3.5))[1]
+        ax = as_ax(ax) or plt.subplots(figsize=(7,3.5))[1]
         for k,row in self.table.iterrows(): ax.plot([0,*row.index], [self.base,*row], marker='.', label=k)
         ax.set(xlabel='amount pruned of this layer alone', ylabel=self.metric)
         ax.legend(fontsize='small', ncols=1+len(self.table)//12)
@@ -221,14 +226,16 @@ def prune_sensitivity(self:Learner,
 )->Sensitivity:
     "What pruning each layer alone does to the first metric (the loss if there is none); `suggest` turns it into amounts"
     check_weights(self.model, 'prune_sensitivity')
-    for a in amounts: check_amount(a)
+    check_flags(show_plot=show_plot)
+    amounts = as_list('amounts', amounts, 'pass the shares of a layer to try, like (.5,.9).')
+    selection = partial(Selection, structure=structure, criterion=criterion, exclude=exclude, last=last)
+    selections = {a:selection(a) for a in sorted(map(check_amount, amounts))}
     twin = trainable_twin(self, clean_copy(inner_model(self.model)))
     with calibration_dl(self, valid_dl(self, dl), n_batches) as dl, twin.no_bar():
         xb = inputs(twin, dl, 1)[0]
         layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = first_metric(twin, dl)
-        selections = {a:Selection(a, structure, criterion) for a in sorted(amounts)}
         def row(k, m): return {a:_alone(twin, {k:m}, s, watched, dl) for a,s in selections.items()}
         rows = {k:row(k, layers[k]) for k in with_bar(self, list(layers))}
     metric = self.metrics[0].name if self.metrics else 'loss'
@@ -246,52 +253,3 @@ def _alone(learn, layer, selection, watched, dl):
         m.weight.data.masked_fill_(~keep, 0)
         return first_metric(learn, dl)
     finally: m.weight.data.copy_(w)
-
-# %% ../../nbs/learner/02_prune.ipynb #23prunb36e9c
-@patch
-def lottery_ticket(self:Learner,
-    amount,          # Share of weights to prune in the end, or a dictionary of shares by module pattern
-    n_epoch:int,     # Epochs of each round
-    lr=None,         # Maximum learning rate of each round
-    rounds:int=5,    # Each prunes the same share of what is left
-    rewind:int=0,    # Step of the first round to go back to
-    structure='weight', # As in `PruneScheduleCallback`
-    scope:str='global', # Likewise
-    exclude=None,    # Likewise
-    last:bool=False, # Likewise
-    **kwargs         # For `fit_one_cycle`
-)->Learner: # With masks, and the weights of step `rewind`: to be trained. `self` is left as it is
-    "Find a winning ticket by iterative magnitude pruning with rewinding; start from an untrained `self`"
-    if rounds<1: raise ValueError(f"rounds={rounds}: at least one round of training is needed to see which weights matter.")
-    if not 0<=rewind<n_epoch*len(self.dls.train): raise ValueError(f"rewind={rewind}: pass a step of the first round, which has {n_epoch*len(self.dls.train)}.")
-    selection = Selection(amount, structure, 'magnitude', scope, exclude, last)
-    new = trainable_twin(self, remove_masks(clean_copy(inner_model(self.model))))
-    early = RewindCallback(rewind)
-    with calibration_dl(self, None, 1) as dl:
-        xb = inputs(self, dl, 1)[0]
-        layers,_ = groups(new.model, structure, *xb, only=selection.only, exclude=exclude, last=last)
-    set_masks(new.model, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()})
-    spared = set()
-    for r in range(1, rounds+1):
-        new.fit_one_cycle(n_epoch, lr, cbs=early if r==1 else None, reset_opt=True, **kwargs)
-        masks = {k:m.weight_mask for k,m in layers.items()}
-        keep = select(layers, masks, selection, _so_far(selection, r/rounds), spared=spared)
-        new.model.load_state_dict(early.state)
-        set_masks(new.model, keep)
-    new.opt = None
-    if spared: warn(f"Of {', '.join(map(repr, sorted(spared)))} all would have gone, so the best part of it was kept. Prune less, exclude it, or let each layer give the same share with scope='local'.")
-    return new
-
-# %% ../../nbs/learner/02_prune.ipynb #23prunc879be
-def _so_far(selection, part):
-    a = np.mean(list(selection.amounts.values()))
-    return (1-(1-a)**part)/a
-
-@patch
-def reinit(self:Learner)->Learner: # `self` is left as it is
-    "The same masks on new random weights, as modules draw them for themselves: what a winning ticket is compared with"
-    new = trainable_twin(self, clean_copy(inner_model(self.model)))
-    for m in new.model.modules():
-        if hasattr(m, 'reset_parameters'): m.reset_parameters()
-    for m in masked(new.model).values(): mask_of(m).zero()
-    return new

@@ -9,6 +9,7 @@ from __future__ import annotations
 from warnings import warn
 from dataclasses import asdict
 from fastai.basics import *
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
 from ..core.outputs import *
@@ -47,10 +48,10 @@ def quantize(self:Learner,
     opset:int=None   # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
-    check_weights(self.model, 'quantize')
+    check_flags(timed=timed)
     check_opset(opset)
-    (runs:=engines.find(engine)).check()
-    if fname: fname = check_writable(self.path/fname)
+    runs = _who_runs(self, engine)
+    if fname is not None: fname = check_writable(file_in(self.path, fname))
     (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
     trained = fake_quant_of(model) is not None
     check_modes(self)
@@ -73,6 +74,13 @@ def _in_float32(model, batches):
     batches = [(to_float(xb),yb) for xb,yb in batches]
     _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
     return batches
+
+def _who_runs(learn, engine):
+    "The engine that is meant; raises if it is not there, or has nothing to do"
+    check_weights(learn.model, 'quantize')
+    runs = engines.find(engine)
+    runs.check()
+    return runs
 
 def _check_runs(model, xb, how, to):
     "Raise a `ValueError` if the forward pass of `model` does not take part in a change of dtype"
@@ -170,7 +178,8 @@ def export_onnx(self:Learner,
     opset:int=None      # As in `quantize`
 )->Path: # Where it is
     "Write the model to one ONNX file, with a free batch dimension, and classes and preprocessing in its metadata; float or int8, as the Learner is. A float one is run by ONNX Runtime first; raises, and writes nothing, if it does not do what the model does"
-    fname = check_writable(self.path/fname)
+    check_opset(opset)
+    fname = check_writable(file_in(self.path, fname))
     if isinstance(self.model, FileModel):
         if dynamic or opset: raise ValueError("This Learner runs a file, whose sizes and version are settled. Pass `dynamic` and `opset` to `quantize`, or to `export_onnx` of the float Learner.")
         return write_whole(fname, self.model.data)
@@ -202,7 +211,7 @@ def load_onnx(self:Learner,
     engine='onnxruntime' # As in `quantize`
 )->Learner: # `self` is left as it is
     "A Learner like `self` that runs the file; raises `ValueError` if that is damaged, somebody else's, or of other classes"
-    model = load_engine(self.path/fname, engine)
+    model = load_engine(file_in(self.path, fname), engine)
     vocab,mine = model.metadata.get('vocab'),describe(self)['vocab']
     if vocab!=mine: raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {vocab}, not {mine}.")
     return twin_of(self, model)

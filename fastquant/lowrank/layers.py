@@ -10,6 +10,7 @@ import torch
 from collections import Counter
 from torch import nn, Tensor
 from fastcore.basics import *
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.plain import *
 from ..core.model import *
@@ -34,7 +35,7 @@ def skeleton(
     name = kind_name(f)
     if not f.fits(m): raise ValueError(f"{name!r} cannot factorise {type(m).__name__}: it is for {f.of}.")
     full = f.full(m)
-    rank = tuple(rank) if isinstance(rank, (tuple,list)) else (rank,)*len(full)
+    rank = tuple(map(unboxed, rank)) if isinstance(rank, (tuple,list)) else (unboxed(rank),)*len(full)
     if len(rank)!=len(full): raise ValueError(f"rank={rank}: {name!r} has {len(full)} ranks here.")
     for r,top in zip(rank, full):
         if type(r) is int and 1<=r<=top: continue
@@ -130,9 +131,10 @@ def find_layers(
     exclude=None     # Module names or patterns to leave alone
 )->tuple: # Layers with the factorisation for each, and why others are left alone, both by path
     "What can be factorised in `model`, and how"
+    exclude = as_names('exclude', exclude)
     check_kinds(model, kinds, [])
     if isinstance(kinds, str): factorisations.find(kinds)
-    check_patterns(listify(exclude), [k for k,_ in model.named_modules()])
+    check_patterns(exclude, [k for k,_ in model.named_modules()])
     tr = trace(model, *first_items(xb, 2))
     tensors = [p for m in model.modules() for p in m._parameters.values()]
     owners = Counter(id(p) for p in tensors if p is not None)
@@ -195,6 +197,7 @@ def factor_recipe(
     model:nn.Module # Any model
 )->dict: # Plain data, by path
     "What in `model` is factorised, and how"
+    check_model(model)
     return {k:m.recipe for k,m in model.named_modules() if isinstance(m, LowRank)}
 
 def follow_recipe(

@@ -10,6 +10,7 @@ import inspect, torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from torch.func import functional_call
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import evaluating
 
@@ -70,7 +71,11 @@ def needs(
     criterion # A criterion, or the name of one
 )->list: # Names of what it needs besides the weights
     "What has to be watched for `criterion`; raises `ValueError` where that is nothing we can watch"
-    asked = list(inspect.signature(criteria.find(criterion)).parameters)[1:]
+    f = criteria.find(criterion)
+    try: asked = list(inspect.signature(f).parameters)
+    except ValueError: asked = []
+    if not asked: raise ValueError(f"criterion={quoted(f)}: pass a function from groups of weights, a row for each, to a score for each; and of what else it names.")
+    asked = asked[1:]
     odd = [o for o in asked if o not in statistics]
     if odd:
         near,known = near_misses(odd[0], statistics),', '.join(statistics)

@@ -11,6 +11,8 @@ from dataclasses import replace
 from fastcore.all import patch
 from torch import nn, Tensor
 from weakref import ref
+from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
@@ -168,6 +170,21 @@ def set_mask(
     mask.hold()
 
 # %% ../../nbs/prune/04_mask.ipynb #14prune3775b
+def _check_masks(
+    model:nn.Module, # Any model
+    keep # As in `set_masks`
+):
+    "Raise a `ValueError` that names what is no mask of a layer of `model`"
+    check_model(model)
+    check_kind('keep', keep, dict, 'pass a mask for each layer, by path.')
+    mods = dict(model.named_modules())
+    for k,mask in keep.items():
+        w = own_weight(mods[k]) if k in mods else None
+        is_mask = isinstance(mask, Tensor) and mask.dtype==torch.bool
+        if k not in mods: raise ValueError(f"keep={quoted(keep)}: {k!r} is no module.{near_misses(str(k), mods)}")
+        if not is_mask: raise ValueError(f"keep[{k!r}]={quoted(mask)}: pass a tensor of booleans, shaped like the weight.")
+        if w is None and not mask_of(mods[k]): raise ValueError(f"keep={quoted(keep)}: {k!r} has no weight of its own.")
+
 @torch.no_grad()
 def forget_pruned(
     opt,            # A fastai optimizer, or None
@@ -185,6 +202,7 @@ def masked(
     model:nn.Module # Any model
 )->dict:
     "The modules of `model` with masks, by path"
+    check_model(model)
     return {k:m for k,m in inner_model(model).named_modules() if mask_of(m)}
 
 def sparsity(
@@ -205,6 +223,7 @@ def set_masks(
 ):
     "`set_mask` for each layer in `keep`"
     model = inner_model(model)
+    _check_masks(model, keep)
     for k,mask in keep.items():
         around = model.get_submodule(k.rpartition('.')[0]) if k else None
         set_mask(model.get_submodule(k), mask, around)
@@ -222,6 +241,9 @@ def remove_masks(
     only=None        # Paths of layers; all of them if None
 )->nn.Module: # `model`
     "Take the masks off `model`; its weights stay as they are"
+    only = None if only is None else as_names('only', only)
+    for k in only or ():
+        if k not in dict(model.named_modules()): raise ValueError(f"only={quoted(only)}: {k!r} is no module.{near_misses(k, masked(model))}")
     for m in [m for k,m in masked(model).items() if only is None or k in only]:
         mask = mask_of(m)
         mask.zero()

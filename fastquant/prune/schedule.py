@@ -8,6 +8,8 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/schedule.html.md"""
 from __future__ import annotations
 import math, matplotlib.pyplot as plt
 from dataclasses import dataclass
+from fastcore.all import ifnone, listify
+from ..core.arguments import *
 from ..core.basics import *
 
 # %% auto #0
@@ -43,7 +45,7 @@ class Steps:
     "Prune in `n` equal steps"
     n:int=5 # The first at the start, the last at the end
     def __post_init__(self):
-        if self.n<2: raise ValueError(f"Steps({self.n}): two steps are the fewest. For one step use 'one_shot'.")
+        object.__setattr__(self, 'n', as_count('n', self.n, 2, "two steps are the fewest. For one step use 'one_shot'."))
     def __call__(self, pos): return (1+math.floor(pos*(self.n-1)+1e-9))/self.n
 
 # %% ../../nbs/prune/03_schedule.ipynb #13prun2c2822
@@ -54,13 +56,16 @@ class Schedule:
     start:float=0. # Part of the fit before the first weight goes
     end:float=1.   # Part of the fit after which nothing changes any more
     def __post_init__(self):
+        for k in 'start','end': object.__setattr__(self, k, as_number(k, getattr(self, k), 'pass a part of the fit, from 0 to 1.'))
         if not 0<=self.start<=self.end<=1: raise ValueError(f"start={self.start}, end={self.end}: both are parts of the fit from 0 to 1, and the start comes first.")
         f = self.find()
-        at = [f(i/64) for i in range(65)]
+        check_function('schedule', f, 1, 'pass the name of a schedule, or a function from position to share.')
+        at = [as_number('schedule', f(i/64), f'that is what {quoted(f)} gives at {i/64:g}. It is to give the share of `amount`, from 0 to 1.') for i in range(65)]
         if not abs(at[-1]-1)<1e-6: raise ValueError(f"The schedule {self.curve!r} ends at {at[-1]:g}. It gives the share of `amount`, so it must end at 1, like SchedCos(0, 1).")
         if not all(-1e-6<=a<=1+1e-6 for a in at): raise ValueError(f"The schedule {self.curve!r} goes from {min(at):g} to {max(at):g}. It gives the share of `amount`, which stays from 0 to 1.")
     def find(self):
         f = schedules.find(self.curve)
+        if isinstance(f, type): check_function('schedule', f, 0, 'pass the name of a schedule, or a function from position to share.')
         return f() if isinstance(f, type) else f
     def __call__(self,
         t:float # From 0 to 1: the part of the fit that is over
@@ -82,11 +87,10 @@ def plot_schedules(
     ax=None     # Where to; None makes a new figure
 ):
     "A line for each schedule"
-    ax = ax or plt.subplots(figsize=(6,3))[1]
+    found = {str(o):Schedule(o) for o in listify(ifnone(names, list(schedules)))}
+    ax = as_ax(ax) or plt.subplots(figsize=(6,3))[1]
     at = [i/400 for i in range(401)]
-    for o in names or schedules:
-        s = Schedule(o)
-        ax.plot(at, [s(t) for t in at], label=str(o))
+    for o,s in found.items(): ax.plot(at, [s(t) for t in at], label=o)
     ax.set(xlabel='position in the schedule', ylabel='share of the amount')
     ax.legend(fontsize='small')
     return ax

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
+from ..core.arguments import *
 from ..core.basics import *
 from .criteria import *
 from .structures import *
@@ -17,12 +18,14 @@ from .structures import *
 __all__ = ['check_amount', 'Selection', 'pools', 'lowest', 'lowest_of_runs', 'Unwatched', 'check_scores', 'score', 'select']
 
 # %% ../../nbs/prune/02_select.ipynb #12prun9ea5e5
-def check_amount(amount):
-    "Raise a `ValueError` if `amount` is no share of weights that leaves some"
-    if not isinstance(amount, (int,float)) or isinstance(amount, bool): raise ValueError(f"amount={amount!r}: pass the share of weights to prune, like 0.9.")
+def check_amount(amount)->float:
+    "`amount`; raises `ValueError` if it is no share of weights that leaves some"
+    amount = unboxed(amount)
+    if not isinstance(amount, (int,float)) or isinstance(amount, bool): raise ValueError(f"amount={quoted(amount)}: pass the share of weights to prune, like 0.9.")
     if 1<amount<=100: raise ValueError(f"amount={amount}: pass the share of weights to prune, so {amount/100:g} for {amount:g}%.")
     if amount==1: raise ValueError("amount=1: that leaves nothing. Pass a share below 1, like 0.9.")
     if not 0<amount<1: raise ValueError(f"amount={amount}: pass the share of weights to prune, above 0 and below 1.")
+    return amount
 
 # %% ../../nbs/prune/02_select.ipynb #12prun4cc3e5
 @dataclass(frozen=True)
@@ -38,20 +41,25 @@ class Selection:
     def __post_init__(self):
         s = find_structure(self.structure)
         needs(self.criterion)
+        check_flags(last=self.last)
+        as_names('exclude', self.exclude)
         self.check_target(s)
         if self.scope not in ('global','local'): raise ValueError(f"scope={self.scope!r}: all layers compete ('global'), or each gives its share ('local').")
         if isinstance(s, NM):
             if self.amount is not None and set(self.amounts.values())!={s.amount}: raise ValueError(f"amount={self.amount}: {s} prunes {s.amount:g} of all weights, neither more nor less. Leave `amount` out.")
         elif self.amount in (None,{}) and not self.target: raise ValueError(f"amount={self.amount}: pass the share of weights to prune, like 0.9.")
-        for a in self.amounts.values(): check_amount(a)
+        as_names('amount', list(self.amounts))
+        checked = {p:check_amount(a) for p,a in self.amounts.items()}
+        if self.amount is not None: object.__setattr__(self, 'amount', checked if isinstance(self.amount, dict) else checked['*'])
     def check_target(self, s):
         if self.last and isinstance(s, Channel): raise ValueError("last=True: what the last layer makes is the model's output, whose shape stays as it is. Leave `last` out.")
         if self.target is None: return
         if not isinstance(s, Channel): raise ValueError(f"target={self.target}: zeros change no target, since tensors stay as large as they are. Pass structure='channel', or an amount.")
         if self.amount is not None: raise ValueError(f"amount={self.amount} and target={self.target}: one of the two says how much to prune. Leave the other out.")
         one = isinstance(self.target, dict) and len(self.target)==1
-        if not one or not all(isinstance(v, float) and 0<v<1 for v in self.target.values()):
-            raise ValueError(f"target={self.target}: pass one measure, and the share of it that shall be left, above 0 and below 1, as in {{'macs':.5}}.")
+        say = "pass one measure, and the share of it that shall be left, above 0 and below 1, as in {'macs':.5}."
+        if not one: raise ValueError(f"target={self.target!r}: {say}")
+        for v in self.target.values(): as_number('target', v, f"{self.target}: {say}", above=0, below=1)
     @property
     def amounts(self)->dict:
         "Amounts by pattern"

@@ -11,6 +11,7 @@ from functools import singledispatch
 from fastcore.all import patch
 from torch import nn, Tensor
 from .structures import prunable
+from ..core.arguments import *
 from ..core.model import *
 from ..core.attach import *
 from ..core.optim import *
@@ -146,6 +147,9 @@ def shrink(
     opt=None         # Its optimizer, changed in place too
 )->nn.Module: # `model`
     "Cut the tensors of `model`; raises `ValueError` if `recipe` does not fit, and leaves `model` as it was"
+    check_model(model)
+    check_kind('recipe', recipe, Recipe, 'pass one from `recipe_of` or `recipe_from_json`.')
+    if opt is not None and not hasattr(opt, 'state'): raise ValueError(f"opt={quoted(opt)}: pass the model's optimizer, `learn.opt`, or None.")
     todo = with_attached(recipe, model)
     check_fits(todo, model)
     for k,left in todo.left.items():

@@ -10,6 +10,7 @@ import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from fastcore.all import listify
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
@@ -45,10 +46,12 @@ class NM:
     n:int=2 # Weights to keep
     m:int=4 # Out of so many
     def __post_init__(self):
+        for k in 'n','m': object.__setattr__(self, k, as_count(k, getattr(self, k)))
         if not 0<self.n<self.m: raise ValueError(f"NM({self.n}, {self.m}): keep at least 1 weight of each run and fewer than all, as in NM(2, 4).")
     @property
     def amount(self)->float: return 1-self.n/self.m
     def __call__(self, w):
+        check_tensors(w=w)
         if w.shape[1]%self.m: raise ValueError(f"its {w.shape[1]} inputs cannot be divided by {self.m}")
         return w.movedim(1,-1).unflatten(-1, (-1,self.m,1))
 
@@ -59,7 +62,8 @@ class Channel:
     "Whole channels, of all the layers they run through, whose tensors get smaller"
     round_to:int=8 # Leave a multiple of this many
     def __post_init__(self):
-        if self.round_to<1: raise ValueError(f"Channel({self.round_to}): pass the number that channel counts shall be multiples of, like 8, or 1 for any count.")
+        say = 'pass the number that channel counts shall be multiples of, like 8, or 1 for any count.'
+        object.__setattr__(self, 'round_to', as_count('round_to', self.round_to, say=say))
     def __call__(self, w): raise ValueError("channels go through several layers, so this one cannot be pruned alone: use `learn.prune` or `PruneScheduleCallback`")
 
 # %% ../../nbs/prune/01_structures.ipynb #11prun433c9e
@@ -67,8 +71,12 @@ def find_structure(
     o # The name of a structure, or one of your own
 ):
     "The structure meant by `o`; raises `ValueError` if there is none"
-    o = structures.find(o)
-    return o() if isinstance(o, type) else o
+    f,say = structures.find(o),'pass a function from a weight to its groups, or the name of a structure.'
+    if isinstance(f, type):
+        check_function('structure', f, 0, say)
+        f = f()
+    check_function('structure', f, 1, say)
+    return f
 
 # %% ../../nbs/prune/01_structures.ipynb #11prun5cb34c
 def outputs_first(

@@ -10,6 +10,7 @@ import itertools, torch
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
+from ..core.arguments import *
 from ..core.model import *
 from ..core.trace import *
 from ..core.match import *
@@ -197,6 +198,7 @@ def fake_quant_of(
     model:nn.Module # Any model
 )->FakeQuant|None: # None if it is not prepared
     "The `FakeQuant` on `model`"
+    check_model(model)
     return attached(model, FakeQuant)
 
 rounding = fake_quant_of # what it was called before

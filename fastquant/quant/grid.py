@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from dataclasses import dataclass
 from torch import Tensor
+from ..core.arguments import *
+from ..core.model import check_tensors
 
 # %% auto #0
 __all__ = ['Grid', 'qparams', 'along', 'quantize', 'dequantize', 'fake_quant', 'round_channels', 'round_tensor']
@@ -21,7 +23,9 @@ class Grid:
     signed:bool=True # Centred on 0 (symmetric), or starting from it (affine)
     whole:bool=False # If signed: down to `-hi-1` too, which has no counterpart above, as engines clip signed activations
     def __post_init__(self):
-        if not 2<=self.bits<=8: raise ValueError(f"bits={self.bits}: int8 storage holds 2 to 8 bits. Leave the layer out of the spec to keep it in float.")
+        bits = as_count('bits', self.bits, 2, 'int8 storage holds 2 to 8 bits. Leave the layer out of the spec to keep it in float.', 8)
+        object.__setattr__(self, 'bits', bits)
+        check_flags(signed=self.signed, whole=self.whole)
     @property
     def hi(self)->int: return 2**(self.bits-1)-1 if self.signed else 2**self.bits-1
     @property
@@ -30,12 +34,25 @@ class Grid:
     def dtype(self)->torch.dtype: return torch.int8 if self.signed else torch.uint8
 
 # %% ../../nbs/quant/00_grid.ipynb #01affif71df4
+def _check_grid(
+    grid # What was given
+):
+    "Raise a `ValueError` if `grid` is no `Grid`"
+    check_kind('grid', grid, Grid, 'pass a `Grid`, like Grid(8).')
+
+def _check_axis(axis, x):
+    n = max(1, x.ndim)
+    as_count('axis', axis, -n, f'pass a dimension of the tensor, which has {x.ndim}.', n-1)
+
 def qparams(
     lo:Tensor, # Smallest value to represent, one per channel
     hi:Tensor, # Largest value to represent, shaped like `lo`
     grid:Grid  # Where the values have to fit
 )->tuple: # Scale (float) and zero point (int32), shaped like `lo`
     "Scale and zero point that put the floats `lo..hi` on `grid`, and 0. exactly on an integer (Jacob et al. 2018, eq. 12 and 13)"
+    check_tensors(lo=lo, hi=hi)
+    _check_grid(grid)
+    if lo.shape!=hi.shape: raise ValueError(f"lo is of shape {tuple(lo.shape)} and hi={quoted(hi)} of {tuple(hi.shape)}: pass two numbers for each channel.")
     lo,hi = lo.clamp(max=0),hi.clamp(min=0)
     if grid.signed: s = torch.maximum(lo/grid.lo, hi/grid.hi)
     else: s = hi/grid.hi-lo/grid.hi
@@ -83,6 +100,9 @@ def quantize(
     axis:int=0         # Dimension of `x` that channels lie along
 )->Tensor: # Integers
     "The integers of `grid` that are nearest to `x`"
+    check_tensors(x=x, scale=scale, zero_point=zero_point)
+    _check_grid(grid)
+    _check_axis(axis, x)
     return torch.ops.fastquant.quantize(x, scale, zero_point, grid.lo, grid.hi, axis)
 
 def dequantize(
@@ -92,6 +112,8 @@ def dequantize(
     axis:int=0         # As in `quantize`
 )->Tensor: # Floats
     "The floats that the integers `q` stand for"
+    check_tensors(q=q, scale=scale, zero_point=zero_point)
+    _check_axis(axis, q)
     return torch.ops.fastquant.dequantize(q, scale, zero_point, axis)
 
 # %% ../../nbs/quant/00_grid.ipynb #01affie90cec
@@ -137,6 +159,9 @@ def fake_quant(
     k:float=1.         # Factor for the gradient of `scale`
 )->Tensor: # Floats, all of them on the grid
     "Round `x` to the grid and back, with the straight-through gradient (Bengio et al. 2013); channels lie along the first dimension"
+    check_tensors(x=x, scale=scale, zero_point=zero_point)
+    _check_grid(grid)
+    k = as_number('k', k)
     if scale.ndim: return round_channels(x, scale, grid, k)
     return round_tensor(x, scale.item(), zero_point.item(), grid, scale if scale.requires_grad else None, k)
 

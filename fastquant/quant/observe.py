@@ -6,8 +6,9 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/observe.html.md"""
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse6a971b
 from __future__ import annotations
-import torch
+import inspect, torch
 from torch import nn, Tensor
+from ..core.arguments import *
 from ..core.basics import *
 from .grid import *
 
@@ -15,7 +16,7 @@ from .grid import *
 __all__ = ['observers', 'Observer', 'min_max_of', 'MinMax', 'MovingAverage', 'Histogram', 'Percentile', 'MSE', 'Entropy']
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse002424
-observers = Registry('observer')
+observers = Registry('observer', lambda o: _makes_observers(o))
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse56f583
 class Observer(nn.Module):
@@ -24,6 +25,7 @@ class Observer(nn.Module):
         n:int=1 # Rows (channels) to keep apart
     ):
         super().__init__()
+        n = as_count('n', n)
         self.register_buffer('lo', torch.full((n,), torch.inf))
         self.register_buffer('hi', torch.full((n,), -torch.inf))
     def forward(self,
@@ -34,6 +36,13 @@ class Observer(nn.Module):
     )->tuple: # Smallest and largest value to represent, one for each row
         "The range to cover, or infinities if nothing has been seen"
         return self.lo,self.hi
+
+def _makes_observers(
+    o # Anything
+)->bool:
+    "Whether `o` is a kind of observer, or a function that may make some"
+    made = getattr(o, 'func', o) # of a partial
+    return inspect.isfunction(made) or isinstance(made, type) and issubclass(made, Observer)
 
 # %% ../../nbs/quant/03_observe.ipynb #02obsebfd52a
 def min_max_of(
@@ -60,7 +69,7 @@ class MovingAverage(Observer):
         mom:float=.1 # Share of the way that one batch moves the range
     ):
         super().__init__(n)
-        self.mom = mom
+        self.mom = as_number('mom', mom, 'pass the share of the way that one batch moves the range, above 0 and up to 1.', above=0, most=1)
     def forward(self, x):
         lo,hi = min_max_of(x)
         new = self.lo.isinf()
@@ -75,8 +84,8 @@ class Histogram(Observer):
         sample:int=2**17  # Values to count of each row and batch, at most about that many
     ):
         super().__init__(n)
-        self.bins,self.sample = bins,sample
-        self.register_buffer('hist', torch.zeros(n, bins))
+        self.bins,self.sample = as_count('bins', bins, 2),as_count('sample', sample)
+        self.register_buffer('hist', torch.zeros(n, self.bins))
     @property
     def width(self): return ((self.hi-self.lo)/self.bins)[:,None]
     def centers(self)->Tensor:
@@ -113,7 +122,7 @@ class Percentile(Histogram):
         **kwargs
     ):
         super().__init__(n, **kwargs)
-        self.share = share
+        self.share = as_number('share', share, 'pass the share of values that are kept on either side, above 0.5 and up to 1.', above=.5, most=1)
     def range(self, grid):
         below = self.hist.cumsum(1)/self.hist.sum(1, keepdim=True)
         def at(o):

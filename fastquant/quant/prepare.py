@@ -11,6 +11,7 @@ from dataclasses import replace
 from fastcore.all import patch
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
 from ..core.trace import *
@@ -23,8 +24,9 @@ from .site import Site
 from .fakequant import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'check_free', 'put_on', 'new_names', 'watch',
-           'by_grid', 'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare', 'prepare']
+__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'check_free', 'put_on', 'new_names',
+           'prepared', 'watch', 'by_grid', 'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare',
+           'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -166,12 +168,20 @@ def cut(self:FakeQuant, path, recipe):
 def was_cut(self:FakeQuant): self.lay_out()
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep061739
+def prepared(
+    model:nn.Module # Any model
+)->FakeQuant:
+    "What `prepare` put on `model`; raises `ValueError` if it did not"
+    if (r:=fake_quant_of(model)): return r
+    raise ValueError(f"model={quoted(model)}: it is not prepared, so there is nothing to watch or to set. Call `prepare(model, 'int8', *xb)` first.")
+
 def watch(
     model:nn.Module, # A prepared model
     *xb              # A batch of inputs
 ):
     "Show what happens to `xb` to the observers of `model`, in evaluation mode"
-    fake_quant_of(model:=inner_model(model)).how = Site.watch
+    check_batch(xb)
+    prepared(model:=inner_model(model)).how = Site.watch
     with evaluating(model): model(*xb)
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepeef48d
@@ -216,8 +226,8 @@ def set_ranges(
     model:nn.Module # A prepared model that has watched some batches
 ):
     "Set all ranges of `model` to what its observers saw, and round from now on; raises `ValueError` if one of them saw nothing, or NaN"
+    r = prepared(model)
     check_trained(model)
-    r = fake_quant_of(model)
     try: found = [s.wanted_range() for s in r.all]
     finally:
         for s in r.all: s.observer = None
@@ -267,10 +277,12 @@ def prepare(
 )->nn.Module: # `model`
     "Put fake-quant on `model`, which rounds nothing as long as it has no ranges. Raises `ValueError` if that cannot be done, and leaves `model` as it was"
     check_lowered(spec:=find_spec(spec))
+    check_flags(fold=fold)
     check_weights(model:=inner_model(model), 'prepare')
     if (r:=fake_quant_of(model)):
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
+    check_batch(xb)
     paths = [k for k,_ in model.named_modules()]
     check_patterns([p for p,_ in spec.overrides], paths)
     check_python(model)

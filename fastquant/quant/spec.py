@@ -9,6 +9,7 @@ from __future__ import annotations
 import re, torch
 from dataclasses import InitVar, dataclass, fields, replace
 from fastcore.all import *
+from ..core.arguments import *
 from ..core.basics import *
 from ..core.plain import *
 from .grid import *
@@ -31,7 +32,7 @@ class PerGroup:
     "A scale for each `n` neighbours along the input"
     n:int # Weights that share a scale
     def __post_init__(self):
-        if type(self.n) is not int or self.n<2: raise ValueError(f"n={self.n!r}: pass how many weights share a scale, like PerGroup(32).")
+        object.__setattr__(self, 'n', as_count('n', self.n, 2, 'pass how many weights share a scale, like PerGroup(32).'))
 
 # %% ../../nbs/quant/04_spec.ipynb #03specdf2e77
 halves = torch.float16,torch.bfloat16
@@ -47,9 +48,10 @@ class TensorSpec:
     per_channel:InitVar[bool|None]=None # Before granularity was a value: True for `PerChannel()`
     def __post_init__(self, per_channel):
         observers.find(self.observer)
+        check_flags(learned=self.learned, dynamic=self.dynamic, per_channel=ifnone(per_channel, False))
         if per_channel: object.__setattr__(self, 'granularity', PerChannel())
         if not isinstance(self.granularity, granularities): raise ValueError(f"granularity={self.granularity!r}: pass PerTensor(), PerChannel() or PerGroup(n).")
-        if not isinstance(self.grid, Grid) and self.grid not in halves: raise ValueError(f"grid={self.grid!r}: pass a Grid, torch.float16 or torch.bfloat16.")
+        if not isinstance(self.grid, Grid) and self.grid not in halves: raise ValueError(f"grid={quoted(self.grid)}: pass a Grid, torch.float16 or torch.bfloat16.")
         if self.learned and (self.dynamic or self.half): raise ValueError("learned: there is no step size to learn where ranges are found while the model runs, or in half precision.")
     @property
     def half(self)->bool: return not isinstance(self.grid, Grid)
@@ -59,6 +61,7 @@ class TensorSpec:
         n:int=1 # Channels
     )->Observer:
         "A new observer for a tensor of `n` channels"
+        n = as_count('n', n)
         return observers.find(self.observer)(n if self.by_channel else 1)
 
 granularities = PerTensor,PerChannel,PerGroup
@@ -75,25 +78,39 @@ class Spec:
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
     def __post_init__(self):
+        self.check_fields()
         if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
         if not self.weight.half and (not self.weight.grid.signed or self.weight.grid.whole): raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
         if self.act is None and self.stream: raise ValueError("stream: with act=None no activation is rounded. Leave `stream` out.")
         if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
             raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
+    def check_fields(self):
+        "Raise a `ValueError` that names the first field of the wrong kind"
+        check_kind('weight', self.weight, TensorSpec, 'pass a `TensorSpec`.')
+        for k in 'act','stream': check_kind(k, getattr(self, k), (TensorSpec,type(None)), 'pass a `TensorSpec`, or None.')
+        check_kind('ends', self.ends, (Spec,type(None)), 'pass a `Spec`, or None.')
+        say = 'pass a tuple of pairs of a pattern and a `Spec`, or None for float.'
+        check_kind('overrides', self.overrides, tuple, say)
+        for o in self.overrides:
+            if not isinstance(o, tuple) or len(o)!=2: raise ValueError(f"overrides={quoted(self.overrides)}: {say}")
+            check_kind('overrides', o[0], str, say)
+            check_kind('overrides', o[1], (Spec,type(None)), say)
+        check_flags(portable=self.portable, float_bias=self.float_bias)
     def at(self,
         path:str # Module path
     )->Spec|None: # None: leave it in float
         "The spec for the module at `path`"
+        check_kind('path', path, str, "pass a module's name.")
         found = [s for p,s in self.overrides if matches(path, p)]
         return found[-1] if found else self
     def excluding(self,
         patterns # Module names or patterns to leave in float: one or several
     )->Spec:
         "This spec, with `patterns` left in float"
-        return replace(self, overrides=self.overrides+tuple((p,None) for p in listify(patterns)))
+        return replace(self, overrides=self.overrides+tuple((p,None) for p in as_names('exclude', patterns)))
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec63d44c
-specs = Registry('spec')
+specs = Registry('spec', lambda o: True) # `find_spec` says more
 
 # %% ../../nbs/quant/04_spec.ipynb #03specdfb118
 @specs
@@ -136,9 +153,10 @@ def find_spec(
 )->Spec:
     "The `Spec` meant by `o`; raises `ValueError` or `TypeError` if there is none"
     o = specs.find(o)
-    if callable(o): o = o()
-    if isinstance(o, Spec): return o
-    raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {o!r}.")
+    if callable(o): check_function('spec', o, 0, 'what makes a spec takes no arguments. Call it, as in low_bits(4, 8).')
+    made = o() if callable(o) else o
+    if isinstance(made, Spec): return made
+    raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {quoted(o)}.")
 
 # %% ../../nbs/quant/04_spec.ipynb #03specyet02
 def _not_yet(s):

@@ -128,7 +128,7 @@ cases = dict(nothing=(noop,dict(),'in one way'), two=(noop,dict(params=.5,macs=.
     rank_half=(noop,dict(ranks={'2.2':3.5}),"'2.2': rank=3.5: .*from 1 to 64"), rank_text=(noop,dict(ranks={'2.2':'3'}),"rank='3': .*from 1 to 64"), rank_bool=(noop,dict(ranks={'2.2':True}),'rank=True: .*from 1 to 64'),
     rank_pair=(noop,dict(ranks={'1.0':(0,3)}),r"'1.0': rank=\(0, 3\): .*from 1 to \(32, 16\)"), ranks_none=(noop,dict(ranks={}),"pass a dictionary of ranks by module pattern, like"), ranks_list=(noop,dict(ranks=[3]),'pass a dictionary of ranks'),
     number=(noop,dict(ranks={2:3}),"2 matches no module. Did you mean '2'"), kinds_list=(noop,dict(params=.5,kinds=['svd']),r"kinds=\['svd'\]: pass the name of a factorisation, svd, tucker2"),
-    kinds_name=(noop,dict(params=.5,kinds={'2.20':'svd'}),"'2.20' matches no module. Did you mean"), exclude_number=(noop,dict(params=.5,exclude=2),"2 matches no module. Did you mean '2'"),
+    kinds_name=(noop,dict(params=.5,kinds={'2.20':'svd'}),"'2.20' matches no module. Did you mean"), exclude_number=(noop,dict(params=.5,exclude=2),"exclude=2: pass a module's name"),
     batches=(noop,dict(params=.5,aware=True,n_batches=0),'at least one batch'), no_data=(noop,dict(params=.5,aware=True,dl=[]),'calibration set is empty'),
     grows=(noop,dict(ranks={'2.4':10}),"nothing to gain.*'2.4': it would grow"), train_aware=(noop,dict(ranks={'2.2':3},kinds='tensor_train',aware=True),'cannot weigh errors'))
 

@@ -260,7 +260,8 @@ class ChannelPlan(_Plan):
 def plan_for(
     selection:Selection # What is wanted
 ):
-    "The kind of plan for `selection`"
+    "The kind of plan for `selection`; raises `ValueError` if nobody knows its target"
+    for k in selection.target or (): targets.find(k)
     return ChannelPlan if isinstance(find_structure(selection.structure), Channel) else MaskPlan
 
 # %% ../../../nbs/prune/channels/03_target.ipynb #17tgtunsc1
