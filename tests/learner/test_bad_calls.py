@@ -27,6 +27,7 @@ tensor = 'x',3,None,[1.],np.ones(2)
 batch = 'x',3,Own(),'nothing'
 fname = 3,True,['a'],'','a\0b',Own()
 data = 3,'train',True,{},Own(),[3],['ab']
+free,version = ('x',3,(0,),(4,),(1.5,),(True,),[],(-1,),nan,{2:3},[(2,),(3,)],Own()),('17',12,22,17.5,nan,True,[17],0,-1,Own())
 function = 3,'nothing',True,lambda: 1
 curve = lambda: 1,lambda p: 'x',lambda p: nan,lambda p: None,lambda p: -p-1,lambda p: [p]
 kind = 3,'Fake',None
@@ -111,7 +112,7 @@ public = dict(
     remove_masks=on_model(only=(3,'9',['9'],[3])),
     recipe_of=of_model(),
     shrink=call(lambda l, o: dict(model=l.model, recipe=recipe_of(l.model)), model=module, recipe=(3,None,{},'x'), opt=(3,'adam')),
-    to_onnx=call(lambda l, o: dict(model=l.model, xb=x()), model=module, xb=batch),
+    to_onnx=call(lambda l, o: dict(model=l.model, xb=x()), model=module, xb=batch, dynamic=free, opset=version),
     Engine=call(data=(3,None,'model.onnx')), Openvino=call(data=(3,None,'model.onnx')),
     load_engine=call(lambda l, o: dict(fname=l.path/'model.onnx'), fname=(*fname,None), engine=(*choice,len,None)),
     sqnr=call(lambda l, o: dict(x=torch.ones(2), y=torch.ones(2)), x=tensor, y=(*tensor,torch.ones(3))),
@@ -149,8 +150,9 @@ methods = {
 
 def verb(good=lambda l, o: {}, **bad): return lambda l, o: dict(self=l, **good(l, o)),bad
 verbs = dict(
-    quantize=verb(spec=spec, dl=data, n_batches=count, exclude=(*names,'head'), fname=fname, timed=flag, engine=(*choice,len,None)),
-    remove_quant=verb(), export_onnx=verb(fname=(*fname,None)), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
+    quantize=verb(spec=spec, dl=data, n_batches=count, exclude=(*names,'head'), fname=fname, timed=flag, engine=(*choice,len,None),
+        dynamic=free, opset=version),
+    remove_quant=verb(), export_onnx=verb(fname=(*fname,None), dynamic=free, opset=version), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
         engine=(*choice,len,None)),
     prune=verb(lambda l, o: dict(amount=.5), **{k:v for k,v in selection().items() if k!='target'}, dl=data, n_batches=count, fname=fname),
     save_sparse=verb(fname=(*fname,None)), load_sparse=verb(lambda l, o: dict(fname='no'), fname=(*fname,None), max_bytes=count),
