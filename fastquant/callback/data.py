@@ -20,7 +20,7 @@ from ..core.arguments import *
 from ..core.model import *
 
 # %% auto #0
-__all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'check_modes', 'batches_of', 'inputs', 'some_inputs',
+__all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'batches_of', 'inputs', 'some_inputs', 'check_modes',
            'with_bar', 'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
@@ -97,11 +97,13 @@ def _own_copy(cb):
 # %% ../../nbs/callback/01_data.ipynb #18datat004
 _events = 'before_validate','before_batch','after_pred'
 
+def _kind(o): return o if isinstance(o, type) else type(o)
+
 def _may_shape(
     cb:Callback # Of a Learner
 )->bool:
     "Whether `cb` hears of validation in time to change what the model is given, or what is made of its output"
-    known = {o if isinstance(o, type) else type(o) for o in L(defaults.callbacks)}|{MixedPrecision}
+    known = {*map(_kind, L(defaults.callbacks)),MixedPrecision}
     if type(cb) in known or type(cb).__module__.startswith('fastquant.'): return False
     hears = [e for e in _events if hasattr(type(cb), e) or e in vars(cb)]
     return bool(hears) and cb.run and cb.run_valid
@@ -166,50 +168,9 @@ def twin_of(
 )->Learner: # For inference
     "A Learner like `learn` around `model`, with those of fastai's default callbacks that `learn` has, and those that shape its batches"
     kinds = {type(cb) for cb in learn.cbs}
-    kind = lambda o: o if isinstance(o, type) else type(o)
-    usual = [o for o in L(defaults.callbacks) if kind(o) in kinds]
+    usual = [o for o in L(defaults.callbacks) if _kind(o) in kinds]
     resets = [ModelResetter()] if ModelResetter in kinds else [] # a recurrent model begins anew
     return _like(learn, model, [*usual,*resets,*shapers(learn)])
-
-# %% ../../nbs/callback/01_data.ipynb #18datat015
-def check_modes(
-    learn:Learner # Left as it is
-):
-    "Warn of callbacks that put part of the model into training mode in validation"
-    for w in _witnesses(learn):
-        if not w.trains: continue
-        names = ', '.join(map(repr, dict.fromkeys(w.trains)))
-        warn(f"{type(w.cb).__name__} puts {names} into training mode in validation, so the predictions of this Learner are random. Those of the new one are not: it runs the model in evaluation mode.")
-
-# %% ../../nbs/callback/01_data.ipynb #18data64bf90
-def batches_of(
-    learn:Learner, # Its model says where to, its data how many of a batch are inputs, its callbacks what becomes of them
-    dl,     # A DataLoader, or any iterable of batches
-    n:int=2 # Batches; None for all
-)->list: # Inputs and targets of each, both tuples
-    "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
-    cbs = shapers(learn)
-    twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs))
-    twin.loss_func = _NoLoss(learn.loss_func)
-    with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
-    if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
-    xs,ys = zip(*keep.found)
-    return list(zip(_distinct(learn.model, xs), ys))
-
-def inputs(
-    learn:Learner, # See `batches_of`
-    dl,     # A DataLoader, or any iterable of batches
-    n:int=2 # Batches; None for all
-)->list: # A tuple of inputs for each
-    "Inputs of the first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
-    return [xb for xb,_ in batches_of(learn, dl, n)]
-
-def some_inputs(
-    learn:Learner, # Its data, if there is no `dl`
-    dl=None        # A DataLoader; the training set if None
-)->tuple: # As the model takes them
-    "A batch of inputs, neither shuffled nor augmented"
-    with calibration_dl(learn, dl, 1) as dl: return inputs(learn, dl, 1)[0]
 
 # %% ../../nbs/callback/01_data.ipynb #18datat008
 _misfits = RuntimeError,ValueError,AssertionError,IndexError # what models say of shapes that do not go together
@@ -254,6 +215,46 @@ def _check_divides(model, xb):
         try: model(*_less(xb, ()))
         except _misfits as e: raise ValueError(f"{type(model).__name__} runs on {n} items and not on the first {n-1} of them ({str(e).splitlines()[0]}), so there is no batch that may be of any size. "
             "Let `forward` take inputs with a dimension for the batch first: of a graph (batch, nodes, features) and (batch, nodes, nodes).") from e
+
+# %% ../../nbs/callback/01_data.ipynb #18data64bf90
+def batches_of(
+    learn:Learner, # Its model says where to, its data how many of a batch are inputs, its callbacks what becomes of them
+    dl,     # A DataLoader, or any iterable of batches
+    n:int=2 # Batches; None for all
+)->list: # Inputs and targets of each, both tuples
+    "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
+    cbs = shapers(learn)
+    twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs))
+    twin.loss_func = _NoLoss(learn.loss_func)
+    with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
+    if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
+    xs,ys = zip(*keep.found)
+    return list(zip(_distinct(learn.model, xs), ys))
+
+def inputs(
+    learn:Learner, # See `batches_of`
+    dl,     # A DataLoader, or any iterable of batches
+    n:int=2 # Batches; None for all
+)->list: # A tuple of inputs for each
+    "Inputs of the first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
+    return [xb for xb,_ in batches_of(learn, dl, n)]
+
+def some_inputs(
+    learn:Learner, # Its data, if there is no `dl`
+    dl=None        # A DataLoader; the training set if None
+)->tuple: # As the model takes them
+    "A batch of inputs, neither shuffled nor augmented"
+    with calibration_dl(learn, dl, 1) as dl: return inputs(learn, dl, 1)[0]
+
+# %% ../../nbs/callback/01_data.ipynb #18datat015
+def check_modes(
+    learn:Learner # Left as it is
+):
+    "Warn of callbacks that put part of the model into training mode in validation"
+    for w in _witnesses(learn):
+        if not w.trains: continue
+        names = ', '.join(map(repr, dict.fromkeys(w.trains)))
+        warn(f"{type(w.cb).__name__} puts {names} into training mode in validation, so the predictions of this Learner are random. Those of the new one are not: it runs the model in evaluation mode.")
 
 # %% ../../nbs/callback/01_data.ipynb #18databa7002
 def with_bar(
