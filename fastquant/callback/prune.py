@@ -9,8 +9,6 @@ from __future__ import annotations
 from fastai.basics import *
 from ..core.arguments import *
 from ..core.basics import *
-from ..core.model import check_weights
-from ..quant.fakequant import fake_quant_of
 from ..prune.criteria import *
 from ..prune.select import *
 from ..prune.schedule import *
@@ -18,120 +16,10 @@ from ..prune.mask import *
 from ..prune.channels.check import *
 from ..prune.channels.target import *
 from .core import *
+from .masking import *
 
 # %% auto #0
-__all__ = ['MaskingCallback', 'PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback']
-
-# %% ../../nbs/callback/04_prune.ipynb #21call399ec5
-def _same_everywhere(keep):
-    "The masks of the first process, in all of them"
-    if num_distrib()<2: return keep
-    for k,mask in keep.items():
-        m = mask.to(torch.uint8)
-        torch.distributed.broadcast(m, 0)
-        keep[k] = m.bool()
-    return keep
-
-# %% ../../nbs/callback/04_prune.ipynb #21callb890e5
-class MaskingCallback(FitCallback):
-    "What callbacks that change masks during a fit have in common"
-    order = Recorder.order+.5 # it has made its table, which gets a column, and the progress bar has not shown it yet
-    run_valid,remove_on_fetch,_only_train_loop = False,True,True
-    to_prune,plan,ended = None,None,False
-    def before_fit(self):
-        self.run = self.counts
-        if not self.run: return
-        self.to_prune,self.plan,self.ended,self.watched = None,None,False,{}
-        self.taken,self.opened,self.fresh = None,None,True
-        self.reached = sparsity(self.net)
-        if not hasattr(self.learn, 'recorder'): return
-        self.recorder.sparsities = []
-        self.add_column('sparsity')
-    def after_validate(self): self.log_value(self.reached)
-    def before_batch(self):
-        if self.to_prune is None: self.start()
-        if not self.fresh: return
-        before,self.opened,self.fresh = ifnone(self.opened, self.step-1),self.step,False
-        self.taken = ifnone(self.taken, before)
-        if self.every: self.turn = (self.taken+1)%self.every==0
-        else: self.turn = self.opened//self.often()>before//self.often()
-    def before_step(self): self.taken,self.fresh = self.taken+1,True
-    def change(self, keep):
-        "Put masks on, and let gradients and optimizer forget what they prune"
-        set_masks(self.net, _same_everywhere(keep))
-        forget_pruned(self.opt, self.net)
-        self.reached = sparsity(self.net)
-    @property
-    def step(self): return self.epoch*self.n_iter+self.iter+1
-    @property
-    def n_steps(self): return self.n_epoch*self.n_iter
-    def after_batch(self):
-        if self.to_prune: self.update()
-        if hasattr(self.learn, 'recorder'): self.recorder.sparsities.append(self.reached)
-    def update(self): pass
-    def after_fit(self): self.ended = True
-
-# %% ../../nbs/callback/04_prune.ipynb #21calllook1
-@patch
-def look(self:MaskingCallback, selection):
-    "Find the layers to prune; none as long as one of them is frozen"
-    check_weights(self.net, 'prune')
-    r = fake_quant_of(self.net)
-    how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
-    self.plan = plan_for(selection)(self.net, selection, *self.xb)
-    if r: r.how = how
-    self.plan.check_opt(self.opt)
-    self.plan.spared,self.left_alone = set(),self.plan.left_alone
-    self.first = dict(self.left_alone)
-    self.frozen = [k for k,m in self.plan.layers.items() if not m.weight.requires_grad]
-    return {} if self.frozen else self.plan.layers
-
-@patch
-def mask(self:MaskingCallback, layers):
-    "Put masks on `layers`, which prune nothing yet"
-    self.to_prune = layers
-    new = {k:m.weight for k,m in layers.items() if not mask_of(m)}
-    set_masks(self.net, {k:torch.ones_like(w, dtype=torch.bool) for k,w in new.items()})
-    self.reached = sparsity(self.net)
-
-@patch
-def often(self:MaskingCallback)->int:
-    "Batches from one change to the next, where nobody says how many steps: about a hundred changes"
-    return max(1, round(self.span*self.n_steps/100))
-
-# %% ../../nbs/callback/04_prune.ipynb #21callover1
-def _some(names):
-    "A few of `names`, and how many more there are"
-    more = f' and {len(names)-3} more' if len(names)>3 else ''
-    return ', '.join(map(repr, names[:3]))+more
-
-@patch
-def unsaid(self:MaskingCallback, plan)->list:
-    "Everything that the user does not know yet"
-    if plan is None: return [f"No batch was trained, so nothing was done about {self.asked}."]
-    if self.frozen: return [self.waiting()]
-    found = [self.short(plan)]
-    if plan.spared: found.append(f"Of {_some(sorted(plan.spared))} all would have gone, so the best part of it was kept, and others gave more where they compete. Prune less, exclude it, or let each give the same share with scope='local'.")
-    new = {k:v for k,v in self.left_alone.items() if self.first.get(k)!=v}
-    if new: found.append(f"Left alone: {'; '.join(f'{k!r}: {v}' for k,v in new.items())}.")
-    return [o for o in found if o]
-
-@patch
-def waiting(self:MaskingCallback)->str:
-    "What to say if all there was to do was to wait"
-    return f"Nothing was done about {self.asked}: what is frozen could not make up for it ({_some(self.frozen)}). Pruning waits for a fit in which nothing of it is frozen: call `learn.unfreeze()` before, or leave that out with `exclude`."
-
-# %% ../../nbs/callback/04_prune.ipynb #21callover3
-@patch
-def over(self:MaskingCallback):
-    "Say what was asked for and is not done, and forget what was watched"
-    ended,plan = self.ended,self.plan
-    try:
-        if ended:
-            for text in self.unsaid(plan): warn(text)
-    finally:
-        for m in masked(self.net).values(): mask_of(m).forget()
-        self.watched,self.plan,self.to_prune,self.ended = {},None,None,False
+__all__ = ['PruneScheduleCallback', 'GroupLassoCallback', 'StatisticsCallback', 'RewindCallback']
 
 # %% ../../nbs/callback/04_prune.ipynb #21callb4318a
 class PruneScheduleCallback(MaskingCallback):

@@ -12,7 +12,7 @@ from ..core.basics import *
 from ..prune.select import *
 from ..prune.mask import *
 from ..prune.regrow import *
-from .prune import *
+from .masking import *
 
 # %% auto #0
 __all__ = ['RigLCallback']

@@ -17,8 +17,8 @@ from fastcore.all import *
 from .arguments import *
 
 # %% auto #0
-__all__ = ['near_misses', 'Registry', 'matches', 'as_names', 'check_patterns', 'file_in', 'check_writable', 'remove_litter',
-           'write_whole']
+__all__ = ['near_misses', 'some_of', 'Registry', 'matches', 'as_names', 'check_patterns', 'file_in', 'check_writable',
+           'remove_litter', 'write_whole']
 
 # %% ../../nbs/core/00_basics.ipynb #00basia54d82
 def near_misses(
@@ -28,6 +28,16 @@ def near_misses(
     "The `names` somebody who typed `name` may have meant"
     near = get_close_matches(name, list(names), n=3, cutoff=.5)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ''
+
+# %% ../../nbs/core/00_basics.ipynb #00basicsome2
+def some_of(
+    names,  # Strings
+    n:int=4 # How many to say
+)->str:
+    "The first of `names`, and how many more there are"
+    names = list(names)
+    more = f' and {len(names)-n} more' if len(names)>n else ''
+    return ', '.join(names[:n])+more
 
 # %% ../../nbs/core/00_basics.ipynb #00basi6db6cf
 class Registry(dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from itertools import permutations
 from torch import nn
+from .basics import *
 from .model import *
 
 # %% auto #0
@@ -52,11 +53,9 @@ def _moving(model, owned):
     params = {k:p for k,p in model.named_parameters() if moves(p)}
     return {**params, **{k:b for k,b in model.named_buffers() if b.is_floating_point()}}
 
-def _some(found):
+def _named(found):
     "The first of some names, with those that others have for the same"
-    names = [k if k==n else f'{k} ({n} there)' for n,k in found.items()]
-    more = f' and {len(names)-4} more' if len(names)>4 else ''
-    return ', '.join(names[:4])+more
+    return some_of(k if k==n else f'{k} ({n} there)' for n,k in found.items())
 
 def check_apart(
     models:list, # Of each what it is, the model, and whether it is trained
@@ -66,4 +65,4 @@ def check_apart(
     for (a,x,learns),(b,y,_) in permutations(models, 2):
         found = shared(_moving(x, owned), all_tensors(y)) if learns else {}
         advice = "Begin with a copy of one of them, which shares nothing: `copy_model(model)`."
-        if found: raise ValueError(f"{b.capitalize()} shares {_some(found)} with {a}, so what {a} learns would change it too. {advice}")
+        if found: raise ValueError(f"{b.capitalize()} shares {_named(found)} with {a}, so what {a} learns would change it too. {advice}")
