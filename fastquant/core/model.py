@@ -22,7 +22,7 @@ from .arguments import *
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors', 'batch_size',
            'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'check_one_device',
-           'open_len', 'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel',
+           'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel',
            'check_weights', 'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
@@ -141,21 +141,6 @@ def check_one_device(
     "Raise a `ValueError` if `model` is copied to several devices for each batch"
     if not isinstance(model, nn.DataParallel) or len(model.device_ids)<2: return
     raise ValueError(f"nn.DataParallel copies the model to {len(model.device_ids)} devices for each batch, where nothing can be noted of what goes through it. Take it off with `learn.model = learn.model.module`, and train with `learn.distrib_ctx()`, a process for each device.")
-
-# %% ../../nbs/core/01_model.ipynb #01modlen002
-def _len(o, count=len): return o.shape[0] if isinstance(o, Tensor) and o.ndim else count(o)
-
-@contextmanager
-def open_len(
-    model:nn.Module # Any model
-):
-    "While this lasts, `len(x)` of a tensor is `x.shape[0]` in the files that the forward passes of `model` are from"
-    spaces = [getattr(type(m).forward, '__globals__', {}) for m in model.modules()]
-    mine = {id(g):g for g in spaces if 'len' not in g and not g.get('__name__', '').startswith('torch.')}
-    for g in mine.values(): g['len'] = _len
-    try: yield
-    finally:
-        for g in mine.values(): del g['len']
 
 # %% ../../nbs/core/01_model.ipynb #04trac4f1m1
 def _held(m):
