@@ -21,7 +21,15 @@ from .data import *
 from .optimizer import *
 
 # %% auto #0
-__all__ = ['PTQCalibrate', 'QuantAwareCallback']
+__all__ = ['check_one_device', 'PTQCalibrate', 'QuantAwareCallback']
+
+# %% ../../nbs/callback/03_quant.ipynb #01mod0000c0b
+def check_one_device(
+    model:nn.Module # Any model
+):
+    "Raise a `ValueError` if `model` is copied to several devices for each batch"
+    if not isinstance(model, nn.DataParallel) or len(model.device_ids)<2: return
+    raise ValueError(f"nn.DataParallel copies the model to {len(model.device_ids)} devices for each batch, where nothing can be noted of what goes through it. Take it off with `learn.model = learn.model.module`, and train with `learn.distrib_ctx()`, a process for each device.")
 
 # %% ../../nbs/callback/03_quant.ipynb #20call2bb1af
 class PTQCalibrate(FitCallback):

@@ -21,9 +21,9 @@ from .arguments import *
 
 # %% auto #0
 __all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors', 'batch_size',
-           'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'check_one_device',
-           'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel',
-           'check_weights', 'float32_copy', 'other_precision']
+           'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'modules_in', 'evaluating',
+           'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights', 'float32_copy',
+           'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -133,14 +133,6 @@ def inner_model(
 def eagerly():
     "A context in which nothing runs that `torch.compile` has made, but what it was made of: hooks and modes that come later are seen by that alone"
     return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else nullcontext()
-
-# %% ../../nbs/core/01_model.ipynb #01mod0000c0b
-def check_one_device(
-    model:nn.Module # Any model
-):
-    "Raise a `ValueError` if `model` is copied to several devices for each batch"
-    if not isinstance(model, nn.DataParallel) or len(model.device_ids)<2: return
-    raise ValueError(f"nn.DataParallel copies the model to {len(model.device_ids)} devices for each batch, where nothing can be noted of what goes through it. Take it off with `learn.model = learn.model.module`, and train with `learn.distrib_ctx()`, a process for each device.")
 
 # %% ../../nbs/core/01_model.ipynb #04trac4f1m1
 def _held(m):
