@@ -15,6 +15,7 @@ from ..core.model import *
 from ..core.outputs import *
 from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
+from ..quant.convert import *
 from .graph import *
 from .portable import *
 from .summary import *
@@ -22,7 +23,7 @@ from .engine import *
 
 # %% auto #0
 __all__ = ['run_as_written', 'near_tie', 'outputs_of', 'ties', 'activations', 'run_file', 'file_integers', 'ExportMismatch',
-           'Difference', 'difference', 'replay', 'integers_of', 'bias_steps', 'gate', 'verify']
+           'Difference', 'difference', 'replay', 'integers_of', 'float_biases', 'gate', 'verify']
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000008
 def outputs_of(
@@ -192,13 +193,12 @@ def check_same(
     found,        # Each `Difference`
     ours,         # Outputs on the same integers
     theirs,       # Outputs of what is compared
-    more={},       # Steps besides `near_tie` that are explained, by the path of a layer
     least:float=80, # Of outputs, in dB
-    other:float=0  # Steps besides `near_tie` elsewhere
+    more:float=0   # Steps besides `near_tie` that are explained
 ):
     "Raise `ExportMismatch` that names the first layer at which two models part"
     for d in found:
-        allowed = near_tie+more.get(d.source, other)
+        allowed = near_tie+more
         if not d.far<=allowed: raise ExportMismatch(_parted.format(what=what, of=of, d=d, allowed=allowed))
     for i,(a,b) in enumerate(zip(ours, theirs, strict=True)):
         if not alike(a, b, least): raise ExportMismatch(_outputs.format(what=what, of=of, i=i, db=sqnr(a, b), least=least))
@@ -211,15 +211,21 @@ def alike(a, b, least):
     return agreement(a, b.to(a.dtype))>=.99
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000021
-def bias_steps(
-    sim:nn.Module # From `convert`
+_bias = "The integer bias of {k!r} is {far:.3g} steps from the float that it is rounded from. Please report the model."
+
+def float_biases(
+    sim:nn.Module,    # From `convert`
+    rounded:nn.Module # The model that rounds, before that
 )->dict: # By path of a layer
-    "How many steps of a layer's output the rounding of its bias can make"
-    r = fake_quant_of(sim)
-    scale = lambda k: getattr(sim.get_submodule(k), 'bias_scale', torch.zeros(1)).max().item()
-    outputs = [s for s in r.all if s not in r.doors.values()]
-    of_layers = [s for s in outputs if s.source in r.layers]
-    return {s.source:scale(s.source)/2/s.scale.item() for s in of_layers}
+    "What integer biases of `sim` are rounded from; raises `ExportMismatch` if that cannot be"
+    named = dict(rounded.named_modules())
+    ints = {k:m for k,m in sim.named_modules() if k in named and hasattr(m, 'bias_scale')}
+    found = {k:bias_of(rounded, k).detach() for k in ints}
+    for k,m in ints.items():
+        apart = (found[k]-dequantize(m.bias, m.bias_scale, m.bias_zero_point)).abs()
+        far = ((apart-1e-6*found[k].abs())/m.bias_scale).max()
+        if not far<=.51: raise ExportMismatch(_bias.format(k=k, far=far))
+    return found
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000s01
 def gate(
@@ -235,9 +241,10 @@ def gate(
         found,ours = replay(sim, ints, xb)
         check_same(what, 'simulation', found, ours, outs)
         if who is run: kept = outs
-    own = integers_of(sim, xb)
-    found,theirs = replay(rounded, own, xb)
-    check_same('converted model', 'model that rounds', found, replay(sim, own, xb)[1], theirs, bias_steps(sim), 30, .5)
+    with with_biases(sim, float_biases(sim, rounded)):
+        own = integers_of(sim, xb)
+        found,theirs = replay(rounded, own, xb)
+        check_same('converted model', 'model that rounds', found, replay(sim, own, xb)[1], theirs, 30, .5)
     return kept
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000040

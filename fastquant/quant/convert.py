@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/convert.html.md"""
 # %% ../../nbs/quant/09_convert.ipynb #06conv4d22d1
 from __future__ import annotations
 import torch
+from contextlib import contextmanager
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
 from ..core.model import inner_model
@@ -17,7 +18,7 @@ from .fakequant import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['room', 'integer_weight', 'convert', 'set_constants', 'set_integers', 'computed_no_more']
+__all__ = ['room', 'integer_weight', 'convert', 'bias_of', 'with_biases', 'set_constants', 'set_integers', 'computed_no_more']
 
 # %% ../../nbs/quant/09_convert.ipynb #06conv88f95b
 def room(
@@ -95,6 +96,30 @@ def convert(
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()
+
+# %% ../../nbs/quant/09_convert.ipynb #09convbias2
+def bias_of(
+    rounded:nn.Module, # A prepared model
+    path:str           # Of a layer
+)->Tensor|None:
+    "The bias of a layer, with what the batchnorm after it adds if that folds into it"
+    r,m = fake_quant_of(rounded),rounded.get_submodule(path)
+    norm = r.norms.get(path)
+    if not norm or norm in r.folded: return m.bias
+    return folded(m.weight, m.bias, rounded.get_submodule(norm[0]))[1]
+
+@contextmanager
+def with_biases(
+    model:nn.Module, # From `convert`
+    biases:dict      # Floats by path of a layer
+):
+    "`model` with other biases"
+    was = {k:model.get_submodule(k).bias for k in biases}
+    def put(new):
+        for k,b in new.items(): model.get_submodule(k)._buffers['bias'] = b
+    put(biases)
+    try: yield
+    finally: put(was)
 
 # %% ../../nbs/quant/09_convert.ipynb #06conva1ed60
 def set_constants(

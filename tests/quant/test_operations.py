@@ -389,3 +389,17 @@ def test_a_batchnorm_after_a_weight_that_is_computed(norm, fold):
     set_ranges(rounded)
     sim = convert(copy.deepcopy(rounded))
     assert verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)]).n_int8==2
+
+def test_a_bias_may_be_coarser_than_what_comes_of_it():
+    "Where an input's step is large, an integer bias moves by steps of it; that is no fault of the conversion"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8,16), nn.GELU(), nn.Linear(16,8), nn.GELU(), nn.Linear(8,2)).eval()
+    x = torch.randn(64,8)
+    x[:,3] *= 1000
+    with torch.no_grad(): net[0].weight[:,3] /= 10000
+    rounded = prepare(copy.deepcopy(net), 'int8', x)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert (sim[0].bias_scale>2*fake_quant_of(sim).scale[1]).any() and report.n_int8==3
