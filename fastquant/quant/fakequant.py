@@ -78,6 +78,7 @@ def set_sites(self:FakeQuant, plan):
     here = {v:s for v,s in at.items() if v not in plan.loose}
     self.inputs = {i:here[v] for i,v in enumerate(plan.tr.inputs) if v in here}
     self.sites = {o.key:here[v] for o in plan.tr.ops for v in o.outs if v in here}
+    self.parts = {o.key:{i:here[v] for i,v in enumerate(o.outs) if v in here} for o in plan.tr.ops}
     self.set_effects(plan, {v:at[v] for v in plan.loose})
     for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
     self.gates = _gates(plan, self.sites)
@@ -237,7 +238,8 @@ class FakeQuantMode(Matching):
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
-        return map_tensors(lambda t: r.act(site, t) if t.is_floating_point() else t, out)
+        real = floats(out)
+        return swapped(out, {i:r.act(s, real[i]) for i,s in r.parts[key].items() if i<len(real)})
     def clips(self, site, cap):
         "Whether rounding at `site` clips at 0 and `cap` already"
         r,grid = self.fake_quant,site.spec.grid

@@ -403,3 +403,36 @@ def test_a_bias_may_be_coarser_than_what_comes_of_it():
     sim = convert(copy.deepcopy(rounded))
     report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
     assert (sim[0].bias_scale>2*fake_quant_of(sim).scale[1]).any() and report.n_int8==3
+
+class Recurrent(nn.Module):
+    "Who uses the sequence, the last state, or both"
+    def __init__(self, uses):
+        super().__init__()
+        self.uses,self.rnn,self.a,self.b = uses,nn.GRU(8, 8, batch_first=True),nn.Linear(8,2),nn.Linear(8,2)
+    def forward(self, x):
+        out,h = self.rnn(x)
+        return sum(([self.a(out[:,-1])] if 'a' in self.uses else [])+([self.b(3*h[0])] if 'b' in self.uses else []))
+
+@pytest.mark.parametrize('uses', ['a','b','ab'])
+def test_each_result_of_an_operation_is_rounded_for_who_uses_it(uses):
+    net,x = Recurrent(uses).eval(),torch.randn(16,5,8)
+    rounded = prepare(copy.deepcopy(net), 'int8', x)
+    watch(rounded, x)
+    set_ranges(rounded)
+    sim = convert(copy.deepcopy(rounded))
+    report = verify(net, rounded, sim, to_onnx(sim, x).SerializeToString(), [(x,)])
+    assert report.n_int8==len(uses) and report.sqnr_float>30
+
+def test_two_results_that_go_into_layers():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(1,4),nn.Linear(1,4)
+        def forward(self, x):
+            var,mean = torch.var_mean(x, 1, keepdim=True)
+            return self.a(var),self.b(mean)
+    net,x = Parts().eval(),100+torch.randn(64,8)*3
+    watch(prepare(net, 'int8', x), x)
+    set_ranges(net)
+    with torch.no_grad():
+        for a,b in zip(fake_quant_of(net).own_forward(x), net(x)): assert sqnr(a, b)>35
