@@ -77,9 +77,10 @@ class _Gather(Callback):
     "Keeps what the model puts out, as probabilities where the loss function says how, and what that decides (see `decisions`)"
     def before_validate(self): self.probs,self.said,self.says = [],[],None
     def after_batch(self):
-        loss,plain = self.learn.loss_func,lambda t: t.detach().as_subclass(Tensor).cpu()
+        loss,vocab = self.learn.loss_func,getattr(self.dls, 'vocab', None)
+        def plain(t): return t.detach().as_subclass(Tensor).cpu()
         out = map_tensors(plain, self.pred)
-        if self.says is None: self.says = decisions(loss, out, to_device(self.yb, 'cpu'))
+        if self.says is None: self.says = decisions(loss, out, to_device(self.yb, 'cpu'), vocab)
         self.said.append([f and f(t).flatten() for f,t in zip(self.says, tensors(out))])
         if isinstance(out, Tensor): out = getcallable(loss, 'activation')(out)
         self.probs.append([t.flatten() for t in tensors(out)])

@@ -47,7 +47,8 @@ _of_limits = {nn.BCEWithLogitsLoss:0, F.binary_cross_entropy_with_logits:0, nn.B
 def decisions(
     loss,     # The loss function of a Learner
     out,      # What its model puts out
-    yb        # Targets
+    yb,       # Targets
+    vocab=None # The classes of its data, if they are known
 )->list: # For each tensor of `out` a function that makes decisions of it, or None for numbers
     "What the outputs of a model decide, from what it is trained on"
     inner = loss.func if isinstance(loss, (BaseLoss,partial)) else loss
@@ -55,7 +56,7 @@ def decisions(
     if kind in _of_numbers: return [None for _ in tensors(out)]
     own = _decoder(loss, kind) if isinstance(out, Tensor) else None
     if own: return [own if _decides(own, out) else None]
-    return [_by_target(t, tensors(yb), _of_limits.get(kind)) for t in tensors(out)]
+    return [_by_target(t, tensors(yb), _of_limits.get(kind), _counts(vocab)) for t in tensors(out)]
 
 def _decoder(loss, kind):
     "What the loss function itself says that a single output decides"
@@ -69,14 +70,23 @@ def _decides(f, t):
     return isinstance(y, Tensor) and not y.is_floating_point() and t.numel()>1
 
 # %% ../../nbs/learner/00_core.ipynb #22corsay06
-def _by_target(t, ys, limit):
+def _counts(vocab):
+    "How many classes there may be; empty if nobody knows"
+    if vocab is None: return set()
+    several = [v for v in vocab if is_listy(v) or hasattr(v, 'o2i')]
+    return {len(v) for v in several or [vocab]}
+
+def _by_target(t, ys, limit, counts=()):
     "What `t` decides if one of the targets `ys` is about it"
     def without(d): return [n for i,n in enumerate(t.shape) if i not in (0,d%t.ndim)]
     for y in ys:
-        if limit is not None and y.shape==t.shape: return lambda t: t>limit
+        if y.shape!=t.shape: continue
+        if limit is not None: return lambda t: t>limit
+        if y.is_floating_point(): return None
+    for y in ys:
         if y.is_floating_point() or y.dtype is torch.bool or t.ndim!=y.ndim+1: continue
         enough = {d%t.ndim for d in (1,-1) if t.shape[d]>max(1, y.max())}
-        fits = {d for d in enough if without(d)==list(y.shape[1:])}
+        fits = {d for d in enough if without(d)==list(y.shape[1:]) and (not counts or t.shape[d] in counts)}
         if len(fits)==1: return partial(torch.argmax, dim=fits.pop())
 
 # %% ../../nbs/learner/00_core.ipynb #22leara0f150

@@ -123,7 +123,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
     next(steps)
     float_,data = unprepare(float32_copy(learn.model)[0]).cpu(),proto.SerializeToString()
-    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb)
+    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb, getattr(learn.dls, 'vocab', None))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
     report = verify(float_, rounded, sim, data, given, trained, engine, says, others)
