@@ -217,7 +217,8 @@ def check_repeats(
         path,name,_ = key
         where = f'in {path!r}' if path else f"in the `forward` of {type(model).__name__}"
         raise ValueError(f"The model is random in evaluation: {name!r} {where} gives something else each time for the same inputs. A file of it cannot be verified. "
-            "Let it draw random numbers only `if self.training`, or `F.dropout(x, p, self.training)`; to sample predictions, do so with the float model.")
+            "Let it draw random numbers only `if self.training`, or `F.dropout(x, p, self.training)`; to sample predictions, do so with the float model. "
+            "Nor can a file keep a state from one batch to the next, as a language model does.")
 
 # %% ../../nbs/core/08_outputs.ipynb #06outpnearc
 def _near(p, q): return abs(p-q)<=1e-5*max(abs(p), abs(q)) # processors that add in any order
