@@ -27,8 +27,7 @@ class Plan:
         self.tr,self.spec = tr,spec
         self.norms,self.inner = {},set()
         self.int8,self.source,self.grid = set(),{},{}
-        back = tr.ops[::-1]
-        self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(back, 'outs', 'ins')
+        self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
         starts = [o for o in tr.ops if o.kind in ('layer','arith')]
         self.ends = {o.key:self.chain(o) for o in starts}
         self.choose()
