@@ -41,6 +41,7 @@ def like(
 # %% ../../nbs/core/06_match.ipynb #06match00010
 class Matching(Where):
     "Gives operations the keys of the same ones in a trace; raises `ValueError` if it cannot be told which are the same"
+    opens = True
     def __init__(self,
         model:nn.Module, # The model that was traced, or a copy
         places:dict,     # From `places`

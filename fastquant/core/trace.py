@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from .model import *
 from .where import *
+from .product import *
 
 # %% auto #0
-__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'argument', 'flop_counter', 'Tracer', 'Trace', 'trace']
+__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'flop_counter', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
 _of_kind = dict(
@@ -64,11 +65,19 @@ class Op:
     given:tuple=() # The value of each floating-point tensor that it was called with, None for one that is no activation
     writes:int|None=None # Which of those it writes into
     macs:int=0 # Its multiply-accumulates
-    weight:str='' # The name of a parameter that it multiplies with
+    weight:str='' # The name of a parameter that it multiplies with, if it is no layer's
+    own:OwnProduct|None=None # What it is as a layer, if that is of no module
+    why:str='' # Why it is none, though it multiplies with a parameter
     @property
     def path(self)->str: return self.key[0]
     @property
     def name(self)->str: return self.key[1]
+    @property
+    def is_layer(self)->bool: return self.kind=='layer' or self.own is not None
+    @property
+    def layer(self)->str:
+        "What it is of: a layer, if it is one, or a module"
+        return self.own.name if self.own else self.path
 
 # %% ../../nbs/core/02_trace.ipynb #04tracdcd333
 _blank = set('''new_zeros new_ones new_empty new_full new_tensor zeros_like ones_like empty_like full_like rand_like
@@ -83,15 +92,6 @@ def written(t)->int:
     "How often somebody wrote to the memory of `t`"
     return 0 if t.is_inference() else t._version
 
-def argument(
-    args:tuple, # What an operation was called with
-    kwargs:dict,
-    i:int,      # Position of an argument
-    name:str    # And its name
-):
-    "An argument, wherever it was given; None if it was not"
-    return args[i] if len(args)>i else kwargs.get(name)
-
 # %% ../../nbs/core/02_trace.ipynb #04tracflop2
 class _NoModules(nullcontext): parents = {'Global'}
 
@@ -104,6 +104,7 @@ def flop_counter()->FlopCounterMode:
 # %% ../../nbs/core/02_trace.ipynb #04traceff02
 class Tracer(Where):
     "Writes down all operations on activations"
+    opens = True
     def __init__(self, model):
         super().__init__(model)
         self.model,self.ops,self.found = model,[],{}
@@ -112,7 +113,7 @@ class Tracer(Where):
         self.between,self.plain,self.keep_too = {},{},[]
         self.writes,self.whole,self.homes,self.reread = Counter(),{},{},set()
         self.users,self.counter = WeakTensorKeyDictionary(),flop_counter()
-        self.params = {id(p):k for k,p in model.named_parameters()}
+        self.origins,self.elsewhere = Origins(model),set()
     def key(self, place, frame):
         key = super().key(place, frame)
         self.found[key] = tuple(self.marks(frame))
@@ -149,6 +150,13 @@ def owns(self:Tracer, path, kind, args, kwargs):
     return own is not None and used is own
 
 @patch
+def beside_layers(self:Tracer, key, func, args, kwargs, reals, vals, macs)->dict:
+    "What an operation that is no layer's does with parameters: it uses them, and may multiply with them"
+    self.elsewhere.update(k for t in reals if (k:=self.origins.params.get(id(t))))
+    acts = {id(t) for t,v in zip(reals, vals) if v is not None}
+    return self.origins.product(key, func, args, kwargs, acts) if macs else {}
+
+@patch
 def see(self:Tracer, key, func, args, kwargs):
     name = key[1]
     given = tensors(args[:1] if name.endswith('_as') else (args,kwargs))
@@ -157,13 +165,14 @@ def see(self:Tracer, key, func, args, kwargs):
     for t in reals: self.users.setdefault(t, key)
     before,done = [written(t) for t in reals],self.counter.get_total_flops()
     out = func(*args, **kwargs)
-    cost = dict(macs=(self.counter.get_total_flops()-done)//2, weight=next((self.params[id(t)] for t in reals if id(t) in self.params), ''))
-    kind = self.kind(key, vals, behind, args, kwargs)
+    facts,kind = dict(macs=(self.counter.get_total_flops()-done)//2),self.kind(key, vals, behind, args, kwargs)
+    if kind!='layer': facts.update(self.beside_layers(key, func, args, kwargs, reals, vals, facts['macs']))
     for i,t in enumerate(reals):
-        if written(t)!=before[i] and (out is None or out is t): return self.wrote(key, t, i, vals, behind, kind, out, 'out' in kwargs)
+        if written(t)!=before[i] and (out is None or out is t): return self.wrote(key, t, i, vals, behind, kind, out, 'out' in kwargs, facts)
     made = [t for t in tensors(out) if not any(t is o for o in given)]
     if name in _blank: behind,vals = None,[]
-    self.note(key, vals, behind, kind, made, **cost)
+    outs = self.note(key, vals, behind, kind, made, **facts)
+    if not outs: self.origins.remember(func, args, kwargs, made)
     return out
 
 # %% ../../nbs/core/02_trace.ipynb #04traceff04
@@ -192,16 +201,17 @@ def note(self:Tracer, key, vals, behind, kind, made, **kwargs):
     return outs
 
 @patch
-def wrote(self:Tracer, key, t, i, vals, behind, kind, out, fresh):
+def wrote(self:Tracer, key, t, i, vals, behind, kind, out, fresh, facts):
     "Write down that an operation wrote into its argument `t`, the one at `i`"
     at = memory(t)
     part = t.numel()*t.element_size()<t.untyped_storage().nbytes()
     old = self.known([self.homes[at]]) if part and at in self.homes else []
     if old: behind = [*(behind or ()),*old]
     elif fresh or key[1] in _fresh: vals[i] = None
+    if facts.pop('own', None): facts['why'] = 'its product is written into a tensor that was there before'
     self.writes[at] += 1
     shown = t if out is None else t.view_as(t)
-    outs = self.note(key, vals, behind, 'float' if part or out is None else kind, [shown], writes=i)
+    outs = self.note(key, vals, behind, 'float' if part or out is None else kind, [shown], writes=i, **facts)
     self.whole[at] = outs[0] if outs else None
     if outs and out is None: self.reread.add(outs[0])
     return None if out is None else shown
@@ -233,6 +243,7 @@ class Trace:
     reread:frozenset=frozenset() # Values that an operation wrote into a tensor, or that no operation was seen to make
     marks:dict=field(default_factory=dict, repr=False) # What tells each operation from others, by key
     bare:set=field(default_factory=set, repr=False) # Paths of modules without tensors of their own
+    elsewhere:set=field(default_factory=set, repr=False) # Names of parameters that something uses that is no layer
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
     def __post_init__(self):
         for o in self.ops:
@@ -254,7 +265,8 @@ def trace(
     with parametrize.cached(), evaluating(model), sdpa_kernel(SDPBackend.MATH), t.counter, t: out = model(*xb)
     ends = {*t.known(floats(out)),*(t.behind(tensors(out)) or ())}
     if not ends: raise ValueError(_nothing.format(model=type(model).__name__, out=type(out).__name__, xb=_shapes(xb)))
-    return Trace(t.ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare)
+    ops = name_products(t.ops, {o.path for o in t.ops if o.kind=='layer'}, model)
+    return Trace(ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare, elsewhere=t.elsewhere)
 
 _nothing = ("Nothing that {model} returns (a {out}) can be followed back to the batch ({xb}), so it cannot be said what it does. "
     "It has to return tensors, or lists, tuples or dictionaries of them, that are made from the batch.")

@@ -14,10 +14,11 @@ from itertools import groupby, islice
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, resolve_name
+from types import FunctionType
 from .model import *
 
 # %% auto #0
-__all__ = ['between', 'op_name', 'Where', 'by_code', 'position', 'loop_names']
+__all__ = ['opened', 'between', 'op_name', 'Where', 'by_code', 'position', 'loop_names']
 
 # %% ../../nbs/core/01_where.ipynb #04trac6cdc48
 _names = {}
@@ -30,11 +31,23 @@ def op_name(
         _names[func] = name.removesuffix('.__get__').split('.')[-1]
     return _names[func]
 
+# %% ../../nbs/core/01_where.ipynb #04tracopen02
+def _unasked(f):
+    "The function `f` of PyTorch's, as it runs where nobody looks"
+    own = {**f.__globals__, 'has_torch_function':lambda *_: False}
+    new = FunctionType(f.__code__, own, f.__name__, f.__defaults__, f.__closure__)
+    new.__kwdefaults__ = f.__kwdefaults__
+    return new
+
+_attention = nn.functional.multi_head_attention_forward
+opened = {_attention:_unasked(_attention)}
+
 # %% ../../nbs/core/01_where.ipynb #04trac0e3e03
 class Where(TorchFunctionMode):
     "Shows each tensor operation that `model` runs to `see`, together with its key `(module path, name, count)`"
     bare = () # paths of modules without tensors of their own
     around = '' # the path of the block that runs, if that is not the model
+    opens = False # show what attention is made of, instead of it?
     def __init__(self, model):
         super().__init__()
         named = list(model.named_modules())
@@ -57,11 +70,17 @@ class Where(TorchFunctionMode):
         self.stack.append(known)
     def pop(self, m, args, out): self.stack = self.stack[:-1] or self.stack
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if self.opens and func in opened: return self.inside(opened[func], args, kwargs or {})
         place = self.path,op_name(func)
         key = self.key(place, sys._getframe(1))
         out = self.see(key, func, args, kwargs or {})
         if floats(out): self.count[self.counted(key)] += 1
         return out
+    def inside(self, func, args, kwargs):
+        "Run `func` with the mode on"
+        super().__enter__()
+        try: return func(*args, **kwargs)
+        finally: super().__exit__(None, None, None)
     @property
     def path(self)->str: return self.stack[-1][0] or self.around
     def key(self, place, frame): return *place,self.count[place]
@@ -71,7 +90,7 @@ class Where(TorchFunctionMode):
 # %% ../../nbs/core/01_where.ipynb #04tracsame02
 _torch = os.path.dirname(torch.__file__)+os.sep
 _checkpoint = torch.utils.checkpoint.__file__
-between = set() # code of functions that come between a model and what it calls
+between = {f.__code__ for f in (Where.__torch_function__,Where.inside)} # of functions that come between a model and what it calls
 
 def by_code(f):
     "`f` of a code object and more, computed once: by identity, since the hash of code goes through all of it"

@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/graph.html.md"""
 # %% ../../nbs/export/00_graph.ipynb #00graph0004
 from __future__ import annotations
 import onnx, re
+from ..quant.weights import beside
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'inner_graphs', 'values_of',
@@ -103,9 +104,11 @@ def name_values(
     own_outputs(graph)
     new = _ends(graph.input, 'input')|_ends(graph.output, 'output')
     taken = set(new.values())
-    stored = [i.name for i in graph.initializer]
+    stored = {i.name:i.name.removeprefix('model.') for i in graph.initializer}
+    models = set(stored.values())
     for k in sorted(stored, key=lambda k: not k.endswith('weight')):
-        new[k] = free_name(k.removeprefix('model.'), taken)
+        bare = stored[k].removeprefix(f'{beside}.')
+        new[k] = free_name(stored[k] if bare in models else bare, taken)
         if k.endswith('weight'): taken.update(f'{new[k]}_{o}' for o in made_of_weights)
     for k in values_of(graph):
         if k and k not in new: new[k] = free_name(k, taken)

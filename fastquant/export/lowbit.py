@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/lowbit.html.md"""
 from __future__ import annotations
 import numpy as np, onnx
 from ..quant.grid import *
+from ..quant.weights import path_of
 from ..quant.convert import room
 from .graph import *
 
@@ -23,7 +24,7 @@ def pack(
     "Store the integer weights of 4 and fewer bits in as few bytes"
     g,front = proto.graph,[]
     for i in list(g.initializer):
-        grid = grids.get(i.name.removesuffix('.weight'), Grid())
+        grid = grids.get(path_of(i.name), Grid())
         if not i.name.endswith('.weight') or i.data_type!=INT8 or grid.bits>4: continue
         q,n = onnx.numpy_helper.to_array(i).astype(np.int32),room(grid)
         if (q%n).any(): continue

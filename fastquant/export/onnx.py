@@ -16,6 +16,7 @@ from torch import nn
 from ..core.arguments import *
 from ..core.model import *
 from ..quant.grid import *
+from ..quant.weights import beside, path_of
 from ..quant.fakequant import fake_quant_of
 from .dims import *
 from .graph import *
@@ -62,6 +63,7 @@ class _Plain(nn.Module):
     def __init__(self, model, xb):
         super().__init__()
         self.model,self.xb = model,xb
+        if (r:=fake_quant_of(model)): setattr(self, beside, r.integers)
     def forward(self, *xs):
         xs = iter(xs)
         with open_len(self.model): return tuple(tensors(self.model(*map_tensors(lambda _: next(xs), self.xb))))
@@ -110,7 +112,7 @@ def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
     with quiet():
-        plain,xs = _Plain(model, xb),tuple(tensors(xb))
+        plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
         program = torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)
         return done.model_proto
@@ -152,16 +154,21 @@ def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
 )->dict:
     "The node that computes with the weight of each module, by the module's path"
-    users = {}
+    users,const = {},{i.name for i in proto.graph.initializer}
     for n in proto.graph.node:
         for i in n.input: users.setdefault(i, []).append(n)
-    def use(name):
-        n = users[name][0] if name in users else None
-        return use(n.output[0]) if n is not None and n.op_type in unpacking else n
-    weights = [i.name for i in proto.graph.initializer if i.name.endswith('.weight')]
-    found = {k.removesuffix('.weight'):use(k) for k in weights}
-    computes = lambda n: n is not None and n.op_type in ('Conv','Gemm','MatMul')
-    return {k:n for k,n in found.items() if computes(n)}
+        if const.issuperset(n.input): const.update(n.output)
+    def uses(name):
+        found = {}
+        for n in users.get(name, ()):
+            out = n.output[0]
+            found.update(uses(out) if out in const else {out:n})
+        return found
+    of = {}
+    for k in users: # equal weights may be one tensor, and so may equal scales
+        if k in const and k.endswith(('.weight','.weight_scale')): of.setdefault(path_of(k), []).append(uses(k))
+    found = {k:[n for o,n in first.items() if all(o in x for x in more)] for k,(first,*more) in of.items()}
+    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul')}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(

@@ -218,9 +218,9 @@ def float_biases(
     rounded:nn.Module # The model that rounds, before that
 )->dict: # By path of a layer
     "What integer biases of `sim` are rounded from; raises `ExportMismatch` if that cannot be"
-    named = dict(rounded.named_modules())
-    ints = {k:m for k,m in sim.named_modules() if k in named and hasattr(m, 'bias_scale')}
-    found = {k:bias_of(rounded, k).detach() for k in ints}
+    r = fake_quant_of(sim)
+    ints = {k:m for k in r.layers if hasattr(m:=r.home(k), 'bias_scale')}
+    found = {k:whole_bias(rounded, k).detach() for k in ints}
     for k,m in ints.items():
         apart = (found[k]-dequantize(m.bias, m.bias_scale, m.bias_zero_point)).abs()
         far = ((apart-1e-6*found[k].abs())/m.bias_scale).max()

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
 from ..quant.fakequant import fake_quant_of
-from ..quant.prepare import check_finite
+from ..quant.checks import check_finite
 from .core import first_metric, trainable_twin
 from ..prune.mask import masked
 from ..core.arguments import *

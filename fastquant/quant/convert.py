@@ -18,7 +18,7 @@ from .fakequant import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['room', 'integer_weight', 'convert', 'bias_of', 'with_biases', 'set_constants', 'set_integers', 'computed_no_more']
+__all__ = ['room', 'integer_weight', 'convert', 'whole_bias', 'with_biases', 'set_constants', 'set_integers', 'computed_no_more']
 
 # %% ../../nbs/quant/09_convert.ipynb #06conv88f95b
 def room(
@@ -67,7 +67,7 @@ def shifted(
 
 # %% ../../nbs/quant/09_convert.ipynb #06conva820d5
 def _convert_layer(r, path, sx, w, b, k):
-    m,spec = r.model.get_submodule(path),r.weights[path]
+    m,spec = r.home(path),r.weights[path]
     s = r.weight_scale[r.slices[path]]
     if not spec.by_channel: s = s[0]
     q,s,qb,sb = integer_weight(w, b, sx, s, spec.grid, k, r.fit(path))
@@ -85,9 +85,9 @@ def convert(
     if r.converted: return model
     r.refresh()
     if not r.ready: raise ValueError("The model has no ranges yet: let it watch some batches and call `set_ranges`, or train it with `QuantAwareCallback`.")
+    now = {k:(r.weight_of(k),r.bias_of(k)) for k in r.layers}
     for path,site in r.layers.items():
-        m = model.get_submodule(path)
-        w,b,k = m.weight,m.bias,None
+        (w,b),k = now[path],None
         norm = r.norms.get(path)
         if norm and norm not in r.folded:
             _,b,k = folded(w, b, model.get_submodule(norm[0]))
@@ -98,15 +98,15 @@ def convert(
     return model.eval()
 
 # %% ../../nbs/quant/09_convert.ipynb #09convbias2
-def bias_of(
+def whole_bias(
     rounded:nn.Module, # A prepared model
     path:str           # Of a layer
 )->Tensor|None:
     "The bias of a layer, with what the batchnorm after it adds if that folds into it"
-    r,m = fake_quant_of(rounded),rounded.get_submodule(path)
-    norm = r.norms.get(path)
-    if not norm or norm in r.folded: return m.bias
-    return folded(m.weight, m.bias, rounded.get_submodule(norm[0]))[1]
+    r = fake_quant_of(rounded)
+    b,norm = r.bias_of(path),r.norms.get(path)
+    if not norm or norm in r.folded: return b
+    return folded(r.weight_of(path), b, rounded.get_submodule(norm[0]))[1]
 
 @contextmanager
 def with_biases(
@@ -114,9 +114,10 @@ def with_biases(
     biases:dict      # Floats by path of a layer
 ):
     "`model` with other biases"
-    was = {k:model.get_submodule(k).bias for k in biases}
+    homes = {k:fake_quant_of(model).home(k) for k in biases}
+    was = {k:m.bias for k,m in homes.items()}
     def put(new):
-        for k,b in new.items(): model.get_submodule(k)._buffers['bias'] = b
+        for k,b in new.items(): homes[k]._buffers['bias'] = b
     put(biases)
     try: yield
     finally: put(was)

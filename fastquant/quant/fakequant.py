@@ -12,23 +12,22 @@ from fastcore.all import patch
 from torch import nn, Tensor
 from ..core.arguments import *
 from ..core.model import *
+from ..core.product import *
 from ..core.trace import *
 from ..core.match import *
 from ..core.attach import *
 from ..core.recompute import *
-from .grid import *
-from .lsq import *
-from .pairs import *
 from .spec import *
 from .plan import *
 from .site import *
+from .weights import *
 
 # %% auto #0
 __all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
 @restorable
-class FakeQuant(Attachment):
+class FakeQuant(Attachment, LayerWeights):
     "What is rounded in a prepared model, where, and how"
     order = 30
     def __init__(self,
@@ -44,13 +43,6 @@ class FakeQuant(Attachment):
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
         self.folded,self.seen = set(),{}
-    def lay_out(self):
-        "See which scales belong to which weight; again, after channels were removed"
-        self.slices,n = {},0
-        for k,w in self.weights.items():
-            size = len(self.model.get_submodule(k).weight) if w.by_channel else 1
-            self.slices[k] = slice(n, n+size)
-            n += size
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
     @property
@@ -85,20 +77,11 @@ def set_sites(self:FakeQuant, plan):
     self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
     self.doors = {k:site[k] for k in plan.doors}
     self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
-    found = [*self.sites,*self.reads,*plan.norms.values()]
+    own = [o.key for o in plan.tr.ops if o.own]
+    found = [*self.sites,*self.reads,*plan.norms.values(),*own]
     self.places,self.bare = places(plan.whole, found),plan.tr.bare
     clipped = plan.clipped()
     self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
-
-@patch
-def set_layers(self:FakeQuant, plan):
-    "Say how each layer that runs in int8 does so"
-    spec = {k:plan.at(k) for k in self.layers}
-    self.weights = {k:s.weight for k,s in spec.items()}
-    self.float_bias = {k for k,s in spec.items() if s.float_bias}
-    portable = [k for k,s in spec.items() if s.portable and s.weight.grid.bits==8]
-    self.paired = {k for k in portable if adds_pairs(self.model.get_submodule(k))}
-    self.norms = {k[0]:norm for k,norm in plan.norms.items() if k in plan.int8}
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqeff004
 @patch
@@ -139,30 +122,6 @@ def check_range(self:FakeQuant, site, lo, hi, where):
     if lo.isfinite().all() and hi.isfinite().all(): return
     raise ValueError(f"The output of {site.source!r} ranges from {lo.item()} to {hi.item()} {where}: NaN or infinity cannot be put on a grid. "
         "Find out where it comes from (a learning rate too high, a division by 0, a broken input), or leave layers in float with `exclude`.")
-
-# %% ../../nbs/quant/06_fakequant.ipynb #05prepc64db7
-@patch
-def fit(self:FakeQuant,
-    path:str # Of a layer
-): # A function of integers as floats, or None
-    "What makes the integers of a weight fit to every processor, if that is wanted"
-    return fit_pairs if path in self.paired else None
-
-@patch
-def round_weight(self:FakeQuant, path, w):
-    "The weight `w` of the layer at `path`, rounded if it is time to"
-    spec,fit = self.weights[path],self.fit(path)
-    if self.only is not None: now = path in self.only
-    else: now = self.ready and self.act not in (Site.as_is, Site.watch)
-    if not now:
-        tie = self.act is Site.follow and spec.learned and distributed()
-        return w+0*self.weight_scale.sum() if tie else w
-    s = self.weight_scale[self.slices[path]].clamp(min=1e-30)
-    if not spec.learned: s = s.detach()
-    k = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid)
-    if spec.by_channel: return round_channels(w, s, spec.grid, k, fit)
-    learned = s[0] if spec.learned else None
-    return round_tensor(w, s.item(), 0, spec.grid, learned, k, fit=fit)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep2a9fe4
 @patch
@@ -230,12 +189,13 @@ class FakeQuantMode(Matching):
         return out if i is None else given[i].copy_(out)
     def result(self, key, func, args, kwargs):
         "What comes out of an operation, rounded if there is a site"
-        r,(path,name,_) = self.fake_quant,key
-        if path in r.layers and kinds.get(name)=='layer': args,kwargs = self.layer_args(path, args, kwargs)
+        r,name = self.fake_quant,key[1]
+        layer = r.called_layer(key)
         site = r.sites.get(key) if r.converted or key not in r.moved else None
         x = argument(args, kwargs, 0, 'input')
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, x, cap)
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
+        elif layer is not None: out = self.layer(layer, name, func, args, kwargs)
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
         real = floats(out)
@@ -246,23 +206,15 @@ class FakeQuantMode(Matching):
         if cap is None or r.act not in (Site.forward, Site.follow) or not r.ready: return False
         s,z = r.numbers[site.i]
         return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
-    def layer_args(self, path, args, kwargs):
-        "What the layer at `path` computes with"
+    def layer(self, path, *call):
+        "What comes out of the layer at `path`"
         r = self.fake_quant
-        x,w,b = (argument(args, kwargs, i, k) for i,k in enumerate(('input','weight','bias')))
-        others = {k:v for k,v in kwargs.items() if k not in ('input','weight','bias')}
+        o = as_layer(*call, left=r.from_left(path))
+        x,w,b = o.x,channels_first(o, o.w),o.b
         if path in r.doors: x = r.act(r.doors[path], x)
-        if r.converted: w,b = self.floats_of(path)
+        if r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
-        return (x,w,b,*args[3:]),others
-    def floats_of(self, path):
-        "Weight and bias of a converted layer, as floats"
-        m = self.model.get_submodule(path)
-        def of(k):
-            q = getattr(m, k)
-            if q is None or q.is_floating_point(): return q
-            return dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
-        return of('weight'),of('bias')
+        return o.run(x, w, b)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep56d4c9
 @patch
@@ -296,5 +248,5 @@ def put(self:FakeQuant, state):
 def outside(self:FakeQuant, m, args):
     "Forward pre-hook of a layer: raise a `RuntimeError` if it runs where nothing is rounded, in a backward pass"
     if self.running or not in_backward(): return
-    path = next(k for k in self.layers if self.model.get_submodule(k) is m)
+    path = next(k for k in self.modules if self.model.get_submodule(k) is m)
     raise RuntimeError(f"{path!r} runs in the backward pass, where nothing of it would be rounded, by code of the model's own. Use `torch.utils.checkpoint` for that, which is followed, or leave it in float with exclude={path!r}.")

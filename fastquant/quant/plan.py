@@ -28,7 +28,7 @@ class Plan:
         self.norms,self.inner = {},set()
         self.int8,self.source,self.grid = set(),{},{}
         self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
-        starts = [o for o in tr.ops if o.kind in ('layer','arith')]
+        starts = [o for o in tr.ops if o.is_layer or o.kind=='arith']
         self.ends = {o.key:self.chain(o) for o in starts}
         self.choose()
         for i,v in enumerate(tr.inputs): self.place(v, f'input {i}', self.wanted(v))
@@ -41,15 +41,15 @@ class Plan:
         after,found = set(),set()
         for o in ops:
             behind = not after.isdisjoint(getattr(o, ins))
-            if o.kind=='layer' and not behind: found.add(o.path)
-            if o.kind=='layer' or behind: after.update(getattr(o, outs))
+            if o.is_layer and not behind: found.add(o.layer)
+            if o.is_layer or behind: after.update(getattr(o, outs))
         return found
     def chain(self, o):
         "The value at the end of the chain that starts with `o`"
         v = o.outs[0]
         while len(users:=self.tr.consumers[v])==1 and v not in self.tr.outputs:
             c = users[0]
-            if c.kind=='norm' and o.kind=='layer' and v==o.outs[0] and self.folds(o, c): self.norms[o.key] = c.key
+            if c.kind=='norm' and o.is_layer and v==o.outs[0] and self.folds(o, c): self.norms[o.key] = c.key
             elif c.kind!='act': break
             self.inner.add(v)
             v = c.outs[0]
@@ -66,8 +66,8 @@ class Plan:
             for v in filter(self.wanted, o.outs): self.grid[v] = self.grid[o.ins[0]]
         elif o.key in self.int8:
             end = self.ends[o.key]
-            bare = o.name=='linear' and end==o.outs[0]
-            self.place(end, o.path, not bare or self.wanted(end))
+            bare = o.is_layer and not o.name.startswith('conv') and end==o.outs[0]
+            self.place(end, o.layer, not bare or self.wanted(end))
         for v in o.outs:
             if v not in self.grid: self.place(v, o.path, self.wanted(v))
 
@@ -75,12 +75,12 @@ class Plan:
 @patch
 def choose(self:Plan):
     "Find what runs in int8: layers, what something in int8 uses, and averages of what layers made"
-    asked = [o for o in self.tr.ops if self.spec.at(o.path)]
-    made = {self.ends[o.key] for o in asked if o.kind=='layer'}
+    asked = [o for o in self.tr.ops if self.spec.at(o.layer)]
+    made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
     def joins(o): return self.wanted(self.ends[o.key]) or averages(o)
     for o in reversed(asked):
-        if o.kind=='layer' or o.kind=='arith' and joins(o): self.int8.add(o.key)
+        if o.is_layer or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
 # %% ../../nbs/quant/05_plan.ipynb #04planloose2
 @patch
@@ -112,7 +112,7 @@ def layers(self:Plan)->dict:
     "Paths of the layers that run in int8, with the values that go into each"
     found = defaultdict(list)
     for o in self.tr.ops:
-        if o.kind=='layer' and o.key in self.int8: found[o.path].append(o.ins[0])
+        if o.is_layer and o.key in self.int8: found[o.layer].append(o.ins[0])
     return dict(found)
 
 @patch
@@ -146,8 +146,8 @@ def tensor_spec(self:Plan, grid)->TensorSpec:
     users = [c for v in vals for c in self.tr.consumers[v]]
     users = [c for c in users if c.kind!='move']
     if self.loose.issuperset(vals): users = [c for c in users if c.key in self.int8]
-    layers = [c for c in users if c.kind=='layer' and c.key in self.int8]
-    acts = [self.at(c.path).act for c in layers]
+    layers = [c for c in users if c.is_layer and c.key in self.int8]
+    acts = [self.at(c.layer).act for c in layers]
     grids = {a.grid for a in acts}
     shared = len(layers)<len(users) or not self.tr.outputs.isdisjoint(set(vals)-self.loose)
     if acts and shared: grids.add(stream.grid)
@@ -157,9 +157,9 @@ def tensor_spec(self:Plan, grid)->TensorSpec:
 @patch
 def folds(self:Plan, o, norm)->bool:
     "Whether the batchnorm `norm` can be folded into the layer `o`"
-    paths = [p.path for p in self.tr.ops]
-    once = all(paths.count(q.path)==1 for q in (o,norm))
-    return once and (o.name!='linear' or o.ndim==2)
+    names = [p.layer for p in self.tr.ops]
+    once = all(names.count(q)==1 for q in (o.layer,norm.path))
+    return once and (o.name.startswith('conv') or o.ndim==2)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac4450fe
 @patch
@@ -168,7 +168,7 @@ def touching(self:Plan, grid)->list:
     vals = {v for v,g in self.grid.items() if g==grid}
     def touches(o): return self.ends[o.key] in vals or vals.intersection(o.ins)
     ops = [o for o in self.tr.ops if o.key in self.int8 and touches(o)]
-    return list(dict.fromkeys(o.path for o in ops))
+    return list(dict.fromkeys(o.layer for o in ops))
 
 # %% ../../nbs/quant/05_plan.ipynb #04tracplac01
 @patch
@@ -189,12 +189,21 @@ def clipped(self:Plan)->set:
 
 # %% ../../nbs/quant/05_plan.ipynb #04planwork5
 @patch
+def as_wholes(self:Plan, model)->set:
+    "Paths of modules with weights, but for those of which a product with a parameter runs in int8: there each product is asked for itself"
+    own = [o for o in self.tr.ops if o.own and o.key in self.int8]
+    split = {o.weight.rpartition('.')[0] for o in own}
+    found = {k for k,m in model.named_modules() if isinstance(m, weighted)}
+    return found-split.difference(self.layers)
+
+@patch
 def outside(self:Plan, model)->dict:
-    "Why weights stay in float that operations multiply with, and that are of no layer, by name"
-    layers = {k for k,m in model.named_modules() if isinstance(m, weighted)}
-    def of_layer(name): return any(name.startswith(f'{k}.' if k else '') for k in layers)
-    why = '{} multiplies with it outside of a layer: in an `nn.Linear` or `nn.Conv2d` it would run in int8'
-    return {o.weight:why.format(o.name) for o in self.tr.ops if o.macs and o.weight and not of_layer(o.weight)}
+    "Why weights stay in float that operations multiply with, and that are of no layer in float, by name"
+    floats = self.as_wholes(model).difference(self.layers)
+    def named(name): return any(name.startswith(f'{k}.' if k else '') for k in floats)
+    def why(o): return 'excluded' if o.own else o.why
+    left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in self.int8]
+    return {o.layer if o.own else o.weight:why(o) for o in left if not named(o.weight)}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
 def float_layers(
@@ -212,9 +221,9 @@ def float_layers(
         if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it depends on the batch'
         if user and user[1] in kinds: return 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
-    in_int8,others = plan.layers,plan.outside(model)
+    in_int8,others,wholes = plan.layers,plan.outside(model),plan.as_wholes(model)
     idle = {o.path for o in plan.whole.ops}-{o.path for o in plan.tr.ops}
-    def counts(k, m): return isinstance(m, weighted) or isinstance(m, batchnorms) and k not in plan.tr.ran
+    def counts(k, m): return k in wholes or isinstance(m, batchnorms) and k not in plan.tr.ran
     mods = {k:m for k,m in model.named_modules() if counts(k, m)}
     return {k:why(k, m) for k,m in mods.items() if k not in in_int8}|others
 
@@ -225,9 +234,9 @@ def work(self:Plan, model)->dict:
     shares,total = defaultdict(float),sum(o.macs for o in self.tr.ops)
     others = self.outside(model)
     def name(o):
-        if o.kind=='layer' or not o.weight: return o.path
+        if o.is_layer or not o.weight: return o.layer
         return o.weight if o.weight in others else o.weight.rpartition('.')[0]
     def product(o): return f'products in {o.path or type(model).__name__}'
     for o in self.tr.ops:
-        if o.macs: shares[name(o) if o.weight or o.kind=='layer' else product(o)] += o.macs/total
+        if o.macs: shares[name(o) if o.weight or o.is_layer else product(o)] += o.macs/total
     return dict(shares)

@@ -22,11 +22,11 @@ from .spec import *
 from .plan import *
 from .site import Site
 from .fakequant import *
+from .checks import *
 
 # %% auto #0
-__all__ = ['folded', 'check_finite', 'norms_of', 'check_trained', 'check_float32', 'check_free', 'put_on', 'new_names',
-           'prepared', 'watch', 'by_grid', 'put_rows', 'set_qparams', 'set_ranges', 'weight_range', 'unprepare',
-           'prepare']
+__all__ = ['folded', 'put_on', 'new_names', 'prepared', 'watch', 'by_grid', 'put_rows', 'set_qparams', 'set_ranges',
+           'weight_range', 'unprepare', 'prepare']
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcf25e4
 def folded(
@@ -40,57 +40,6 @@ def folded(
     b = k*((0 if b is None else b)-bn.running_mean)
     if bn.bias is not None: b = b+bn.bias
     return w*along(k, w),b,k
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepc9a22f
-def check_finite(
-    model:nn.Module # Any model
-):
-    "Raise a `ValueError` that names what in `model` is NaN or infinite"
-    for k,p in model.named_parameters():
-        if not p.isfinite().all(): raise ValueError(f"The parameter {k!r} has NaN or infinity in it: training went wrong, or the weights were not loaded whole.")
-    for k,m in norms_of(model):
-        if not (m.running_mean.isfinite()&m.running_var.isfinite()).all():
-            raise ValueError(f"The batchnorm {k!r} has NaN or infinity in its running statistics: training went wrong, or the weights were not loaded whole.")
-
-def norms_of(model):
-    "Paths and modules of batchnorms that have statistics"
-    norms = [(k,m) for k,m in model.named_modules() if isinstance(m, batchnorms)]
-    return [(k,m) for k,m in norms if m.running_mean is not None]
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prep4cbd4d
-def check_trained(
-    model:nn.Module # Any model, prepared or not
-):
-    "Raise a `ValueError` that names a batchnorm of `model` that was never trained; of a prepared one, only of those that ran and are not excluded"
-    r = fake_quant_of(model)
-    for k,m in norms_of(model):
-        if r and (k in r.float_layers or r.spec.at(k) is None): continue
-        if m.num_batches_tracked==0 and (m.running_mean==0).all() and (m.running_var==1).all():
-            raise ValueError(f"The batchnorm {k!r} has never been trained: its running statistics are those it was made with. Train the model, or load its weights, before quantizing; or leave it out with `exclude`.")
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepf3202
-def check_float32(
-    model:nn.Module # Any model
-):
-    "Raise a `ValueError` that names a parameter of `model` in half or double precision"
-    for k,dtype in other_precision(model).items():
-        raise ValueError(f"The parameter {k!r} is {dtype}, and a model is rounded, and trained through rounding, in float32. Cast it with `learn.model.float()`, and its inputs too (for mixed precision use `learn.to_fp16()` or `learn.to_bf16()`); or call `learn.quantize()` without training, which casts its copy by itself.")
-
-# %% ../../nbs/quant/07_prepare.ipynb #05prepf3205
-def check_free(
-    model:nn.Module, # Any model
-    r:FakeQuant      # What is to be put on it
-):
-    "Raise a `ValueError` that names an attribute of `model` which has the name of a tensor that is to be put there"
-    def taken(m, names): return next((k for k in names if hasattr(m, k)), None)
-    kept = 'scale','zero_point'
-    sites = [f'site_{s.i}_{k}' for s in r.all for k in kept]
-    own = taken(model, [*blank(r, 'cpu'),*sites])
-    if own: raise ValueError(f"{type(model).__name__} has a {own!r} of its own, where quantization keeps its tensors. Give that another name.")
-    of_layers = [f'{o}_{k}' for o in ('weight','bias') for k in kept]
-    for path in r.layers:
-        own = taken(model.get_submodule(path), of_layers)
-        if own: raise ValueError(f"{path!r} has a {own!r} of its own, where quantization keeps the scale of its integers. Give that another name, or leave it in float with exclude={path!r}.")
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prep322cba
 def put_on(
@@ -106,12 +55,13 @@ def put_on(
         if k in learned: model.register_parameter(k, nn.Parameter(v))
         else: model.register_buffer(k, v)
     for path,norm in r.norms.items() if fold else ():
+        if path in r.products: continue
         m = model.get_submodule(path)
         if parametrize.is_parametrized(m, 'weight'): continue # `convert` does it, where nothing computes the weight any more
         w,b,_ = folded(m.weight, m.bias, model.get_submodule(norm[0]))
         m.weight,m.bias = nn.Parameter(w),nn.Parameter(b)
         r.folded.add(norm)
-    for path in r.layers: model.get_submodule(path).register_forward_pre_hook(r.outside)
+    for path in r.modules: model.get_submodule(path).register_forward_pre_hook(r.outside)
     r.own_forward = model.forward
     model.forward = r.forward
     attach(model, r)
@@ -219,7 +169,7 @@ def set_qparams(
 @patch
 def each_weight(self:FakeQuant):
     "Of each layer: its weight, how that is rounded, and whether neighbours have to fit"
-    for k,w in self.weights.items(): yield self.model.get_submodule(k).weight,w,k in self.paired
+    for k,w in self.weights.items(): yield self.weight_of(k),w,k in self.paired
 
 @torch.no_grad()
 def set_ranges(
@@ -262,7 +212,7 @@ def unprepare(
     del model.forward
     if getattr(r.own_forward, '__func__', None) is not type(model).forward: model.forward = r.own_forward
     detach(model, FakeQuant)
-    for path in r.layers:
+    for path in r.modules:
         hooks = model.get_submodule(path)._forward_pre_hooks
         for k in [k for k,h in hooks.items() if getattr(h, '__self__', None) is r]: del hooks[k]
     return model
@@ -283,12 +233,14 @@ def prepare(
         if r.spec==spec: return model
         raise ValueError(f"The model is prepared with another spec already, {r.spec}, so it cannot be with {spec}. Take that off first with `learn.remove_quant()`, or `unprepare(model)`.")
     check_batch(xb)
-    paths = [k for k,_ in model.named_modules()]
-    check_patterns([p for p,_ in spec.overrides], paths)
     check_python(model)
     check_finite(model)
     check_float32(model)
-    plan = Plan(trace(model, *first_items(xb, 2)), spec)
+    tr = trace(model, *first_items(xb, 2))
+    others = [k for o in tr.ops for k in (o.layer,o.weight) if o.macs and k]
+    names = dict.fromkeys([*dict(model.named_modules()),*others])
+    check_patterns([p for p,_ in spec.overrides], list(names))
+    plan = Plan(tr, spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")

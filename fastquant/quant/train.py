@@ -15,6 +15,7 @@ from .pairs import *
 from .spec import *
 from .site import *
 from .fakequant import *
+from .checks import *
 from .prepare import *
 
 # %% auto #0
@@ -75,7 +76,7 @@ def move_grids(
         if rows: put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
     for k,spec in r.weights.items():
         if spec.learned: continue
-        most = largest(r.model.get_submodule(k).weight, spec, k in r.paired)
+        most = largest(r.weight_of(k), spec, k in r.paired)
         s = most/spec.grid.hi
         old = r.weight_scale.data[r.slices[k]]
         old.lerp_(torch.where(s>1e-30, s, old), mom)
