@@ -13,7 +13,7 @@ from operator import length_hint
 from types import MethodType
 from warnings import warn
 from fastai.basics import *
-from fastai.callback.rnn import ModelResetter
+from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.fp16 import MixedPrecision
 from fastprogress.fastprogress import progress_bar
 from ..core.arguments import *
@@ -162,6 +162,11 @@ def shapers(
     known = any(length_hint(dl, 1) for dl in learn.dls.loaders)
     return [_own_copy(w.cb) for w in _witnesses(learn) if w.shapes or not known]
 
+class _Prediction(RNNCallback):
+    "Keeps the prediction of several outputs; what runs a file may have no other"
+    def after_pred(self):
+        if not isinstance(self.pred, Tensor): super().after_pred()
+
 def twin_of(
     learn:Learner,  # Left as it is
     model:nn.Module # Of the new one
@@ -169,8 +174,9 @@ def twin_of(
     "A Learner like `learn` around `model`, with those of fastai's default callbacks that `learn` has, and those that shape its batches"
     kinds = {type(cb) for cb in learn.cbs}
     usual = [o for o in L(defaults.callbacks) if _kind(o) in kinds]
-    resets = [ModelResetter()] if ModelResetter in kinds else [] # a recurrent model begins anew
-    return _like(learn, model, [*usual,*resets,*shapers(learn)])
+    resets = [ModelResetter()] if ModelResetter in kinds and hasattr(model, 'reset') else [] # a recurrent model begins anew
+    others = [_Prediction() if type(cb) is RNNCallback else cb for cb in shapers(learn)]
+    return _like(learn, model, [*usual,*resets,*others])
 
 # %% ../../nbs/callback/01_data.ipynb #18datat008
 _misfits = RuntimeError,ValueError,AssertionError,IndexError # what models say of shapes that do not go together

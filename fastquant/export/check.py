@@ -15,7 +15,7 @@ from .verify import *
 from .verify import alike
 
 # %% auto #0
-__all__ = ['apart', 'check_export']
+__all__ = ['apart', 'check_export', 'check_runnable']
 
 # %% ../../nbs/export/07_check.ipynb #07check0007
 _least = {torch.float64:100, torch.float32:60} # dB
@@ -53,3 +53,19 @@ def check_export(
         shapes = [tuple(x.shape) for x in tensors(xb)]
         for i,o in enumerate(zip(want, got)):
             if why:=apart(*o): raise ExportMismatch(_parted.format(shapes=shapes, i=i, why=why))
+
+# %% ../../nbs/export/07_check.ipynb #07check0021
+_other = """{name} as an engine can run it does something else on inputs of shapes {shapes}: of output {i}, {why}. Nothing was written. Please report the model."""
+
+def check_runnable(
+    model:nn.Module, # The float model
+    made:nn.Module,  # A copy of it, from `made_runnable`
+    *batches         # Inputs
+):
+    "Raise `ExportMismatch` if `made` does something else than `model` does"
+    for xb in batches:
+        getattr(model, 'reset', lambda: None)()
+        with evaluating(model), evaluating(made): want,got = outputs_of(model, xb),outputs_of(made, xb)
+        for i,o in enumerate(zip(want, got)):
+            shapes = [tuple(x.shape) for x in tensors(xb)]
+            if why:=apart(*o): raise ExportMismatch(_other.format(name=type(model).__name__, shapes=shapes, i=i, why=why))

@@ -22,6 +22,7 @@ from .dims import *
 from .graph import *
 from .lowbit import *
 from .older import *
+from .recurrent import *
 
 # %% auto #0
 __all__ = ['translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
@@ -35,7 +36,7 @@ def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
     return op.Clip(q, end(lo), end(hi))
 def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q, scale, zero_point, axis=axis)
 
-translation = {torch.ops.fastquant.quantize.default:_quantize, torch.ops.fastquant.dequantize.default:_dequantize}
+translation = {torch.ops.fastquant.quantize.default:_quantize, torch.ops.fastquant.dequantize.default:_dequantize, **recurrent_translation}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoff6e1e
 def _adaptive_max_pool2d(x, output_size:Sequence[int]):
@@ -111,7 +112,7 @@ def to_onnx(
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
-    with quiet():
+    with quiet(), as_operators(model):
         plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
         program = torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)

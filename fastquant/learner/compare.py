@@ -17,6 +17,7 @@ from ..core.measure import *
 from ..quant.spec import *
 from ..quant.fakequant import *
 from ..quant.prepare import *
+from ..export.runnable import *
 from ..export.engine import *
 from ..export.report import *
 from ..callback.data import *
@@ -127,7 +128,7 @@ def layer_errors(self:Learner,
     check_weights(self.model, 'layer_errors')
     check_flags(show_plot=show_plot)
     model,cast = float32_copy(self.model)
-    unprepare(model)
+    model = made_runnable(unprepare(model))
     with calibration_dl(self, dl, n_batches) as dl:
         batches = [first_items(xb, 32) for xb in inputs(self, dl, n_batches)]
         if cast: batches = to_float(batches)

@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 from __future__ import annotations
 import inspect
 from fastai.basics import *
+from fastai.callback.rnn import RNNCallback
 from fastai.vision.augment import RandTransform
 from ..core.arguments import *
 from ..core.basics import *
@@ -18,6 +19,7 @@ from ..prune.mask import *
 from ..prune.shrink import *
 from ..callback.data import *
 from ..callback.optimizer import *
+from .text import *
 
 # %% auto #0
 __all__ = ['trainable_twin', 'first_metric', 'decisions', 'describe', 'with_size', 'make_ready']
@@ -111,18 +113,19 @@ def _step_facts(t):
     if kind=='Resize': return dict(resize=dict(size=list(t.size)[::-1], method=str(t.method), pad=str(t.pad_mode)))
     if hasattr(t, 'mean') and hasattr(t, 'std'): return dict(mean=_numbers(t.mean), std=_numbers(t.std))
     if kind in ('ToTensor','Cuda','Transform'): return {}
+    return pad_facts(t)
 
 def describe(
     learn:Learner
 )->dict: # Plain data
-    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs as far as they are known, and what `also` is done"
+    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, as far as they are known, and what `also` is done"
     check_kind('learn', learn, Learner, 'pass a Learner.')
-    vocab,steps = getattr(learn.dls, 'vocab', None),_steps(learn.dls[-1])
+    vocab,steps = classes_of(learn.dls),_steps(learn.dls[-1])
     facts = [_step_facts(t) for t in steps]
     unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
-    unknown += [type(cb).__name__ for cb in shapers(learn)]
+    unknown += [type(cb).__name__ for cb in shapers(learn) if type(cb) is not RNNCallback]
     also = dict(also=unknown) if unknown else {}
-    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(*filter(None, facts), also))
+    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(text_facts(learn.dls), *filter(None, facts), also))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(

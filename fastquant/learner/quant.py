@@ -20,6 +20,7 @@ from ..quant.train import *
 from ..quant.convert import *
 from ..export.dims import *
 from ..export.older import *
+from ..export.runnable import *
 from ..export.onnx import *
 from ..export.engine import *
 from ..export.openvino import *
@@ -29,6 +30,7 @@ from ..export.check import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from ..callback.quant import *
+from .text import *
 from .core import *
 
 # %% auto #0
@@ -44,7 +46,7 @@ def quantize(self:Learner,
     fname=None,      # Where to write the ONNX file too, relative to `self.path`
     timed:bool=True, # Warn if int8 is not faster here than float in the same engine? Takes a moment
     engine='onnxruntime', # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
-    dynamic=None,    # Dimensions that are free besides the batch: True for those of pictures, recordings and texts, or their numbers, like (2,3); for each input if they differ
+    dynamic=None,    # Dimensions that are free besides the batch: True for those of pictures, recordings and texts, or their numbers, like (2,3); for each input if they differ. None is the length of fastai's text models, and nothing else
     opset:int=None   # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
@@ -53,6 +55,7 @@ def quantize(self:Learner,
     runs = _who_runs(self, engine)
     if fname is not None: fname = check_writable(file_in(self.path, fname))
     (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
+    dynamic = any_length(model, dynamic)
     trained = fake_quant_of(model) is not None
     check_modes(self)
     with calibration_dl(self, dl, n_batches) as dl:
@@ -101,7 +104,8 @@ def _check_sizes(model, batches, dynamic):
 def _batches(learn, model, dl, dynamic):
     "The batches that `model`, a copy, is verified on; raises `ValueError` if the file could not be"
     batches = batches_of(learn, dl)
-    check_repeats(learn.model, first_items(batches[0][0], 8))
+    whole = model if has_other(learn.model) else learn.model
+    check_repeats(whole, first_items(batches[0][0], 8))
     if other_precision(learn.model): batches = _in_float32(model, batches)
     _check_sizes(model, [xb for xb,_ in batches], dynamic)
     return batches
@@ -122,7 +126,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")
     proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
     next(steps)
-    float_,data = unprepare(float32_copy(learn.model)[0]).cpu(),proto.SerializeToString()
+    float_,data = _float_copy(learn, [x for x,_ in batches]),proto.SerializeToString()
     with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb, getattr(learn.dls, 'vocab', None))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
@@ -141,6 +145,20 @@ def _say_if_noisy(report):
         if o.sqnr_float<10 or o.sqnr_change is None or o.sqnr_change>=10: continue
         warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
 
+# %% ../../nbs/learner/01_quant.ipynb #22learrunn2
+def _check_made(learn, model, made, batches):
+    "Raise `ExportMismatch` if `made` does something else than `model`, and warn of what a file cannot do"
+    check_runnable(model, made, *batches)
+    if carries_state(learn.model): warn("This language model goes on where the last batch ended, and a file keeps no state: it begins each batch anew, as after `learn.model.reset()`. Give it whole texts; their length is free.")
+
+def _float_copy(learn, batches):
+    "The float model of `learn`, as an engine can run it, checked on `batches`"
+    model = unprepare(float32_copy(learn.model)[0]).cpu()
+    if not has_other(model): return model
+    made = made_runnable(copy_model(model))
+    _check_made(learn, model, made, batches)
+    return made
+
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f
 def _say_if_slow(engine, xb):
     ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
@@ -150,7 +168,7 @@ def _say_if_slow(engine, xb):
 
 def _rounding_copy(learn, spec, exclude):
     "A copy of the model, which rounds if it is ready to, and the spec to prepare it with if not; raises if it rounds in another way"
-    (model,_),wanted = float32_copy(learn.model),find_spec(ifnone(spec, 'int8')).excluding(exclude)
+    model,wanted = made_runnable(float32_copy(learn.model)[0]),find_spec(ifnone(spec, 'int8')).excluding(exclude)
     r = fake_quant_of(model)
     if r is None: return model,wanted
     if (spec is not None or exclude) and wanted!=r.spec: raise ValueError(_prepared(r.spec, wanted))
@@ -191,10 +209,12 @@ def export_onnx(self:Learner,
 
 def _float_file(learn, xb, dynamic, opset):
     "The file's bytes for the float model of `learn`, checked on `xb`"
-    model = copy_model(learn.model).cpu()
+    model = made_runnable(copy_model(learn.model)).cpu()
+    dynamic = any_length(model, dynamic)
     other = set(other_precision(model).values())
     if len(other)==1: xb = map_tensors(lambda x: x.to(*other) if x.is_floating_point() else x, xb)
     check_repeats(model, first_items(xb, 8))
+    if has_other(learn.model): _check_made(learn, copy_model(learn.model).cpu(), model, [xb])
     proto = to_onnx(model, *xb, dynamic=dynamic, opset=opset)
     data = to_bytes(proto, **_said(learn, model, xb, dynamic))
     others = at_other_sizes(model, xb, free_dims(dynamic, xb))

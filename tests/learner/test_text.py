@@ -1,0 +1,120 @@
+"fastai's text models become files of any length, which predict what the Learner predicts"
+import onnxruntime, pytest, random, torch
+from fastai.text.all import (AWD_LSTM, BaseTokenizer, RegressionBlock, TextDataLoaders, accuracy, awd_lstm_clas_config, awd_lstm_lm_config, get_text_classifier,
+    language_model_learner, load_learner, pad_chunk, set_seed, text_classifier_learner)
+from fastai.callback.rnn import ModelResetter
+from torch import nn
+from fastquant.all import *
+from fastquant.export.runnable import made_runnable, has_other
+import pandas as pd
+from tests.helpers.learners import quiet
+
+small = dict(emb_sz=8, n_hid=12, n_layers=2)
+
+def texts(n=40, longest=40):
+    "Good and bad ones, of different lengths"
+    draw = random.Random(0)
+    def word(good): return draw.choice(['good','fine'] if good else ['bad','sad']) if draw.random()<.4 else f'word{draw.randint(0, 9)}'
+    rows = [(' '.join(word(i%2) for _ in range(draw.randint(3, longest))), ['no','yes'][i%2], float(i%2), i>=n*2//3) for i in range(n)]
+    return pd.DataFrame(rows, columns=['text','label','number','is_valid'])
+
+def data(**kwargs):
+    how = dict(text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=12, num_workers=0, device='cpu', tok_tfm=BaseTokenizer())
+    return TextDataLoaders.from_df(texts(), **{**how, **kwargs})
+
+def classifier(path='.', dls=None, config=None, **kwargs):
+    set_seed(0)
+    learn = quiet(text_classifier_learner(dls or data(), AWD_LSTM, pretrained=False, seq_len=12, path=path, config={**awd_lstm_clas_config, **small, **(config or {})}, **kwargs))
+    learn.model(learn.dls.one_batch()[0]) # so that batchnorms have seen something
+    learn.model.reset()
+    return learn
+
+def run(file, x): return torch.from_numpy(onnxruntime.InferenceSession(file).run(None, {'input':x.as_subclass(torch.Tensor).numpy()})[0])
+
+def predicted(learn, x):
+    learn.model.reset()
+    with evaluating(learn.model): return learn.model(x.as_subclass(torch.Tensor))[0]
+
+def same(learn, file, batches):
+    for x in batches: assert torch.allclose(run(file, x), predicted(learn, x), atol=1e-4), x.shape
+
+def padded(*lens, **kwargs):
+    rows = [torch.randint(2, 15, (n,)) for n in lens]
+    return torch.stack([pad_chunk(r, seq_len=12, pad_len=max(lens), **kwargs) for r in rows])
+
+whole = {'plain':{}, 'both ways':dict(config=dict(bidir=True)), 'cut':dict(max_len=26), 'numbers':dict(y_range=(-1,2), n_out=1)}
+
+@pytest.mark.parametrize('name', whole)
+def test_a_file_predicts_what_the_learner_does(tmp_path, name):
+    kwargs = whole[name]
+    learn = classifier(tmp_path, data(label_col='number', y_block=RegressionBlock()) if 'y_range' in kwargs else None, **kwargs)
+    file = learn.export_onnx()
+    behind = [] if 'max_len' in kwargs else [padded(30,29,25,20, pad_first=False)]
+    same(learn, file, [padded(5), padded(50), padded(37,36,14,2), padded(25,24,23,13,12,1), *behind, *[x for x,_ in learn.dls.valid]])
+
+def test_rows_that_fastai_leaves_out_are_left_out():
+    "The last chunk of a batch, where some texts have ended, is run for as many rows from the top"
+    model = get_text_classifier(AWD_LSTM, 20, 2, seq_len=12, config={**awd_lstm_clas_config, **small}).eval()
+    made,x = made_runnable(copy_model(model)),padded(25,23,13)
+    with torch.no_grad():
+        assert torch.allclose(made(x), model(x)[0], atol=1e-6) and not torch.allclose(made(x)[2], made(x[2:,12:])[0], atol=1e-6)
+    assert has_other(model) and not has_other(made)
+
+def test_a_quantized_learner_does_all_that_a_learner_does(tmp_path):
+    learn = classifier(tmp_path, metrics=accuracy)
+    before = {k:v.clone() for k,v in learn.model.state_dict().items()}
+    q = learn.quantize(timed=False)
+    assert set(q.model.report.float_layers)=={'0.module.rnns.0.module','0.module.rnns.1.module'} and q.model.report.quantized==2
+    for a,b in zip(learn.get_preds(), q.get_preds()): assert torch.allclose(a, b, atol=.02)
+    assert q.validate()[1]==learn.validate()[1]
+    for text in 'good word1 fine', '', 'unheard of '*40: assert torch.allclose(q.predict(text)[2], learn.predict(text)[2], atol=.02)
+    q.export('q.pkl')
+    assert load_learner(tmp_path/'q.pkl').predict('bad')[2].equal(q.predict('bad')[2])
+    q.export_onnx('q.onnx')
+    assert learn.load_onnx('q.onnx').predict('bad')[2].equal(q.predict('bad')[2])
+    assert all(v.equal(before[k]) for k,v in learn.model.state_dict().items())
+
+def test_ranges_of_training_are_shipped(tmp_path):
+    learn = classifier(tmp_path)
+    learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))
+    q = learn.quantize(timed=False)
+    assert q.model.report.trained
+    for (x,_) in learn.dls.valid: assert torch.allclose(q.model(x), predicted(learn, x), atol=.02)
+
+def test_pruned_and_quantized(tmp_path):
+    learn = classifier(tmp_path).prune(.5)
+    same(learn, learn.export_onnx(), [x for x,_ in learn.dls.valid])
+    assert learn.quantize(timed=False).model.report.quantized==2
+
+def test_a_file_says_what_a_string_becomes(tmp_path):
+    said = load_engine(classifier(tmp_path).export_onnx()).metadata
+    assert said['vocab']==['no','yes'] and {'good','xxpad','word3'}<=set(said['preprocess']['tokens'])
+    assert said['preprocess']['tokenizer']['name']=='BaseTokenizer' and said['preprocess']['tokenizer']['args']==dict(split_char=' ')
+    assert said['preprocess']['padding']==dict(idx=1, first=True, chunk=12) and 'also' not in said['preprocess']
+
+def test_the_length_is_fixed_if_that_is_asked_for(tmp_path):
+    learn = classifier(tmp_path)
+    file = learn.export_onnx(dynamic=False)
+    with pytest.raises(ValueError, match='takes items of the size'): load_engine(file)(padded(7))
+
+def test_the_state_of_a_language_model_is_said_to_be_missing(tmp_path):
+    set_seed(0)
+    learn = quiet(language_model_learner(data(is_lm=True), AWD_LSTM, pretrained=False, path=tmp_path, config={**awd_lstm_lm_config, **small}))
+    with pytest.warns(UserWarning, match='keeps no state'): file = learn.export_onnx()
+    same(learn, file, [x for x,_ in learn.dls.valid]+[padded(7), padded(30)])
+    with pytest.warns(UserWarning, match='keeps no state'): q = learn.quantize(timed=False)
+    assert q.predict('good', 3, temperature=.1) if hasattr(q, 'predict') else True
+
+@pytest.mark.parametrize('kind', [nn.LSTM,nn.GRU])
+def test_recurrent_layers_take_any_length(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn,self.head = kind(4, 6, num_layers=2, bidirectional=True, batch_first=True),nn.Linear(12, 2)
+        def forward(self, x): return self.head(self.rnn(x)[0][:,-1])
+    net = Net().eval()
+    file = to_onnx(net, torch.randn(4,9,4), dynamic=(1,)).SerializeToString()
+    for shape in (1,1,4),(3,20,4):
+        x = torch.randn(shape)
+        with torch.no_grad(): assert torch.allclose(run(file, x), net(x), atol=1e-5)
+    assert not hasattr(net.rnn, 'packed')
