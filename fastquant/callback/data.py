@@ -15,6 +15,7 @@ from warnings import warn
 from fastai.basics import *
 from fastai.callback.rnn import ModelResetter, RNNCallback
 from fastai.callback.fp16 import MixedPrecision
+from fastai.text.data import LMDataLoader
 from fastprogress.fastprogress import progress_bar
 from ..core.arguments import *
 from ..core.model import *
@@ -49,7 +50,8 @@ def calibration_dl(
     n_batches = as_count('n_batches', n_batches, say='at least one batch is needed to see how large activations get.')
     split = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with no_random(reproducible=False), split(1) if split else nullcontext():
-        if length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
+        if isinstance(dl, LMDataLoader): dl = check_dl(list(itertools.islice(dl.new(shuffle=False), n_batches))) # its items go on from batch to batch
+        elif length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
             spread = _Idxs([i*dl.n//n for i in range(n)])
             dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=spread)

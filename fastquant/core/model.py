@@ -268,6 +268,7 @@ class FileModel(nn.Module):
     def train(self, mode=True):
         if mode: raise RuntimeError("This model runs a file, for inference only, and cannot be trained. Train the float Learner it came from, then call `quantize` again.")
         return self
+    def reset(self): "Nothing to do: a file begins each batch anew, and keeps no state"
 
 def check_weights(
     model:nn.Module, # Any model

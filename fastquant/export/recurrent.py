@@ -7,10 +7,12 @@ Docs: https://fastquant-dev.github.io/fastquant/export/recurrent.html.md"""
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0004
 from __future__ import annotations
 import torch
+from collections.abc import Sequence
 from contextlib import contextmanager
 from onnxscript import opset20 as op
 from torch import nn, Tensor
-from typing import Optional
+from torch.overrides import handle_torch_function, has_torch_function_unary
+from ..core.where import between
 
 # %% auto #0
 __all__ = ['recurrent_translation', 'as_operators']
@@ -27,65 +29,84 @@ def _as_torch(kind, w, r, b):
     return [_ordered(t, back) for ts in given for t in ts]
 
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0008
-def _start(x, r, *states):
-    "`states`, or zeros in their place"
-    return [x.new_zeros(len(r), x.shape[1], r.shape[2]) if s is None else s for s in states]
+def _run(kind, x, weights, states, batch_first):
+    dirs,n = len(weights[1]),len(weights)//3
+    at = x.shape[0 if batch_first else 1]
+    start = states or [x.new_zeros(n*dirs, at, weights[1].shape[2])]*2
+    ws = [t for i in range(n) for t in _as_torch(kind, *weights[3*i:3*i+3])]
+    run = dict(lstm=torch.lstm, gru=torch.gru)[kind]
+    return run(x, start if kind=='lstm' else start[0], ws, True, n, 0., False, dirs==2, batch_first)
 
 @torch.library.custom_op('fastquant::lstm', mutates_args=())
-def _lstm(x:Tensor, w:Tensor, r:Tensor, b:Tensor, h:Optional[Tensor]=None, c:Optional[Tensor]=None)->tuple[Tensor,Tensor,Tensor]:
-    return torch.lstm(x, _start(x, r, h, c), _as_torch('lstm', w, r, b), True, 1, 0., False, len(r)==2, False)
+def _lstm(x:Tensor, weights:list[Tensor], states:list[Tensor], batch_first:bool)->tuple[Tensor,Tensor,Tensor]:
+    return _run('lstm', x, weights, states, batch_first)
 
 @torch.library.custom_op('fastquant::gru', mutates_args=())
-def _gru(x:Tensor, w:Tensor, r:Tensor, b:Tensor, h:Optional[Tensor]=None)->tuple[Tensor,Tensor]:
-    return torch.gru(x, *_start(x, r, h), _as_torch('gru', w, r, b), True, 1, 0., False, len(r)==2, False)
+def _gru(x:Tensor, weights:list[Tensor], states:list[Tensor], batch_first:bool)->tuple[Tensor,Tensor]:
+    return _run('gru', x, weights, states, batch_first)
 
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0010
-def _sizes(x, w, r, b, h=None, c=None):
-    (steps,n),(dirs,_,hidden) = x.shape[:2],r.shape
-    return x.new_empty(steps, n, dirs*hidden),x.new_empty(dirs, n, hidden),x.new_empty(dirs, n, hidden)
+def _sizes(x, weights, states, batch_first):
+    dirs,_,hidden = weights[1].shape
+    end = len(weights)//3*dirs,x.shape[0 if batch_first else 1],hidden
+    return x.new_empty(*x.shape[:2], dirs*hidden),x.new_empty(end),x.new_empty(end)
 
 _lstm.register_fake(_sizes)
 _gru.register_fake(lambda *args: _sizes(*args)[:2])
 
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0012
-def _joined(y): return op.Reshape(op.Transpose(y, perm=[0,2,1,3]), op.Constant(value_ints=[0,0,-1]))
-def _how(r): return dict(hidden_size=r.shape[2], direction='forward' if r.shape[0]==1 else 'bidirectional')
+def _layer(kind, x, w, r, b, states):
+    "One layer in ONNX: what it gives, and its last states"
+    how = dict(hidden_size=r.shape[2], direction='forward' if r.shape[0]==1 else 'bidirectional')
+    if kind=='lstm': y,*ends = op.LSTM(x, w, r, b, None, *states, **how)
+    else: y,*ends = op.GRU(x, w, r, b, None, *states, linear_before_reset=1, **how)
+    return op.Reshape(op.Transpose(y, perm=[0,2,1,3]), op.Constant(value_ints=[0,0,-1])),ends
 
-def _onnx_lstm(x, w, r, b, h=None, c=None):
-    y,h,c = op.LSTM(x, w, r, b, None, h, c, **_how(r))
-    return _joined(y),h,c
+def _as_onnx(kind, x, weights, states, batch_first):
+    "All layers in ONNX"
+    def turned(x): return op.Transpose(x, perm=[1,0,2]) if batch_first else x
+    x,dirs,ends = turned(x),weights[1].shape[0],[]
+    for i in range(len(weights)//3):
+        own = [op.Slice(s, [i*dirs], [(i+1)*dirs], [0]) for s in states]
+        x,end = _layer(kind, x, *weights[3*i:3*i+3], own)
+        ends.append(end)
+    return turned(x),*[op.Concat(*e, axis=0) if len(e)>1 else e[0] for e in zip(*ends)]
 
-def _onnx_gru(x, w, r, b, h=None):
-    y,h = op.GRU(x, w, r, b, None, h, linear_before_reset=1, **_how(r))
-    return _joined(y),h
+def _onnx_lstm(x, weights:Sequence, states:Sequence, batch_first:bool): return _as_onnx('lstm', x, weights, states, batch_first)
+def _onnx_gru(x, weights:Sequence, states:Sequence, batch_first:bool): return _as_onnx('gru', x, weights, states, batch_first)
 
 recurrent_translation = {torch.ops.fastquant.lstm.default:_onnx_lstm, torch.ops.fastquant.gru.default:_onnx_gru}
 
+# %% ../../nbs/export/00_recurrent.ipynb #00recux0019
+def _seen(kind):
+    "The operator `kind` as a function that modes of PyTorch see"
+    def call(x, *args):
+        if has_torch_function_unary(x): return handle_torch_function(call, (x,), x, *args)
+        return getattr(torch.ops.fastquant, kind)(x, *args)
+    call.__name__ = kind
+    return call
+
+_calls = {k:_seen(k) for k in _gates}
+
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0014
 class _Packed(nn.Module):
-    "Does what the `nn.LSTM` or `nn.GRU` `m` does, by operators"
+    "Does what the `nn.LSTM` or `nn.GRU` `m` does, by one operator"
     def __init__(self, m):
         super().__init__()
-        self.kind,self.time_second = type(m).__name__.lower(),m.batch_first
-        self.n,self.dirs = m.num_layers,1+m.bidirectional
-        for l in range(self.n):
+        self.kind,self.batch_first = type(m).__name__.lower(),m.batch_first
+        for l in range(m.num_layers):
             for k,v in self.weights(m, l).items(): self.register_buffer(f'{k}_l{l}', v)
     def weights(self, m, l):
-        def of(k): return [_ordered(getattr(m, f'{k}_l{l}{d}').detach(), _gates[self.kind]) for d in ('','_reverse')[:self.dirs]]
-        w,r = torch.stack(of('weight_ih')),torch.stack(of('weight_hh'))
-        b = torch.cat([torch.stack(of(k)) for k in ('bias_ih','bias_hh')], 1) if m.bias else w.new_zeros(self.dirs, 2*w.shape[1])
+        def of(k): return torch.stack([_ordered(getattr(m, f'{k}_l{l}{d}').detach(), _gates[self.kind]) for d in ('','_reverse')[:1+m.bidirectional]])
+        w,r = of('weight_ih'),of('weight_hh')
+        b = torch.cat([of('bias_ih'),of('bias_hh')], 1) if m.bias else w.new_zeros(len(w), 2*w.shape[1])
         return dict(weight=w, recurrence=r, bias=b)
-    def forward(self, x, state=()):
-        states = (state,) if isinstance(state, Tensor) else state or ()
-        if self.time_second: x = x.transpose(0, 1)
-        run,ends = getattr(torch.ops.fastquant, self.kind),[]
-        for l in range(self.n):
-            weights = [getattr(self, f'{k}_l{l}') for k in ('weight','recurrence','bias')]
-            x,*end = run(x, *weights, *[s[l*self.dirs:(l+1)*self.dirs] for s in states])
-            ends.append(end)
-        ends = tuple(map(torch.cat, zip(*ends)))
-        if self.time_second: x = x.transpose(0, 1)
-        return x,ends if self.kind=='lstm' else ends[0]
+    def forward(self, x, state=None):
+        states = [state] if isinstance(state, Tensor) else list(state or ())
+        y,*ends = _calls[self.kind](x, list(self.buffers()), states, self.batch_first)
+        return y,tuple(ends) if self.kind=='lstm' else ends[0]
+
+between.update({_Packed.forward.__code__, _calls['lstm'].__code__}) # which operation it is, is seen by what calls it
 
 # %% ../../nbs/export/00_recurrent.ipynb #00recux0016
 @contextmanager

@@ -64,7 +64,7 @@ def test_a_quantized_learner_does_all_that_a_learner_does(tmp_path):
     learn = classifier(tmp_path, metrics=accuracy)
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     q = learn.quantize(timed=False)
-    assert set(q.model.report.float_layers)=={'0.module.rnns.0.module','0.module.rnns.1.module'} and q.model.report.quantized==2
+    assert set(q.model.report.float_layers)=={'0.module.rnns.0.module','0.module.rnns.1.module'} and q.model.report.n_int8==2
     for a,b in zip(learn.get_preds(), q.get_preds()): assert torch.allclose(a, b, atol=.02)
     assert q.validate()[1]==learn.validate()[1]
     for text in 'good word1 fine', '', 'unheard of '*40: assert torch.allclose(q.predict(text)[2], learn.predict(text)[2], atol=.02)
@@ -84,7 +84,7 @@ def test_ranges_of_training_are_shipped(tmp_path):
 def test_pruned_and_quantized(tmp_path):
     learn = classifier(tmp_path).prune(.5)
     same(learn, learn.export_onnx(), [x for x,_ in learn.dls.valid])
-    assert learn.quantize(timed=False).model.report.quantized==2
+    assert learn.quantize(timed=False).model.report.n_int8==2
 
 def test_a_file_says_what_a_string_becomes(tmp_path):
     said = load_engine(classifier(tmp_path).export_onnx()).metadata
@@ -95,7 +95,7 @@ def test_a_file_says_what_a_string_becomes(tmp_path):
 def test_the_length_is_fixed_if_that_is_asked_for(tmp_path):
     learn = classifier(tmp_path)
     file = learn.export_onnx(dynamic=False)
-    with pytest.raises(ValueError, match='takes items of the size'): load_engine(file)(padded(7))
+    with pytest.raises(ValueError, match='takes items of size 22'): load_engine(file)(padded(7))
 
 def test_the_state_of_a_language_model_is_said_to_be_missing(tmp_path):
     set_seed(0)
@@ -103,7 +103,8 @@ def test_the_state_of_a_language_model_is_said_to_be_missing(tmp_path):
     with pytest.warns(UserWarning, match='keeps no state'): file = learn.export_onnx()
     same(learn, file, [x for x,_ in learn.dls.valid]+[padded(7), padded(30)])
     with pytest.warns(UserWarning, match='keeps no state'): q = learn.quantize(timed=False)
-    assert q.predict('good', 3, temperature=.1) if hasattr(q, 'predict') else True
+    q.model.reset()
+    assert q.predict('good', 3).startswith('good')
 
 @pytest.mark.parametrize('kind', [nn.LSTM,nn.GRU])
 def test_recurrent_layers_take_any_length(kind):
