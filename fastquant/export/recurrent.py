@@ -72,6 +72,7 @@ def _as_onnx(kind, x, weights, states, batch_first):
         ends.append(end)
     return turned(x),*[op.Concat(*e, axis=0) if len(e)>1 else e[0] for e in zip(*ends)]
 
+# %% ../../nbs/export/00_recurrent.ipynb #00recux0021
 def _onnx_lstm(x, weights:Sequence, states:Sequence, batch_first:bool): return _as_onnx('lstm', x, weights, states, batch_first)
 def _onnx_gru(x, weights:Sequence, states:Sequence, batch_first:bool): return _as_onnx('gru', x, weights, states, batch_first)
 

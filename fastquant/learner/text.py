@@ -7,7 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/text.html.md"""
 # %% ../../nbs/learner/00_text.ipynb #00textx0004
 from __future__ import annotations
 import torch
-from torch import nn, Tensor
+from torch import nn
 from fastai.basics import *
 from fastai.text.core import Tokenizer
 from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk
@@ -16,8 +16,7 @@ from fastai.text.models.core import LinearDecoder, PoolingLinearClassifier, Sent
 from ..export.runnable import *
 
 # %% auto #0
-__all__ = ['PlainLSTM', 'ChunkLSTM', 'PlainAWD', 'PlainSentences', 'PlainPooling', 'PlainDecoder', 'carries_state', 'text_facts',
-           'pad_facts', 'classes_of']
+__all__ = ['carries_state', 'text_facts', 'pad_facts', 'classes_of']
 
 # %% ../../nbs/learner/00_text.ipynb #00textx0006
 def _inner(m): return m.module if isinstance(m, WeightDropout) else m
@@ -31,7 +30,7 @@ def _one_lstm(m, suffix='', both=False):
         for k,p in new.named_parameters(): p.copy_(getattr(m, f'{k}{suffix}_raw', getattr(inner, k+suffix)))
     return new
 
-class PlainLSTM(nn.Module):
+class _PlainLSTM(nn.Module):
     "What a layer of `AWD_LSTM` is in evaluation"
     def __init__(self, m):
         super().__init__()
@@ -39,7 +38,7 @@ class PlainLSTM(nn.Module):
     def forward(self, x, turn=None): return self.module(x)[0]
 
 # %% ../../nbs/learner/00_text.ipynb #00textx0008
-class ChunkLSTM(nn.Module):
+class _ChunkLSTM(nn.Module):
     "The same, of both directions, where the backward one turns in each chunk"
     def __init__(self, m):
         super().__init__()
@@ -50,12 +49,12 @@ class ChunkLSTM(nn.Module):
         return torch.cat([self.module(x)[0], back], 2)
 
 @runnable.register(AWD_LSTM)
-class PlainAWD(nn.Module):
+class _PlainAWD(nn.Module):
     "`AWD_LSTM` in evaluation, from a state of zero"
     any_length = True
     def __init__(self, m, chunks=False):
         super().__init__()
-        self.encoder,layer = m.encoder,ChunkLSTM if chunks and m.n_dir==2 else PlainLSTM
+        self.encoder,layer = m.encoder,_ChunkLSTM if chunks and m.n_dir==2 else _PlainLSTM
         self.rnns = nn.ModuleList(map(layer, m.rnns))
     def forward(self, ids, turn=None):
         x = self.encoder(ids)
@@ -63,12 +62,12 @@ class PlainAWD(nn.Module):
         return x
 
 # %% ../../nbs/learner/00_text.ipynb #00textx0010
-class PlainSentences(nn.Module):
+class _PlainSentences(nn.Module):
     "`SentenceEncoder` of an `AWD_LSTM` in evaluation, all chunks at once"
     any_length = True
     def __init__(self, m):
         super().__init__()
-        self.module = PlainAWD(m.module, True)
+        self.module = _PlainAWD(m.module, True)
         self.bptt,self.pad_idx,self.max_len = m.bptt,m.pad_idx,m.max_len
     def forward(self, ids):
         bs,n = ids.shape
@@ -93,11 +92,11 @@ class PlainSentences(nn.Module):
         return x[:,start:],pad[:,start:]
 
 @runnable.register
-def _(m:SentenceEncoder): return PlainSentences(m) if isinstance(m.module, AWD_LSTM) else m
+def _(m:SentenceEncoder): return _PlainSentences(m) if isinstance(m.module, AWD_LSTM) else m
 
 # %% ../../nbs/learner/00_text.ipynb #00textx0012
 @runnable.register(PoolingLinearClassifier)
-class PlainPooling(nn.Module):
+class _PlainPooling(nn.Module):
     "`PoolingLinearClassifier`, and its prediction alone"
     def __init__(self, m):
         super().__init__()
@@ -113,7 +112,7 @@ class PlainPooling(nn.Module):
         return self.layers(torch.cat([end,most,mean], 1))
 
 @runnable.register(LinearDecoder)
-class PlainDecoder(nn.Module):
+class _PlainDecoder(nn.Module):
     "`LinearDecoder` of a language model in evaluation, and its prediction alone"
     def __init__(self, m):
         super().__init__()
@@ -141,6 +140,7 @@ def _found(dls, kind):
         for t in tfms if is_listy(tfms) or isinstance(tfms, Pipeline) else [tfms]:
             if isinstance(t, kind): return t
 
+# %% ../../nbs/learner/00_text.ipynb #00textx0027
 def text_facts(
     dls:DataLoaders # Of any data
 )->dict: # Plain data; empty if there is no text in them

@@ -2,7 +2,6 @@
 import onnxruntime, pytest, random, torch
 from fastai.text.all import (AWD_LSTM, BaseTokenizer, RegressionBlock, TextDataLoaders, accuracy, awd_lstm_clas_config, awd_lstm_lm_config, get_text_classifier,
     language_model_learner, load_learner, pad_chunk, set_seed, text_classifier_learner)
-from fastai.callback.rnn import ModelResetter
 from torch import nn
 from fastquant.all import *
 from fastquant.export.runnable import made_runnable, has_other
@@ -24,7 +23,8 @@ def data(**kwargs):
 
 def classifier(path='.', dls=None, config=None, **kwargs):
     set_seed(0)
-    learn = quiet(text_classifier_learner(dls or data(), AWD_LSTM, pretrained=False, seq_len=12, path=path, config={**awd_lstm_clas_config, **small, **(config or {})}, **kwargs))
+    config = {**awd_lstm_clas_config, **small, **(config or {})}
+    learn = quiet(text_classifier_learner(dls or data(), AWD_LSTM, pretrained=False, seq_len=12, path=path, config=config, **kwargs))
     learn.model(learn.dls.one_batch()[0]) # so that batchnorms have seen something
     learn.model.reset()
     return learn
