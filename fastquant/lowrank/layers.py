@@ -142,7 +142,7 @@ def find_layers(
     for k,m in model.named_modules():
         f = _kind_for(k, m, kinds)
         if not k or (f is None and not isinstance(m, weighted)): continue
-        why = _why_not(k, m, f, exclude, owners, tr)
+        why = _why_not(k, m, f, exclude, owners, tr) or _missing(model, k, f, xb)
         if why: left[k] = why
         else: found[k] = (m,f)
     return found,left
@@ -162,6 +162,20 @@ def _why_not(k, m, f, exclude, owners, tr):
     user = tr.users.get(m.weight)
     if user is None: return 'it never ran'
     if user[0]!=k: return f'its weight is read by {user[1]}'
+    tied = [n for n in ('weight','bias') if f'{k}.{n}' in tr.elsewhere]
+    if tied: return f'its {tied[0]} is used outside of it too, and factors have none'
+
+# %% ../../nbs/lowrank/02_layers.ipynb #09alowmiss02
+def _missing(model, k, f, xb):
+    "What of the layer at `k` the model asks for that factors do not have"
+    m = model.get_submodule(k)
+    try: new = skeleton(m, f, 1).to(m.weight)
+    except ValueError: return None # which is said when its ranks are chosen
+    replace_layers(model, {k:new})
+    try:
+        with evaluating(model): model(*first_items(xb, 2))
+    except AttributeError as e: return f'{type(model).__name__} needs more of it than to call it: {e}'
+    finally: replace_layers(model, {k:m})
 
 # %% ../../nbs/lowrank/02_layers.ipynb #09alow37971f
 def by_pattern(

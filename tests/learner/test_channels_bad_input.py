@@ -104,6 +104,14 @@ def test_tied_weights():
     m[4].weight = m[2].weight
     with pytest.raises(ValueError, match="used twice under different names"): channel_groups(m, torch.randn(4, 8), round_to=1)
 
+def test_weight_used_by_another_product():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc,self.out,self.shift = nn.Linear(8, 16),nn.Linear(8, 3),nn.Parameter(torch.zeros(8))
+        def forward(self, x): return self.out(nn.functional.linear(self.enc(x).relu(), self.enc.weight.t(), self.shift).relu())
+    with pytest.raises(ValueError, match="'enc': 'enc.weight' is used outside of its layer too .*structure='weight'.*fails"): channel_groups(Tied(), torch.randn(4, 8), round_to=1)
+
 def test_integers_are_not_cut(learn):
     "A model whose weights are integers already is left as it is"
     s,x = learn.prune(.5, structure='channel', scope='local'),torch.randn(4, 2, 8, 8)

@@ -112,6 +112,22 @@ def test_shared_read_and_tied_weights_are_left(tmp_path):
     assert {k:d.not_factorised[k].split()[-1] for k in ('a','b','read')}=={'a':'layer','b':'layer','read':'linear'} and 'att.out_proj' in d.not_factorised
     d.fit(1, 1e-3)
 
+def test_layers_that_are_asked_for_more_than_to_be_called(tmp_path):
+    "An autoencoder with one weight for both directions, and a model that asks for a layer's size, keep these layers"
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc,self.wide,self.hid,self.out = nn.Linear(64,16),nn.Linear(64,64),nn.Linear(64,64),nn.Linear(64,10)
+        def forward(self, x):
+            x = self.enc(x.flatten(1)).relu()@self.enc.weight
+            return self.out(self.hid(self.wide(x).relu()*self.wide.in_features**-.5).relu())
+    learn = learner(tmp_path, model=Tied())
+    d = learn.decompose(energy=.5)
+    assert 'hid' in factor_recipe(d.model) and not {'enc','wide'}&set(factor_recipe(d.model))
+    assert 'weight is used outside of it' in d.not_factorised['enc'] and "no attribute 'in_features'" in d.not_factorised['wide']
+    d.fit(1, 1e-3)
+    with pytest.raises(ValueError, match="'enc': its weight is used outside of it too"): learn.decompose(ranks={'enc':2})
+
 # Bad input
 
 def nan(l): l.model[1][0].weight.data[0] = torch.nan

@@ -176,13 +176,14 @@ def channel_groups(
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
     model = remove_masks(unprepare(clean_copy(model)))
     xb = first_items(xb, 2)
-    found,why = _found(model, xb)
+    tr = trace(model, *xb)
+    found,why = _found(model, xb, tr)
     good = []
     for g in found:
         why[g.name] = _unwanted(g, only, exclude, round_to)
         if not why[g.name]: good.append(g)
     good,wrong = sound_groups(switch_on(model), good, xb)
-    why.update(wrong)
+    why.update({g.name:_tied(g, tr)+wrong[g.name] for g in found if g.name in wrong})
     paths = [k for k,_ in model.named_modules()]
     why = {k:why[k] for k in paths if why.get(k)}
     for p in only:
@@ -191,6 +192,11 @@ def channel_groups(
         reasons = _listed(why) or 'it has no convolution and no linear layer'
         raise ValueError(f"No channels can be removed from {type(model).__name__}: {reasons}.")
     return good,why
+
+def _tied(g, tr):
+    "What to say first of a group whose parameters are used elsewhere too"
+    found = [k for k,_ in g.parts if k in tr.elsewhere and k.endswith('.weight')]
+    return f"{found[0]!r} is used outside of its layer too (its weights can be pruned with structure='weight'), and " if found else ''
 
 def _listed(why): return '; '.join(f'{k!r}: {v}' for k,v in why.items())
 
@@ -212,9 +218,9 @@ def _unwanted(g, only, exclude, round_to):
     if len(g)<=g.step(round_to): return f'it has {len(g)*g.each} channels, and round_to={round_to} leaves no fewer'
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun931d38
-def _found(model, xb):
+def _found(model, xb, tr):
     "All groups that are not out of the question, in the order of the model's layers, and what is wrong with the others"
-    tr,scratch = trace(model, *xb),clean_copy(model)
+    scratch = clean_copy(model)
     ends,shared = last_layers(model, tr),_shared(model)
     graph,all_,lost = graph_of(scratch, *xb)
     found = [head_group(m, k) for k,m in model.named_modules() if _has_heads(m)]
