@@ -21,8 +21,8 @@ from ..core.arguments import *
 from ..core.model import *
 
 # %% auto #0
-__all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'batches_of', 'inputs', 'some_inputs', 'check_modes',
-           'with_bar', 'Float32Callback']
+__all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'dividing', 'batches_of', 'inputs', 'some_inputs',
+           'check_modes', 'with_bar', 'Float32Callback']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
 class _Idxs:
@@ -223,6 +223,18 @@ def _check_divides(model, xb):
         try: model(*_less(xb, ()))
         except _misfits as e: raise ValueError(f"{type(model).__name__} runs on {n} items and not on the first {n-1} of them ({str(e).splitlines()[0]}), so there is no batch that may be of any size. "
             "Let `forward` take inputs with a dimension for the batch first: of a graph (batch, nodes, features) and (batch, nodes, nodes).") from e
+
+# %% ../../nbs/callback/01_data.ipynb #18datadiv05
+@contextmanager
+def dividing(
+    model:nn.Module, # Any model
+    xb               # A batch of its inputs
+):
+    "Where what is done here fails since `model` runs on no part of `xb`, a `ValueError` says so"
+    try: yield
+    except (RuntimeError,AssertionError,IndexError):
+        _check_divides(model, xb)
+        raise
 
 # %% ../../nbs/callback/01_data.ipynb #18data64bf90
 def batches_of(

@@ -13,6 +13,7 @@ from ..quant.fakequant import fake_quant_of
 from ..prune.mask import *
 from ..prune.channels.target import *
 from .core import *
+from .data import *
 
 # %% auto #0
 __all__ = ['MaskingCallback']
@@ -73,7 +74,7 @@ def look(self:MaskingCallback, selection):
     check_weights(self.net, 'prune')
     r = fake_quant_of(self.net)
     how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
-    self.plan = plan_for(selection)(self.net, selection, *self.xb)
+    with dividing(self.net, self.xb): self.plan = plan_for(selection)(self.net, selection, *self.xb)
     if r: r.how = how
     self.plan.check_opt(self.opt)
     self.plan.spared,self.left_alone = set(),self.plan.left_alone

@@ -16,6 +16,7 @@ from ..prune.mask import *
 from ..prune.channels.check import *
 from ..prune.channels.target import *
 from .core import *
+from .data import *
 from .masking import *
 
 # %% auto #0
@@ -98,7 +99,7 @@ class GroupLassoCallback(FitCallback):
     def before_fit(self): self.run,self.size = self.counts,None
     def before_batch(self):
         if (size:=sum(p.numel() for p in self.net.parameters()))==self.size: return
-        self.groups,_ = channel_groups(self.net, *self.xb, exclude=self.exclude, round_to=1) # again after channels were removed
+        with dividing(self.net, self.xb): self.groups,_ = channel_groups(self.net, *self.xb, exclude=self.exclude, round_to=1) # again after channels were removed
         self.size = size
     def after_step(self):
         groups = zip(self.opt.param_lists, self.opt.hypers)

@@ -139,7 +139,7 @@ def groups(
     structure,only,exclude = find_structure(structure),listify(only),listify(exclude)
     layers = {k:m for k,m in model.named_modules() if isinstance(m, weighted)}
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
-    tr = trace(model, *first_items(xb, 2)) if xb else None
+    tr = _trace(model, xb) if xb else None
     ends = set() if last else last_layers(model, tr)-set(only)
     seen,why,found = {},{},{}
     for k,m in layers.items():
@@ -152,6 +152,11 @@ def groups(
         reasons = '; '.join(f'{k!r}: {v}' for k,v in why.items()) or 'it has no convolution and no linear layer'
         raise ValueError(f"There is nothing to prune in {type(model).__name__}: {reasons}.")
     return found,{k:v for k,v in why.items() if v}
+
+def _trace(model, xb):
+    "What happens to two items; to all of `xb` where `model` runs on no part of it"
+    try: return trace(model, *first_items(xb, 2))
+    except (RuntimeError,ValueError,AssertionError,IndexError): return trace(model, *xb)
 
 # %% ../../nbs/prune/01_structures.ipynb #11prunee8a9e
 def reason(m, path, structure, only, exclude, ends, seen):

@@ -3,6 +3,8 @@ import math, pickle, pytest, torch, warnings
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
 from fastcore.all import L
@@ -37,6 +39,27 @@ def said(f):
     return [str(w.message) for w in caught if 'fastquant' in w.filename]
 
 # What cannot be followed, or has not run
+
+class Graph(nn.Module):
+    "For nodes, and a matrix that says which of them are joined"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(4, 16),nn.Linear(16, 16),nn.Linear(16, 3)
+    def forward(self, x, adj): return self.c((adj@self.b((adj@self.a(x)).relu())).relu())
+
+def graphs():
+    data = DataLoader([(torch.randn(10, 4),torch.rand(10, 10),torch.arange(10)%3)]*4, bs=None, n_inp=2)
+    return classifier(DataLoaders(data, data), Graph(), metrics=None)
+
+@pytest.mark.parametrize('cb', [partial(PruneScheduleCallback, .5), partial(PruneScheduleCallback, .5, criterion='wanda'), partial(RigLCallback, .5)])
+def test_weights_of_a_model_whose_batch_cannot_be_divided(cb):
+    learn = graphs()
+    learn.fit(2, 1e-3, cbs=cb())
+    assert list(masked(learn.model))==['a','b'] and abs(sparsity(learn.model)-.5)<.01
+
+@pytest.mark.parametrize('cb', [partial(PruneScheduleCallback, .5, structure='channel'), GroupLassoCallback])
+def test_channels_of_a_model_whose_batch_cannot_be_divided(cb):
+    with pytest.raises(ValueError, match="Graph runs on 10 items and not on the first 9.*a dimension for the batch first"): graphs().fit(1, 1e-3, cbs=cb())
 
 class Spare(nn.Sequential):
     def __init__(self, *layers):
