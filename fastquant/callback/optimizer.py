@@ -176,7 +176,7 @@ def own_group(
     opt.guests[name] = Guest(step_lr, passing, aside, tuple(beside))
     for k in ('lr','wd'):
         stages = L(opt.hypers)[len(opt.guests):]
-        opt.set_hyper(k, stages.attrgot(k) if k in stages[-1] else 0.)
+        if k in stages[-1]: opt.set_hyper(k, stages.attrgot(k)) # not every optimizer has weight decay
     if aside: _go_on(opt, name, params, beside)
 
 # %% ../../nbs/callback/02_optimizer.ipynb #19opti800db5
