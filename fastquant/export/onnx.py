@@ -6,10 +6,11 @@ Docs: https://fastquant-dev.github.io/fastquant/export/onnx.html.md"""
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoba6e60
 from __future__ import annotations
-import logging, warnings
+import logging, os, sys, warnings
 import onnx, torch
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from fastcore.basics import GetAttr
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from torch import nn
@@ -47,13 +48,23 @@ def _adaptive_max_pool2d(x, output_size:Sequence[int]):
 if torch.__version__<'2.15': translation[torch.ops.aten.adaptive_max_pool2d.default] = _adaptive_max_pool2d
 
 # %% ../../nbs/export/00_onnx.ipynb #07expocdcfb0
+class _NotTorch(GetAttr):
+    "The stream `to`, without what PyTorch's own code prints"
+    _default = 'to'
+    def __init__(self, to): self.to = to
+    def write(self, s):
+        mine = sys._getframe(1).f_code.co_filename.startswith(_torch)
+        return len(s) if mine else self.to.write(s)
+
+_torch = os.path.dirname(torch.__file__)+os.sep
+
 @contextmanager
 def quiet():
-    "Neither warnings nor log lines below an error"
+    "Neither warnings nor log lines below an error, nor what PyTorch prints of graphs; what a model prints stays"
     was = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(_NotTorch(sys.stderr)):
             warnings.simplefilter('ignore')
             yield
     finally: logging.disable(was)
