@@ -61,8 +61,13 @@ class PruneScheduleCallback(MaskingCallback):
     def update(self):
         share = self.schedule(self.step/self.n_steps)
         last = share==1 and self.done is None
-        if share and (last or self.fresh and self.turn): self.prune_to(share)
+        if share and self.known and (last or self.fresh and self.turn): self.prune_to(share)
         if self.done is not None and num_distrib()<2: self.settle() # data parallel training wants tensors to stay
+    @property
+    def known(self)->bool:
+        "Whether a step has brought the gradients that the criterion needs: another callback may have cancelled it"
+        wanted = [o for o in needs(self.selection.criterion) if statistics[o].of_gradient]
+        return all(self.watched.get(o) for o in wanted)
     def prune_to(self, share):
         "Prune so much of the amount, by what is known since the last time"
         wanted = needs(self.selection.criterion)

@@ -1,6 +1,6 @@
 "Pruning in a fit leaves alone what it cannot do, says what was not reached, counts steps, and leaves nothing behind"
 import math, pickle, pytest, torch, warnings
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelBackwardException, CancelBatchException, CancelFitException
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
@@ -149,6 +149,21 @@ def test_layer_without_gradient():
     assert (m[2].weight==0).float().mean()==.5 and (m[0].weight!=0).all()
     shot = learner(Aside(*mlp(16, 16)))
     with pytest.warns(UserWarning, match="Left alone: '0': the criterion 'taylor'"): assert '0' in shot.prune(.5, criterion='taylor').not_pruned
+
+class CancelFirst(Callback):
+    "Cancels what `event` begins, in the first batch"
+    order = 90
+    def __init__(self, event, error): setattr(self, event, lambda: self.cancel(error))
+    def cancel(self, error):
+        if self.training and self.train_iter==0: raise error()
+
+@pytest.mark.parametrize('event,error', [('before_backward',CancelBackwardException), ('after_pred',CancelBatchException), ('after_loss',CancelBatchException)])
+@pytest.mark.parametrize('criterion', ['movement','taylor'])
+def test_waits_for_a_gradient(criterion, event, error):
+    learn = learner(mlp(32, 32))
+    cb = PruneScheduleCallback(.5, criterion=criterion, schedule='one_shot')
+    assert not said(lambda: learn.fit(2, 1e-3, cbs=[cb, CancelFirst(event, error)]))
+    assert abs(sparsity(learn.model)-.5)<.01
 
 def test_criterion_is_tried_at_the_start():
     "What would be an error later is one in the first batch, and nothing is masked"
