@@ -49,11 +49,12 @@ class Matching(Where):
     ):
         super().__init__(model)
         self.places,self.bare,self.leaf,self.lines = places,bare,(),{}
+        self.root = type(model).__name__
     def key(self, place, frame):
         self.leaf = self.find(place, frame)
         if not self.leaf: return *place,None
         n = self.count[self.leaf] if len(self.leaf)>1 else 0
-        if n==len(self.leaf): raise ValueError(_unlike(place, self.lines[self.leaf], f'{n+1} times', n))
+        if n==len(self.leaf): raise ValueError(_unlike(self.root, place, self.lines[self.leaf], f'{n+1} times', n))
         return self.leaf[n]
     def counted(self, key): return self.leaf if len(self.leaf)>1 else key
     def find(self, place, frame)->tuple:
@@ -64,16 +65,16 @@ class Matching(Where):
             if isinstance(node, tuple): break
             line = line or m[0]
             if i%2 and m and m not in node and all(isinstance(t, int) for t in m):
-                raise ValueError(_unlike(place, line, f'in turn {m[0]} of a loop', len(node)))
+                raise ValueError(_unlike(self.root, place, line, f'in turn {m[0]} of a loop', len(node)))
             node = node.get(m) or like(node, m)
         if len(node)>1: self.lines[node] = line
         return node if isinstance(node, tuple) else ()
     def __exit__(self, kind, *args):
         super().__exit__(kind, *args)
         short = [k for k in self.lines if self.count[k]<len(k)]
-        for k in short if kind is None else (): raise ValueError(_unlike(k[0], self.lines[k], f'{self.count[k]} times', len(k)))
+        for k in short if kind is None else (): raise ValueError(_unlike(self.root, k[0], self.lines[k], f'{self.count[k]} times', len(k)))
 
-def _unlike(key, line, now, then):
+def _unlike(root, key, line, now, then):
     path,name,*_ = key
-    return (f"{name!r} in {path!r} ({line}) ran {now} in this pass, and {then} times in the one that was traced, in turns that look the same: which operation is which, "
+    return (f"{name!r} in {path or root!r} ({line}) ran {now} in this pass, and {then} times in the one that was traced, in turns that look the same: which operation is which, "
         "and so the range of each, cannot be told. Let it run equally often in training and in evaluation, or in a loop over modules or numbers (`for i in range(n)`).")

@@ -117,7 +117,7 @@ def difference(
     far = torch.where(apart, x.double()-tie, 0.).abs().max().item()
     exclude = site.source if site.source in site.of.layers else site.touching
     others,steps = int(apart.sum()),int((own-theirs).abs().max())
-    return Difference(site.source, exclude, own.numel(), others, steps, far)
+    return Difference(site.title, exclude, own.numel(), others, steps, far)
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000050
 _other_site = "The file rounds other values than its simulation at {site!r}: nothing in it has a step of {step:.4g} and the shape {shape}. Please report the model."
@@ -130,7 +130,7 @@ class _Given:
         def fitting(s, q): return q.shape==own.shape and abs(s-step)<=1e-5*step
         to_try = [*self.left[-1:],*self.used[::-1]]
         fits = [q for s,q in to_try if fitting(s, q)]
-        if not fits: raise ExportMismatch(_other_site.format(site=site.source, step=step, shape=tuple(own.shape)))
+        if not fits: raise ExportMismatch(_other_site.format(site=site.title, step=step, shape=tuple(own.shape)))
         found = [(difference(site, x, own, q),q) for q in fits]
         d,q = found[0]
         if not d.far<=near_tie: d,q = min(found, key=lambda o: o[0].far)

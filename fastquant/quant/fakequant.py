@@ -120,7 +120,7 @@ def refresh(self:FakeQuant):
 def check_range(self:FakeQuant, site, lo, hi, where):
     "Raise a `ValueError` that names `site` if what it saw is not a range"
     if lo.isfinite().all() and hi.isfinite().all(): return
-    raise ValueError(f"The output of {site.source!r} ranges from {lo.item()} to {hi.item()} {where}: NaN or infinity cannot be put on a grid. "
+    raise ValueError(f"The output of {site.title!r} ranges from {lo.item()} to {hi.item()} {where}: NaN or infinity cannot be put on a grid. "
         "Find out where it comes from (a learning rate too high, a division by 0, a broken input), or leave layers in float with `exclude`.")
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep2a9fe4

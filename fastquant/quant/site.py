@@ -38,7 +38,9 @@ class Site:
     @property
     def zero_point(self)->Tensor: return self.of.zero_point[self.i].round().int()
     @property
-    def name(self)->str: return f'{self.source} ({self.at})' if self.at else self.source
+    def title(self)->str: return self.source or type(self.of.model).__name__
+    @property
+    def name(self)->str: return f'{self.title} ({self.at})' if self.at else self.title
     def as_is(self, x): return x
     def watch(self, x):
         "Show `x` to the observer"
@@ -52,7 +54,7 @@ class Site:
         learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
         k = grad_factor(x[:1].numel(), grid)
         return round_tensor(x, s, z, grid, learned, k, cap)
-    def __repr__(self): return f'Site({self.source}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
+    def __repr__(self): return f'Site({self.title}, {self.spec.grid.bits} bits, {self.scale.item():.4g} apart)'
 
 # %% ../../nbs/quant/05_site.ipynb #05prep4d4d58
 @patch
@@ -94,7 +96,7 @@ class GateSite(Site):
         site:Site # Where the SiLU's result is rounded
     ):
         grid = replace(site.spec.grid, bits=8)
-        super().__init__(site.of, f'gate_{grid.hi}', TensorSpec(grid), f'sigmoid of {site.source}', site.touching)
+        super().__init__(site.of, f'gate_{grid.hi}', TensorSpec(grid), f'sigmoid of {site.title}', site.touching)
     @property
     def numbers(self): return 1/self.spec.grid.hi,0
     @property
@@ -107,7 +109,7 @@ class GateSite(Site):
 @patch
 def wanted_range(self:Site)->tuple:
     "Smallest and largest value to represent; raises `ValueError` if nothing was watched, or what was not numbers"
-    if self.observer is None: raise ValueError(f"The output of {self.source!r} was never seen: calibrate on at least one batch.")
+    if self.observer is None: raise ValueError(f"The output of {self.title!r} was never seen: calibrate on at least one batch.")
     lo,hi = self.observer.range(self.spec.grid)
     self.of.check_range(self, lo, hi, 'on the calibration data')
     return lo[0],hi[0]

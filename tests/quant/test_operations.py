@@ -96,6 +96,16 @@ class Split(Residual):
         if self.training: return x+self.blocks[0](x)
         return x+self.blocks[0](x)
 
+def test_what_the_model_itself_computes_has_its_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(4, 4),nn.Linear(4, 4)
+        def forward(self, x): return self.b(self.a(x)+x)
+    r = fake_quant_of(prepare(Net(), 'int8', torch.randn(4, 4)))
+    assert [s.name.split(' (')[0] for s in r.all]==['input 0','a','Net']
+    with pytest.raises(ValueError, match="The output of 'Net' ranges from"): r.check_range(r.all[-1], torch.tensor(torch.nan), torch.tensor(1.), 'here')
+
 def test_what_never_ran_is_named_with_its_place():
     net = Split()
     del net.blocks[1:], net.aux
