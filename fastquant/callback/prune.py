@@ -75,18 +75,25 @@ class PruneScheduleCallback(MaskingCallback):
         self.change(self.plan.choose(self.watched, share))
         self.stale = True
         if share==1: self.done = self.reached
-    def settle(self):
-        "What is pruned stays so from here on, in the way of its structure"
-        self.left_alone.update(self.plan.settle(self.opt))
-        self.to_prune,self.done = {},sparsity(self.net)
-    def after_fit(self):
-        if self.to_prune and self.done is not None: self.settle()
-        super().after_fit()
-    def short(self, plan):
-        "What to say of an amount that was not reached"
-        got = sparsity(self.net)
-        if self.done is None: return f"Pruning was to go to {self.asked}, and is at {got:.3g} of the weights: the fit ended before it got there. Prune the rest with `learn.prune`, or fit again."
-        if masked(self.net) and got<self.done-1e-6: return f"Pruning went to {self.done:.3g} of the weights, for {self.asked}, but the model has {got:.3g}: weights of an earlier point were loaded after that, as `SaveModelCallback` does with the best. Prune again with `learn.prune`, or fit on without loading them."
+
+# %% ../../nbs/callback/04_prune.ipynb #21callsett02
+@patch
+def settle(self:PruneScheduleCallback):
+    "What is pruned stays so from here on, in the way of its structure"
+    self.left_alone.update(self.plan.settle(self.opt))
+    self.to_prune,self.done = {},sparsity(self.net)
+
+@patch
+def after_fit(self:PruneScheduleCallback):
+    if self.to_prune and self.done is not None: self.settle()
+    super(PruneScheduleCallback, self).after_fit()
+
+@patch
+def short(self:PruneScheduleCallback, plan):
+    "What to say of an amount that was not reached"
+    got = sparsity(self.net)
+    if self.done is None: return f"Pruning was to go to {self.asked}, and is at {got:.3g} of the weights: the fit ended before it got there. Prune the rest with `learn.prune`, or fit again."
+    if masked(self.net) and got<self.done-1e-6: return f"Pruning went to {self.done:.3g} of the weights, for {self.asked}, but the model has {got:.3g}: weights of an earlier point were loaded after that, as `SaveModelCallback` does with the best. Prune again with `learn.prune`, or fit on without loading them."
 
 # %% ../../nbs/callback/04_prune.ipynb #21call50ff9f
 class GroupLassoCallback(FitCallback):
