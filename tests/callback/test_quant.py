@@ -650,6 +650,8 @@ class Attention(nn.Module):
         self.embed,self.layer,self.head = embed,nn.TransformerEncoderLayer(32, 2, 64, dropout=0., batch_first=True),nn.Linear(32, 2)
     def forward(self, x): return self.head(self.layer(self.embed(x)).amax(1))
 
+projections = 'layer.self_attn.in_proj_weight','layer.self_attn.out_proj'
+
 def sequences(path, model, prep=lambda x: x):
     set_seed(0)
     x = torch.randint(0, 12, (800,6))
@@ -659,18 +661,18 @@ def sequences(path, model, prep=lambda x: x):
 
 @both
 def test_transformer(tmp_path, spec):
-    "Linear layers in int8, attention in float, and it learns"
+    "Linear layers in int8, those of attention too, its own products in float, and it learns"
     learn = sequences(tmp_path, lambda: Attention(nn.Linear(12, 32)), lambda x: nn.functional.one_hot(x, 12).float())
     learn.fit_one_cycle(4, 3e-3)
     learn.fit_one_cycle(2, 1e-3, cbs=QuantAwareCallback(spec))
     q = learn.quantize()
-    assert list(fake_quant_of(learn.model).layers)==['embed','layer.linear1','layer.linear2','head']
+    assert list(fake_quant_of(learn.model).layers)==['embed',*projections,'layer.linear1','layer.linear2','head']
     assert learn.validate()[1]>.95 and abs(q.validate()[1]-learn.validate()[1])<=.01
     check_owned(learn)
 
 texts = dict(transformer=lambda: Attention(nn.Embedding(12, 32)),
     awd_lstm=lambda: get_text_classifier(AWD_LSTM, 12, 2, config={**awd_lstm_clas_config, 'emb_sz':16, 'n_hid':16, 'n_layers':2, 'pad_token':0}))
-in_int8 = dict(transformer=['layer.linear1','layer.linear2','head'], awd_lstm=['1.layers.0.2','1.layers.1.2'])
+in_int8 = dict(transformer=[*projections,'layer.linear1','layer.linear2','head'], awd_lstm=['1.layers.0.2','1.layers.1.2'])
 @pytest.mark.parametrize('name', texts)
 def test_tokens(tmp_path, name):
     "What comes out of an embedding is an activation: a model of integers trains through the rounding like others"
