@@ -92,12 +92,19 @@ def written(t)->int:
     "How often somebody wrote to the memory of `t`"
     return 0 if t.is_inference() else t._version
 
+# %% ../../nbs/core/02_trace.ipynb #04tracflopr
+def _onednn_rnn(x, w_in, w_back, *args, **kwargs): return 2*x[:-1].numel()*(w_in.numel()+w_back.numel())
+def _cudnn_rnn(x, weights, *args, **kwargs): return 2*x[:-1].numel()*sum(w.numel() for w in weights if len(w)==2)
+
+_aten = torch.ops.aten
+_rnns = {_aten.mkldnn_rnn_layer:_onednn_rnn, _aten._cudnn_rnn:_cudnn_rnn}
+
 # %% ../../nbs/core/02_trace.ipynb #04tracflop2
 class _NoModules(nullcontext): parents = {'Global'}
 
 def flop_counter()->FlopCounterMode:
-    "PyTorch's counter of operations, which looks at no modules"
-    counter = FlopCounterMode(display=False)
+    "PyTorch's counter of operations, with the recurrent layers that it does not know; it looks at no modules"
+    counter = FlopCounterMode(display=False, custom_mapping=_rnns)
     counter.mod_tracker = _NoModules()
     return counter
 

@@ -186,15 +186,21 @@ def n_macs(self:Engine)->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
     proto = onnx.load_from_string(self.data)
     set_sizes(proto.graph, _sizes_in(self.metadata))
-    g = onnx.shape_inference.infer_shapes(proto).graph
+    g = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
     shape = {v.name:dims(v) for v in [*g.input,*g.value_info,*g.output]}
     shape.update({i.name:list(i.dims) for i in g.initializer})
-    layers = nodes_of(g, 'Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+    layers = nodes_of(g, 'Conv', 'ConvTranspose', 'Gemm', 'MatMul', *_recurrent)
     return sum(_node_macs(n, shape) for n in layers)
 
+_recurrent = 'LSTM','GRU','RNN'
+
 def _node_macs(n, shape):
-    "Those of the node `n`: how many numbers it gives (or takes, if it is transposed), times what goes into each"
+    "Those of the node `n`: how many numbers it gives (or takes, if it is transposed), times what goes into each; or steps, times weights"
+    if n.op_type in _recurrent:
+        x,*weights = (shape[k] for k in n.input[:3])
+        return math.prod(x[:-1])*sum(map(math.prod, weights))
+    if n.op_type=='Gemm': return math.prod(shape[n.output[0]][:-1])*math.prod(shape[n.input[1]])
     many = n.input[0] if n.op_type=='ConvTranspose' else n.output[0]
     if 'Conv' in n.op_type: each = math.prod(shape[n.input[1]][1:])
     else: each = shape[n.input[0]][-1]

@@ -6,7 +6,7 @@ from torch import nn
 from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, DataLoaders, Learner, ProgressCallback, noop, set_seed
 from fastcore.test import test_close as close, test_eq as eq
 from fastquant.all import *
-from fastquant.export.engine import load_engine
+from fastquant.export.engine import Engine, load_engine
 from fastquant.export.graph import values_of
 from fastquant.export.older import opset_of
 from fastquant.export.onnx import layer_nodes, to_onnx
@@ -278,3 +278,15 @@ def test_other_precisions_that_cannot_be_run_are_told(tmp_path):
         eq(list(tmp_path.glob('*.onnx')), [])
     learn.model.float()
     learn.export_onnx()
+
+@pytest.mark.parametrize('layer', [nn.LSTM(16, 8, batch_first=True), nn.GRU(16, 8, 2, batch_first=True, bidirectional=True)])
+def test_work_of_recurrent_layers(layer):
+    "A file says of them what the model does"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seq,self.out = layer,nn.Linear(8*(1+layer.bidirectional), 2)
+        def forward(self, x): return self.out(self.seq(x)[0][:,-1])
+    x = torch.randn(2, 5, 16)
+    data = to_onnx(Net(), x).SerializeToString()
+    assert Engine(data).n_macs==n_macs(Net(), x)==5*sum(p.numel() for p in layer.parameters() if p.ndim==2)+2*8*(1+layer.bidirectional)
