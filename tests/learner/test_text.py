@@ -65,6 +65,7 @@ def test_a_quantized_learner_does_all_that_a_learner_does(tmp_path):
     before = {k:v.clone() for k,v in learn.model.state_dict().items()}
     q = learn.quantize(timed=False)
     assert set(q.model.report.float_layers)=={'0.module.rnns.0.module','0.module.rnns.1.module'} and q.model.report.n_int8==2
+    assert sum(q.model.report.float_work.values())>.9
     for a,b in zip(learn.get_preds(), q.get_preds()): assert torch.allclose(a, b, atol=.02)
     assert q.validate()[1]==learn.validate()[1]
     for text in 'good word1 fine', '', 'unheard of '*40: assert torch.allclose(q.predict(text)[2], learn.predict(text)[2], atol=.02)
