@@ -52,7 +52,7 @@ class PTQCalibrate(FitCallback):
         fake_quant_of(self.model).how = Site.watch
     def after_batch(self):
         self.seen += 1
-        if self.seen>=self.n_batches: raise CancelValidException()
+        if self.seen>=self.n_batches or not fake_quant_of(self.model).all: raise CancelValidException()
     def after_validate(self):
         try:
             if not self.seen: raise ValueError("The calibration set is empty: pass a `dl` with at least one batch. (Or another callback has ended the pass before the first.)")
@@ -149,6 +149,7 @@ def plot_ranges(self:Recorder,
 ):
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
+    if not self.ranges[0][1].numel(): raise ValueError("There are no ranges to plot: this model rounds weights only.")
     layers = None if layers is None else as_names('layers', layers)
     names = [s.source for s in prepared(self.model).all]
     its,ends = zip(*self.ranges)

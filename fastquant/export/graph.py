@@ -10,8 +10,8 @@ import onnx, re
 from ..quant.weights import beside
 
 # %% auto #0
-__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'inner_graphs', 'values_of',
-           'rename', 'free_name', 'own_outputs', 'name_values', 'name_dims']
+__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'integer_values',
+           'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs', 'name_values', 'name_dims']
 
 # %% ../../nbs/export/00_graph.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -35,6 +35,18 @@ def put_before(
     for i,n in enumerate(graph.node): nodes += [*new.get(i, ()),n]
     del graph.node[:]
     graph.node.extend(nodes)
+
+# %% ../../nbs/export/00_graph.ipynb #00graph0052
+_moves = set('Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather Expand Identity MaxPool'.split())
+
+def integer_values(
+    graph:onnx.GraphProto # Any
+)->set: # Names
+    "Values that are integers times a scale, as they are or moved about"
+    found = set()
+    for n in graph.node:
+        if n.op_type=='DequantizeLinear' or n.op_type in _moves and n.input[0] in found: found.update(n.output)
+    return found
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0007
 def inner_graphs(

@@ -118,7 +118,8 @@ def to_onnx(
     name_dims(proto.graph, dims)
     r = fake_quant_of(model)
     grids = {k:w.grid for k,w in r.weights.items()} if r else {}
-    return lowered(pack(keep_float(tidy(proto)), grids, opset), opset)
+    proto = keep_float(tidy(proto), r.weights_only if r else ())
+    return lowered(pack(proto, grids, opset), opset)
 
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
@@ -184,20 +185,23 @@ def layer_nodes(
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(
-    proto:onnx.ModelProto # Changed in place
+    proto:onnx.ModelProto, # Changed in place
+    weights_only=()        # Paths of layers of which only the weights are integers
 )->onnx.ModelProto: # `proto`
-    "Keep engines from rounding the weights of layers that are in float"
+    "Keep engines from rounding the weights of layers that are in float, and from computing in integers where only the weights are"
     g,new = proto.graph,{}
     taken = set(values_of(g))
     floats = {i.name for i in g.initializer if i.data_type==onnx.TensorProto.FLOAT}
     integer = {o for n in nodes_of(g, 'DequantizeLinear') for o in n.output}
+    moved = integer_values(g)
+    def guarded(n):
+        if n.name in weights_only: return [*[0]*(n.input[0] in moved),*[1]*(n.op_type=='MatMul')]
+        return [0]*(n.op_type in ('Conv','ConvTranspose','Gemm') and n.input[0] in integer and n.input[1] in floats)
     for i,n in enumerate(g.node):
-        if n.op_type not in ('Conv','ConvTranspose','Gemm'): continue
-        x,w,*_ = n.input
-        if x not in integer or w not in floats: continue
-        own = free_name(f'{x}_of_{i}', taken)
-        new[i] = [onnx.helper.make_node('Max', [x], [own])]
-        n.input[0] = own
+        for j in guarded(n):
+            x,own = n.input[j],free_name(f'{n.input[j]}_of_{i}', taken)
+            new.setdefault(i, []).append(onnx.helper.make_node('Max', [x], [own]))
+            n.input[j] = own
     put_before(g, new)
     return proto
 

@@ -29,6 +29,7 @@ def session(
     o = ort.SessionOptions()
     o.intra_op_num_threads,o.log_severity_level = threads,3
     for k,v in options.items(): setattr(o, k, v)
+    if b'QuantizeLinear' not in data: o.add_session_config_entry('session.disable_quant_qdq', '1')
     try: return ort.InferenceSession(data, o, providers=['CPUExecutionProvider'])
     except ort_errors as e:
         raise ValueError(f"This is not an ONNX model that ONNX Runtime can run, or it is damaged: {str(e).splitlines()[0]}") from e
@@ -100,9 +101,11 @@ def constant_names(
 def int8_weights(
     proto:onnx.ModelProto # A model in QDQ form, of fastquant or of anybody
 )->dict: # By name of the integers: the node that computes with them, and whether they are transposed on their way there
-    "The int8 weights of convolutions and linear layers"
+    "The int8 weights of convolutions and linear layers that integers go into"
     made,const,found = _makers(proto),constant_names(proto),{}
+    integers = integer_values(proto.graph)
     for n in nodes_of(proto.graph, 'Conv', 'Gemm', 'MatMul'):
+        if n.input[0] not in integers: continue
         d,turned = made.get(n.input[1]),False
         while d is not None and d.op_type=='Transpose': d,turned = made.get(d.input[0]),not turned
         if d is not None and d.op_type=='DequantizeLinear' and d.input[0] in const: found[d.input[0]] = n,turned

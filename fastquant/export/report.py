@@ -53,7 +53,7 @@ def site_errors(
     model:nn.Module, # A prepared model that has watched some batches; it will round afterwards
     *xb,             # A batch to measure on
     through=iter     # What to go through a list with, for example a progress bar
-)->pd.DataFrame: # A row for each site, worst first
+)->pd.DataFrame: # A row for each site, and for each layer of which only the weight is rounded, worst first
     "What rounding does at each site of `model`, in dB"
     r = fake_quant_of(model)
     set_ranges(model)
@@ -65,6 +65,7 @@ def site_errors(
         db = dict(own=sqnr(x, own), sqnr=sqnr(x, got[s]), output=at_end)
         return dict(layer=s.source, exclude=s.touching, **db)
     rows = [row(*o) for o in through(list(ref.items()))]
+    rows += [_of_weight(model, k, out, xb) for k in r.layers if k in r.weights_only]
     table = pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude'])
     return table.sort_values('output', ignore_index=True)
 
@@ -80,6 +81,15 @@ def alone(
     only = lambda s,x: s.forward(x) if s is site else x
     y,_ = capture(model, only, weights, *xb)
     return min(map(sqnr, out, y))
+
+# %% ../../nbs/export/05_report.ipynb #08repowei01
+def _of_weight(model, path, out, xb):
+    "The row of a layer of which only the weight is rounded"
+    r = fake_quant_of(model)
+    w,r.only = r.weight_of(path).detach(),{path}
+    own = sqnr(w, r.round_weight(path, w).detach())
+    y,_ = capture(model, Site.as_is, {path}, *xb)
+    return dict(layer=path, output=min(map(sqnr, out, y)), sqnr=float('nan'), own=own, exclude=[path])
 
 # %% ../../nbs/export/05_report.ipynb #08repo1ae4fe
 def plot_errors(

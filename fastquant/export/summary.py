@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/summary.html.md"""
 
 # %% ../../nbs/export/01_summary.ipynb #xsumm22d6ad1
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ..core.outputs import *
 
 # %% auto #0
@@ -30,6 +30,7 @@ class Report:
     sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
     float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
     outputs:tuple=()    # An `OutputCheck` for each output
+    weights_only:dict=field(default_factory=dict) # Bits of the weights of layers that compute in float, of which only these are integers, by module path
     def __post_init__(self):
         checks = [OutputCheck(**o) if isinstance(o, dict) else o for o in self.outputs]
         object.__setattr__(self, 'outputs', tuple(checks))
@@ -38,17 +39,21 @@ class Report:
         "The output that is farthest from what it is held against"
         db = 'sqnr' if self.trained else 'sqnr_float'
         return min(self.outputs, key=lambda o: getattr(o, db), default=None)
+    @property
+    def kind(self)->str:
+        "What such a file is called: `int8` if anything in it is to run in integers, else `weights only`"
+        return 'weights only' if self.weights_only and not self.n_int8 else 'int8'
     def in_float(self):
         "What is in float, why, and its share of the work where that is a percent or more"
-        work = {k:f'{v:.0%} of the work' for k,v in (self.float_work or {}).items() if v>=.01}
+        work = {k:f'{v:.0%} of the work' for k,v in (self.float_work or {}).items() if v>=.01 and k not in self.weights_only}
         both = {k:[why,*([work.pop(k)] if k in work else [])] for k,why in self.float_layers.items()}
         return ', '.join(f"{k} ({', '.join(v)})" for k,v in {**both, **{k:[v] for k,v in work.items()}}.items())
     def __str__(self):
         floats,work = self.in_float(),''
         rest = f'; in float: {floats}' if floats else ''
-        if self.float_work: work = f', {1-sum(self.float_work.values()):.0%} of the work in int8'
+        if self.float_work and self.kind=='int8': work = f', {1-sum(self.float_work.values()):.0%} of the work in int8'
         whole = ', the whole range of weights: not for a plain session on x86 without VNNI' if self.portable is False else ''
-        return f'{self.n_int8} of {self.n_layers} layers quantized{work}{rest}{_same(self)}{whole}'
+        return f'{_layers(self)}{work}{rest}{_same(self)}{whole}'
     __repr__ = _repr_markdown_ = __str__
 
 # %% ../../nbs/export/01_summary.ipynb #07engwork3
@@ -64,3 +69,11 @@ def _same(self:Report):
     where = f'the worst of {len(self.outputs)} outputs, {self.worst.name!r},' if several else 'the output'
     if several or self.outputs and share is None: same += f', {where} {db:.1f} dB above its difference from {whom}'
     return same
+
+def _layers(self:Report):
+    "How many layers are quantized, and how"
+    full,alone = f'{self.n_int8} of {self.n_layers} layers quantized',len(self.weights_only)
+    if not alone: return full
+    bits = ' and '.join(f'int{b}' for b in sorted(set(self.weights_only.values())))
+    if self.n_int8: return f'{full}, {alone} with weights in {bits} that compute in float'
+    return f'{alone} of {self.n_layers} layers with weights in {bits}, and the work in float: smaller, not faster'

@@ -20,6 +20,7 @@ from .graph import *
 from .portable import *
 from .summary import *
 from .engine import *
+from .stored import *
 
 # %% auto #0
 __all__ = ['run_as_written', 'near_tie', 'outputs_of', 'ties', 'activations', 'run_file', 'file_integers', 'ExportMismatch',
@@ -211,6 +212,7 @@ def alike(a, b, least):
     return agreement(a, b.to(a.dtype))>=.99
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000021
+_altered = "The weight of {k!r} in the file is another one than in its simulation, or is not to be found there. Nothing was written. Please report the model."
 _bias = "The integer bias of {k!r} is {far:.3g} steps from the float that it is rounded from. Please report the model."
 
 def float_biases(
@@ -236,6 +238,7 @@ def gate(
     run=run_file           # Who runs the file
 )->list: # The file's outputs
     "Raise `ExportMismatch` if the file is not its simulation, by its kernels or as it is written, or that not the model that it was converted from"
+    if (bad:=altered(sim, proto)): raise ExportMismatch(_altered.format(k=bad[0]))
     for what,who in ('exported file',run),('exported file, as it is written,',run_as_written):
         ints,outs = file_integers(proto, xb, who)
         found,ours = replay(sim, ints, xb)
@@ -282,18 +285,3 @@ def verify(
     checks = [check_output(k, say, *outs, batches) for k,say,outs in zip(names, says, found, strict=True)]
     facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
     return report_on(fake_quant_of(sim), run, sum(map(batch_size, batches)), tuple(checks), **facts)
-
-# %% ../../nbs/export/04_verify.ipynb #07verfleast
-def _least(outputs, k): return min((v for o in outputs if (v:=getattr(o, k)) is not None), default=None)
-
-# %% ../../nbs/export/04_verify.ipynb #07verf000041
-def report_on(r, engine, n_items, outputs, **facts):
-    "The `Report` of a file, from what was found at its outputs"
-    who = 'ONNX Runtime' if type(engine) is Engine else type(engine).__name__
-    kernels,why = engine.kernels(engine.data),dict(r.float_layers)
-    for k in r.layers:
-        if not engine.in_integers(str(kernels.get(k))): why[k] = f'{who} runs it as {kernels.get(k)}'
-    n = len(r.layers)+len(r.float_layers)
-    facts['float_work'] = {k:v for k,v in r.work.items() if k in why or k not in r.layers}
-    found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
-    return Report(n, n-len(why), why, n_items, **found, outputs=outputs, **facts)

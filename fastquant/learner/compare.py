@@ -66,7 +66,7 @@ def _times(ms, name):
 # %% ../../nbs/learner/04_compare.ipynb #22lear6af963
 def _kind(model):
     if not isinstance(model, FileModel): return 'rounded' if fake_quant_of(model) else 'float'
-    return ('int8' if runs_int8(model) else 'onnx')+said_of(model)
+    return (model.report.kind if runs_int8(model) else 'onnx')+said_of(model)
 
 def _names(learns):
     kinds = [_kind(l.model) for l in learns]
@@ -123,7 +123,7 @@ def layer_errors(self:Learner,
     n_batches:int=2,     # Batches to calibrate on, the first 32 items of each; errors are those of the first
     exclude=None,        # As in `quantize`
     show_plot:bool=True  # Draw the worst ones?
-)->pd.DataFrame: # A row for each site, worst first
+)->pd.DataFrame: # A row for each site, or layer of which only the weight is rounded, worst first
     "What rounding does to each activation, in dB (see `site_errors`)"
     check_weights(self.model, 'layer_errors')
     check_flags(show_plot=show_plot)

@@ -70,10 +70,10 @@ def _convert_layer(r, path, sx, w, b, k):
     m,spec = r.home(path),r.weights[path]
     s = r.weight_scale[r.slices[path]]
     if not spec.by_channel: s = s[0]
-    q,s,qb,sb = integer_weight(w, b, sx, s, spec.grid, k, r.fit(path))
+    q,s,qb,sb = integer_weight(w, None if sx is None else b, sx, s, spec.grid, k, r.fit(path))
     set_integers(m, 'weight', q, s)
     if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
-    elif b is not None: m.bias = nn.Parameter(b.detach())
+    elif b is not None: _set_float(m, 'bias', b)
 
 @torch.no_grad()
 def convert(
@@ -92,7 +92,7 @@ def convert(
         if norm and norm not in r.folded:
             _,b,k = folded(w, b, model.get_submodule(norm[0]))
             r.folded.add(norm)
-        _convert_layer(r, path, site.scale, w, b, k)
+        _convert_layer(r, path, site and site.scale, w, b, k)
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()
@@ -145,6 +145,11 @@ def set_integers(
     m.register_buffer(name, q)
     m.register_buffer(f'{name}_scale', scale.clone())
     m.register_buffer(f'{name}_zero_point', torch.zeros_like(scale, dtype=q.dtype))
+
+def _set_float(m, name, value):
+    "Put a value where a parameter was, or was not"
+    if parametrize.is_parametrized(m, name): computed_no_more(m, name)
+    setattr(m, name, nn.Parameter(value.detach()))
 
 # %% ../../nbs/quant/09_convert.ipynb #06convf864ec
 def computed_no_more(

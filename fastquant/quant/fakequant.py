@@ -76,7 +76,7 @@ def set_sites(self:FakeQuant, plan):
     self.gates = _gates(plan, self.sites)
     self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
     self.doors = {k:site[k] for k in plan.doors}
-    self.layers = {k:at[vs[0]] for k,vs in plan.layers.items()}|self.doors
+    self.layers = {k:at[vs[0]] if vs else None for k,vs in plan.layers.items()}|self.doors
     own = [o.key for o in plan.tr.ops if o.own]
     found = [*self.sites,*self.reads,*plan.norms.values(),*own]
     self.places,self.bare = places(plan.whole, found),plan.tr.bare
@@ -102,7 +102,7 @@ def blank(
     m = sum(s.stop-s.start for s in r.slices.values())
     fill,new = partial(torch.full, device=device),{}
     new['fake_quant_scale'] = fill((n,), 1.)
-    new['fake_quant_zero_point'] = fill((n,), -1.)
+    new['fake_quant_zero_point'] = fill((n or 1,), -1.) # without sites one, to tell whether weights are rounded yet
     new['fake_quant_range'] = fill((n,3), torch.nan)
     new['fake_quant_weight_scale'] = fill((m,), 1.)
     new['fake_quant_batches'] = fill((), 0.)
@@ -112,9 +112,9 @@ def blank(
 @patch
 def refresh(self:FakeQuant):
     "Read what the model's tensors say"
-    pairs = zip(self.scale.tolist(), self.zero_point.tolist())
-    self.numbers = [(max(s, 1e-30),round(z)) for s,z in pairs]
-    self.ready = all(z>=0 for _,z in self.numbers)
+    zeros = self.zero_point.tolist()
+    self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), zeros)]
+    self.ready = min(zeros)>=0
 
 @patch
 def check_range(self:FakeQuant, site, lo, hi, where):

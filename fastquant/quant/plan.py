@@ -18,7 +18,7 @@ __all__ = ['Plan', 'float_layers']
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac078733
 class Plan:
-    "What of a `Trace` runs in int8 under `spec`, and where values are rounded"
+    "What of a `Trace` runs in int8 under `spec`, of which layers only the weights are integers, and where values are rounded"
     def __init__(self,
         tr:Trace, # What the model does
         spec:Spec # What is wanted
@@ -26,7 +26,7 @@ class Plan:
         self.whole,tr = tr,tr.needed()
         self.tr,self.spec = tr,spec
         self.norms,self.inner = {},set()
-        self.int8,self.source,self.grid = set(),{},{}
+        self.int8,self.stored,self.source,self.grid = set(),set(),{},{}
         self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
         starts = [o for o in tr.ops if o.is_layer or o.kind=='arith']
         self.ends = {o.key:self.chain(o) for o in starts}
@@ -74,8 +74,10 @@ class Plan:
 # %% ../../nbs/quant/05_plan.ipynb #04tracchoos1
 @patch
 def choose(self:Plan):
-    "Find what runs in int8: layers, what something in int8 uses, and averages of what layers made"
-    asked = [o for o in self.tr.ops if self.spec.at(o.layer)]
+    "Find layers of which only the weights are integers, and what runs in int8: other layers, what something in int8 uses, and averages of what layers made"
+    specs = {o.key:self.at(o.layer) for o in self.tr.ops}
+    self.stored = {o.key for o in self.tr.ops if o.is_layer and specs[o.key] and not specs[o.key].act}
+    asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act]
     made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
     def joins(o): return self.wanted(self.ends[o.key]) or averages(o)
@@ -109,16 +111,20 @@ def in_float(self:Plan, v)->bool:
 # %% ../../nbs/quant/05_plan.ipynb #04trac4b7361
 @patch(as_prop=True)
 def layers(self:Plan)->dict:
-    "Paths of the layers that run in int8, with the values that go into each"
+    "Paths of the layers with integer weights, with the values that go into each if it runs in int8"
     found = defaultdict(list)
-    for o in self.tr.ops:
-        if o.is_layer and o.key in self.int8: found[o.layer].append(o.ins[0])
+    for o in self.with_integers: found[o.layer] += o.ins[:1] if o.key in self.int8 else ()
     return dict(found)
+
+@patch(as_prop=True)
+def with_integers(self:Plan)->list:
+    "The layers with integer weights, each as often as it runs"
+    return [o for o in self.tr.ops if o.is_layer and o.key in self.int8|self.stored]
 
 @patch
 def share(self:Plan):
     "Give all inputs of a layer the grid of the first"
-    for first,*others in self.layers.values():
+    for first,*others in filter(None, self.layers.values()):
         mine = self.grid[first]
         same = {self.grid[v] for v in others}
         for v,g in self.grid.items():
@@ -127,8 +133,8 @@ def share(self:Plan):
 @patch
 def regrids(self:Plan, path, vals)->bool:
     "Whether the layer at `path` wants another grid than one of its inputs `vals` has"
-    own = self.at(path).act.grid
-    return any(self.tensor_spec(self.grid[v]).grid!=own for v in vals)
+    own = self.at(path).act
+    return any(self.tensor_spec(self.grid[v]).grid!=own.grid for v in vals)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
 @patch
@@ -140,18 +146,23 @@ def at(self:Plan, path)->Spec|None:
 @patch
 def tensor_spec(self:Plan, grid)->TensorSpec:
     "How the values of `grid` are rounded"
-    own = self.spec.at(self.source[grid]) or self.spec
-    stream = own.stream or own.act
     vals = [v for v,g in self.grid.items() if g==grid]
     users = [c for v in vals for c in self.tr.consumers[v]]
     users = [c for c in users if c.kind!='move']
     if self.loose.issuperset(vals): users = [c for c in users if c.key in self.int8]
     layers = [c for c in users if c.is_layer and c.key in self.int8]
-    acts = [self.at(c.layer).act for c in layers]
+    acts,stream = [self.at(c.layer).act for c in layers],self.stream(grid, users)
     grids = {a.grid for a in acts}
     shared = len(layers)<len(users) or not self.tr.outputs.isdisjoint(set(vals)-self.loose)
     if acts and shared: grids.add(stream.grid)
     return acts[0] if len(grids)==1 else stream
+
+@patch
+def stream(self:Plan, grid, users)->TensorSpec:
+    "How the values of `grid` are rounded where they go into no layer: as who makes them says, or, if that rounds weights only, who uses them"
+    source = self.source[grid]
+    ways = [self.spec.at(source) or self.spec,self.at(source),*[self.at(c.layer) for c in users if c.key in self.int8]]
+    return next(s.stream or s.act for s in ways if s and s.act)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac12fd01
 @patch
@@ -191,7 +202,7 @@ def clipped(self:Plan)->set:
 @patch
 def as_wholes(self:Plan, model)->set:
     "Paths of modules with weights, but for those of which a product with a parameter runs in int8: there each product is asked for itself"
-    own = [o for o in self.tr.ops if o.own and o.key in self.int8]
+    own = [o for o in self.with_integers if o.own]
     split = {o.weight.rpartition('.')[0] for o in own}
     found = {k for k,m in model.named_modules() if isinstance(m, weighted)}
     return found-split.difference(self.layers)
@@ -202,7 +213,7 @@ def outside(self:Plan, model)->dict:
     floats = self.as_wholes(model).difference(self.layers)
     def named(name): return any(name.startswith(f'{k}.' if k else '') for k in floats)
     def why(o): return 'excluded' if o.own else o.why
-    left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in self.int8]
+    left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in self.int8|self.stored]
     return {o.layer if o.own else o.weight:why(o) for o in left if not named(o.weight)}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f

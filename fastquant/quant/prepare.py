@@ -161,6 +161,7 @@ def set_qparams(
 ):
     "Write scales and zero points for the ranges `lo..hi` of the sites, and the scales `weights`"
     for g,rows in by_grid(r).items(): put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
+    if not r.all: r.zero_point.zero_()
     r.range.copy_(seen)
     r.weight_scale.data.copy_(weights)
     r.refresh()
@@ -175,14 +176,15 @@ def each_weight(self:FakeQuant):
 def set_ranges(
     model:nn.Module # A prepared model that has watched some batches
 ):
-    "Set all ranges of `model` to what its observers saw, and round from now on; raises `ValueError` if one of them saw nothing, or NaN"
+    "Set all ranges of `model` to what its observers saw, those of weights to the weights, and round from now on; raises `ValueError` if an observer saw nothing, or NaN"
     r = prepared(model)
     check_trained(model)
     try: found = [s.wanted_range() for s in r.all]
     finally:
         for s in r.all: s.observer = None
-    lo,hi = map(torch.stack, zip(*found))
-    seen = torch.stack([lo, hi, torch.full_like(lo, torch.nan)], 1)
+    seen = torch.full_like(r.range, torch.nan)
+    for row,ends in zip(seen, found): row[:2] = torch.stack(ends)
+    lo,hi,_ = seen.T
     weights = torch.cat([weight_range(*o) for o in r.each_weight()])
     set_qparams(r, lo, hi, seen, weights)
 

@@ -147,6 +147,12 @@ def low_bits(
 
 for w,a in (4,8),(4,4),(3,8),(3,3),(2,8),(2,4),(2,2): specs[f'w{w}a{a}'] = bind(low_bits, w, a)
 
+# %% ../../nbs/quant/04_spec.ipynb #03specwonly2
+@specs
+def w8():
+    "Weights in 8 bits, a scale for each output channel; activations and arithmetic in float"
+    return Spec(TensorSpec(Grid(8), 'mse', PerChannel()), act=None)
+
 # %% ../../nbs/quant/04_spec.ipynb #03spec1b4c1d
 def find_spec(
     o # The name of a spec, a `Spec`, or a class or function that makes one
@@ -162,7 +168,6 @@ def find_spec(
 def _not_yet(s):
     "What of `s` itself no engine is given yet"
     parts = [o for o in (s.weight,s.act,s.stream) if o]
-    if s.act is None: yield 'act=None, weights only'
     if isinstance(s.weight.granularity, PerGroup): yield 'PerGroup'
     if any(o.dynamic for o in parts): yield 'dynamic=True'
     if any(o.half for o in parts): yield 'half precision'

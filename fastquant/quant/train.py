@@ -44,7 +44,7 @@ def follow(
     "Move all ranges of `model` towards what was seen; raises `ValueError` if that was NaN or infinite, and moves none"
     r = fake_quant_of(model)
     found,r.seen = r.seen,{}
-    if not found: return
+    if not found and (r.all or r.act is not Site.follow): return
     seen = torch.full_like(r.range, torch.nan)
     for i,rows in found.items(): seen[i] = _both(rows)
     seen = joined(seen)
@@ -188,7 +188,7 @@ def ends(
     "Where the grids of the sites of `model` end, or, as long as nothing is rounded, the ranges seen"
     r = fake_quant_of(model)
     r.refresh()
-    if not r.ready: return r.range[:,:2].cpu().clone()
+    if not r.ready or not r.all: return r.range[:,:2].cpu().clone()
     s,z = r.scale.detach().cpu(),r.zero_point.cpu()
     grids = [o.spec.grid for o in r.all]
     integers = torch.tensor([(g.lo,g.hi) for g in grids])

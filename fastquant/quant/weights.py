@@ -42,18 +42,19 @@ def put_at(
 class LayerWeights:
     "What `FakeQuant` knows of the weights of its `layers`"
     def set_layers(self, plan):
-        "Say how each layer that runs in int8 does so"
+        "Say how the weight of each layer is rounded, and what goes with it"
         spec = {k:plan.at(k) for k in self.layers}
         self.weights = {k:s.weight for k,s in spec.items()}
-        self.float_bias = {k for k,s in spec.items() if s.float_bias}
-        ran = [o for o in plan.tr.ops if o.key in plan.int8]
+        self.weights_only = {k for k,s in spec.items() if s.act is None}
+        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only}
+        ran = plan.with_integers
         self.products = {o.layer:o.own for o in ran if o.own}
         self.called = {o.key:o.layer for o in ran if o.own}
         self.modules = [k for k in self.layers if k not in self.products]
         def used(k): return plan.tr.elsewhere.intersection((f'{k}.weight'.lstrip('.'),f'{k}.bias'.lstrip('.')))
         self.apart = {*self.products,*filter(used, self.modules)}
         self.integers = nn.Module()
-        portable = [k for k,s in spec.items() if s.portable and s.weight.grid.bits==8]
+        portable = [k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8]
         self.paired = {k for k in portable if self.adds_pairs(k)}
         self.norms = {o.layer:plan.norms[o.key] for o in ran if o.key in plan.norms}
     def adds_pairs(self, path):
