@@ -84,6 +84,11 @@ def choose(self:Plan):
     for o in reversed(asked):
         if o.is_layer or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
+@patch(as_prop=True)
+def with_integers(self:Plan)->list:
+    "The layers with integer weights, each as often as it runs"
+    return [o for o in self.tr.ops if o.is_layer and o.key in self.int8|self.stored]
+
 # %% ../../nbs/quant/05_plan.ipynb #04planloose2
 @patch
 def find_loose(self:Plan)->set:
@@ -115,11 +120,6 @@ def layers(self:Plan)->dict:
     found = defaultdict(list)
     for o in self.with_integers: found[o.layer] += o.ins[:1] if o.key in self.int8 else ()
     return dict(found)
-
-@patch(as_prop=True)
-def with_integers(self:Plan)->list:
-    "The layers with integer weights, each as often as it runs"
-    return [o for o in self.tr.ops if o.is_layer and o.key in self.int8|self.stored]
 
 @patch
 def share(self:Plan):
