@@ -220,6 +220,11 @@ def unprepare(
     return model
 
 # %% ../../nbs/quant/07_prepare.ipynb #05prepcb767a
+def _named(model, tr):
+    "What a pattern may mean: modules, and weights that something multiplies with"
+    weights = [k for o in tr.ops for k in (o.layer,o.weight) if o.macs and k]
+    return list(dict.fromkeys([*dict(model.named_modules()),*weights]))
+
 @torch.no_grad()
 def prepare(
     model:nn.Module, # Changed in place
@@ -239,9 +244,7 @@ def prepare(
     check_finite(model)
     check_float32(model)
     tr = trace(model, *first_items(xb, 2))
-    others = [k for o in tr.ops for k in (o.layer,o.weight) if o.macs and k]
-    names = dict.fromkeys([*dict(model.named_modules()),*others])
-    check_patterns([p for p,_ in spec.overrides], list(names))
+    check_patterns([p for p,_ in spec.overrides], _named(model, tr))
     plan = Plan(tr, spec)
     if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
