@@ -52,7 +52,8 @@ class PTQCalibrate(FitCallback):
         fake_quant_of(self.model).how = Site.watch
     def after_batch(self):
         self.seen += 1
-        if self.seen>=self.n_batches or not fake_quant_of(self.model).all: raise CancelValidException()
+        r = fake_quant_of(self.model)
+        if self.seen>=self.n_batches or r and not r.all: raise CancelValidException()
     def after_validate(self):
         try:
             if not self.seen: raise ValueError("The calibration set is empty: pass a `dl` with at least one batch. (Or another callback has ended the pass before the first.)")

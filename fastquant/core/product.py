@@ -210,7 +210,7 @@ def product(self:Origins,
     kwargs:dict,
     acts:set     # Ids of those of its tensors that the batch has a part in
 )->dict:
-    "What an operation multiplies with: the name of a parameter as `weight`, and what it is as a layer as `own`, or why it is none as `why`"
+    "What an operation multiplies with, a parameter's name; and what it is as a layer, or why it is none"
     sides = [as_layer(key[1], func, args, kwargs, left) for left in (False,True)]
     others = [t for t in floats((args,kwargs)) if id(t) not in acts]
     mine = {id(t):k for t in others if (k:=self.parameter(t))}
@@ -241,7 +241,7 @@ def _is_depthwise(o):
 
 # %% ../../nbs/core/01_product.ipynb #01prod00037
 def name_products(
-    ops:list,       # Operations: what they are as `own`, and a `weight`
+    ops:list,       # Operations: with what they are as products of the model's own
     ran:set,        # Paths of layers that run by themselves
     model:nn.Module # Of which they are
 )->list:

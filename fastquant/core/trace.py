@@ -148,6 +148,8 @@ class Tracer(Where):
         return [v for vs in found for v in vs] if found else None
 
 # %% ../../nbs/core/02_trace.ipynb #04traceff14
+_lookups = 'embedding','embedding_bag' # what an embedding does with its own weight
+
 @patch
 def owns(self:Tracer, path, kind, args, kwargs):
     "Whether a layer's weight, or a batchnorm's mean, is the module's own, and not computed"
@@ -159,7 +161,8 @@ def owns(self:Tracer, path, kind, args, kwargs):
 @patch
 def beside_layers(self:Tracer, key, func, args, kwargs, reals, vals, macs)->dict:
     "What an operation that is no layer's does with parameters: it uses them, and may multiply with them"
-    self.elsewhere.update(k for t in reals if (k:=self.origins.params.get(id(t))))
+    names = [k for t in reals if (k:=self.origins.params.get(id(t)))]
+    self.elsewhere.update(k for k in names if key[:2] not in ((k.rpartition('.')[0],o) for o in _lookups))
     acts = {id(t) for t,v in zip(reals, vals) if v is not None}
     return self.origins.product(key, func, args, kwargs, acts) if macs else {}
 

@@ -114,7 +114,7 @@ def refresh(self:FakeQuant):
     "Read what the model's tensors say"
     zeros = self.zero_point.tolist()
     self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), zeros)]
-    self.ready = min(zeros)>=0
+    self.ready = min(map(round, zeros))>=0
 
 @patch
 def check_range(self:FakeQuant, site, lo, hi, where):
