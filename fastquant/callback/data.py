@@ -50,8 +50,9 @@ def calibration_dl(
     n_batches = as_count('n_batches', n_batches, say='at least one batch is needed to see how large activations get.')
     split = getattr(getattr(dl, 'dataset', None), 'set_split_idx', None)
     with no_random(reproducible=False), split(1) if split else nullcontext():
-        if isinstance(dl, LMDataLoader): dl = check_dl(list(itertools.islice(dl.new(shuffle=False), n_batches))) # its items go on from batch to batch
-        elif length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
+        goes_on = isinstance(dl, LMDataLoader) # from batch to batch
+        if goes_on: dl = dl.new(shuffle=False)
+        if not goes_on and length_hint(dl, 1) and isinstance(dl, DataLoader) and dl.indexed and dl.n and dl.bs:
             n = min(dl.n, n_batches*dl.bs)
             spread = _Idxs([i*dl.n//n for i in range(n)])
             dl = dl.new(shuffle=False, drop_last=False, n=n, get_idxs=spread)
@@ -181,8 +182,6 @@ def twin_of(
     return _like(learn, model, [*usual,*resets,*others])
 
 # %% ../../nbs/callback/01_data.ipynb #18datat008
-_misfits = RuntimeError,ValueError,AssertionError,IndexError # what models say of shapes that do not go together
-
 def _distinct(
     model:nn.Module, # Takes the batches
     batches          # Tuples of inputs
@@ -190,7 +189,7 @@ def _distinct(
     "`batches` in which only what is a batch has as many rows as there are items"
     xb = batches[0]
     n = batch_size(xb)
-    rows = [i for i,t in enumerate(tensors(xb)) if t.ndim and len(t)==n]
+    rows = [i for i,has in enumerate(has_rows(xb)) if has]
     if n<3 or len(rows)<2 or _same(model, xb, ()): return batches
     for i in rows[1:]:
         if _same(model, xb, (i,)): return [_less(b, (i,)) for b in batches]
@@ -208,7 +207,7 @@ def _same(model, xb, whole):
     n = batch_size(xb)
     try:
         with evaluating(model): all_,few = floats(model(*xb)),floats(model(*_less(xb, whole)))
-    except _misfits: return False
+    except shape_errors: return False
     def same(a, b):
         if a.ndim and len(a)==n: a = a[:n-1]
         return a.shape==b.shape and a.allclose(b, rtol=1e-3, atol=1e-4)
@@ -221,7 +220,7 @@ def _check_divides(model, xb):
     with evaluating(model):
         model(*xb) # what it says of the whole is not about parts
         try: model(*_less(xb, ()))
-        except _misfits as e: raise ValueError(f"{type(model).__name__} runs on {n} items and not on the first {n-1} of them ({str(e).splitlines()[0]}), so there is no batch that may be of any size. "
+        except shape_errors as e: raise ValueError(f"{type(model).__name__} runs on {n} items and not on the first {n-1} of them ({str(e).splitlines()[0]}), so there is no batch that may be of any size. "
             "Let `forward` take inputs with a dimension for the batch first: of a graph (batch, nodes, features) and (batch, nodes, nodes).") from e
 
 # %% ../../nbs/callback/01_data.ipynb #18datadiv05

@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from .arguments import *
 
 # %% auto #0
-__all__ = ['conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors', 'batch_size',
-           'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'modules_in', 'evaluating',
-           'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights', 'float32_copy',
-           'other_precision']
+__all__ = ['shape_errors', 'conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors',
+           'batch_size', 'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'modules_in',
+           'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights',
+           'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -96,6 +96,8 @@ def first_items(
     return map_tensors(cut, xb)
 
 # %% ../../nbs/core/01_model.ipynb #01mod0000nb
+shape_errors = RuntimeError,ValueError,AssertionError,IndexError # what models say of shapes that do not go together
+
 def has_rows(
     xb # Inputs, nested as the model takes them
 )->list:

@@ -40,6 +40,12 @@ def apart(
 _parted = """The file does something else than the model on inputs of shapes {shapes}: of output {i}, {why}. Nothing was written.
 If what the model does depends on the size of a batch, that is why; else please report it."""
 
+def _hold(want, got, xb, said):
+    "Raise `ExportMismatch`, in the words of `said`, if outputs for `xb` are apart"
+    shapes = [tuple(x.shape) for x in tensors(xb)]
+    for i,o in enumerate(zip(want, got)):
+        if why:=apart(*o): raise ExportMismatch(said.format(shapes=shapes, i=i, why=why))
+
 def check_export(
     model:nn.Module, # The float model, on the CPU
     data:bytes,      # The file made of it
@@ -50,12 +56,10 @@ def check_export(
     for xb in batches:
         with evaluating(model): want,got = outputs_of(model, xb),outputs_of(run, xb)
         if len(want)!=len(got): raise ExportMismatch(f"The file has {len(got)} outputs, and the model {len(want)}. Nothing was written. Please report the model.")
-        shapes = [tuple(x.shape) for x in tensors(xb)]
-        for i,o in enumerate(zip(want, got)):
-            if why:=apart(*o): raise ExportMismatch(_parted.format(shapes=shapes, i=i, why=why))
+        _hold(want, got, xb, _parted)
 
 # %% ../../nbs/export/07_check.ipynb #07check0021
-_other = """{name} as an engine can run it does something else on inputs of shapes {shapes}: of output {i}, {why}. Nothing was written. Please report the model."""
+_other = """as an engine can run it does something else on inputs of shapes {shapes}: of output {i}, {why}. Nothing was written. Please report the model."""
 
 def check_runnable(
     model:nn.Module, # The float model
@@ -66,6 +70,4 @@ def check_runnable(
     for xb in batches:
         getattr(model, 'reset', lambda: None)()
         with evaluating(model), evaluating(made): want,got = outputs_of(model, xb),outputs_of(made, xb)
-        for i,o in enumerate(zip(want, got)):
-            shapes = [tuple(x.shape) for x in tensors(xb)]
-            if why:=apart(*o): raise ExportMismatch(_other.format(name=type(model).__name__, shapes=shapes, i=i, why=why))
+        _hold(want, got, xb, f'{type(model).__name__} {_other}')

@@ -6,12 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/export/graph.html.md"""
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0004
 from __future__ import annotations
-import onnx, re
+import numpy as np, onnx, re
 from ..quant.weights import beside
 
 # %% auto #0
-__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'integer_values',
-           'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs', 'name_values', 'name_dims']
+__all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'constant_node',
+           'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs', 'name_values',
+           'name_dims']
 
 # %% ../../nbs/export/00_graph.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -35,6 +36,16 @@ def put_before(
     for i,n in enumerate(graph.node): nodes += [*new.get(i, ()),n]
     del graph.node[:]
     graph.node.extend(nodes)
+
+def constant_node(
+    name:str,  # Of its output
+    dtype:int, # As in `onnx.TensorProto`
+    value      # A number, or an array or nested lists of them
+)->onnx.NodeProto:
+    "A node that puts out `value`"
+    a = np.array(value)
+    t = onnx.helper.make_tensor(name, dtype, a.shape, a.flatten().tolist())
+    return onnx.helper.make_node('Constant', [], [name], value=t)
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0052
 _moves = set('Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather Expand Identity MaxPool'.split())

@@ -46,12 +46,6 @@ def _packed(name, q, room, grid, opset):
     return packed_bytes(name, q, room, 2 if grid.bits==2 else 4, opset)
 
 # %% ../../nbs/export/00_lowbit.ipynb #07expo6e2f03
-def _constant(name, dtype, value):
-    "A node that puts out `value`, a number or a list of them"
-    a = np.array(value)
-    t = onnx.helper.make_tensor(name, dtype, a.shape, a.flatten().tolist())
-    return onnx.helper.make_node('Constant', [], [name], value=t)
-
 def _step(kind, *consts, **attrs):
     "What makes a node for the weight `name`, from `a` to `b`; its other inputs are constants of that weight"
     def node(name, a, b):
@@ -78,7 +72,7 @@ def packed_four(
     pairs = u[::2]|u[1::2]<<4
     small = onnx.helper.make_tensor(name, INT4, q.shape, pairs.tobytes(), raw=True)
     nodes = _nodes(name, _step('Cast', to=INT8), _step('Mul', 'room'))
-    return small,[_constant(f'{name}_room', INT8, room),*nodes]
+    return small,[constant_node(f'{name}_room', INT8, room),*nodes]
 
 # %% ../../nbs/export/00_lowbit.ipynb #00lowbt0007
 def packed_bytes(
@@ -104,5 +98,5 @@ def packed_bytes(
     values = _step('Cast', to=INT32),_step('Sub', 'one'),_step('Mul', 'room')
     shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape')
     nodes = _nodes(name, *steps, *values, *shape, _step('Cast', to=INT8))
-    made = [_constant(f'{name}_{k}', *o) for k,o in consts.items()]
+    made = [constant_node(f'{name}_{k}', *o) for k,o in consts.items()]
     return small,made+nodes

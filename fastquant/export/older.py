@@ -89,15 +89,11 @@ def _slice_shapes(proto, opset):
         whole,start,end = [free_name(k, taken) for k in names]
         n.output[0] = whole
         del n.attribute[:]
-        nodes.append(_number(start, ends.get('start', [0])))
-        nodes.append(_number(end, ends.get('end', [2**31])))
+        nodes.append(constant_node(start, INT64, ends.get('start', [0])))
+        nodes.append(constant_node(end, INT64, ends.get('end', [2**31])))
         nodes.append(onnx.helper.make_node('Slice', [whole,start,end], [out]))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-
-def _number(name, value):
-    t = onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [1], value)
-    return onnx.helper.make_node('Constant', [], [name], value=t)
 
 # %% ../../nbs/export/00_older.ipynb #00graph0035
 def _converted(proto, opset):

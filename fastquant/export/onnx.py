@@ -26,7 +26,7 @@ from .older import *
 from .recurrent import *
 
 # %% auto #0
-__all__ = ['translation', 'unpacking', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
+__all__ = ['translation', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo914d5b
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
@@ -160,8 +160,6 @@ def tidy(
         if id(n) in others and n.name in layers: n.name += '_'
     for path,n in layers.items(): n.name = path
     return proto
-
-unpacking = set('DequantizeLinear Transpose Cast Mul Add Sub Unsqueeze BitShift BitwiseAnd Mod Slice Reshape'.split())
 
 def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported

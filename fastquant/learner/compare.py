@@ -21,6 +21,7 @@ from ..export.runnable import *
 from ..export.engine import *
 from ..export.report import *
 from ..callback.data import *
+from .text import *
 from .core import *
 
 # %% auto #0
@@ -78,7 +79,7 @@ class _Gather(Callback):
     "Keeps what the model puts out, as probabilities where the loss function says how, and what that decides (see `decisions`)"
     def before_validate(self): self.probs,self.said,self.says = [],[],None
     def after_batch(self):
-        loss,vocab = self.learn.loss_func,getattr(self.dls, 'vocab', None)
+        loss,vocab = self.learn.loss_func,classes_of(self.dls)
         def plain(t): return t.detach().as_subclass(Tensor).cpu()
         out = map_tensors(plain, self.pred)
         if self.says is None: self.says = decisions(loss, out, to_device(self.yb, 'cpu'), vocab)

@@ -127,7 +127,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
     next(steps)
     float_,data = _float_copy(learn, [x for x,_ in batches]),proto.SerializeToString()
-    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb, getattr(learn.dls, 'vocab', None))
+    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb, classes_of(learn.dls))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
     report = verify(float_, rounded, sim, data, given, trained, engine, says, others)

@@ -156,7 +156,7 @@ def groups(
 def _trace(model, xb):
     "What happens to two items; to all of `xb` where `model` runs on no part of it"
     try: return trace(model, *first_items(xb, 2))
-    except (RuntimeError,ValueError,AssertionError,IndexError): return trace(model, *xb)
+    except shape_errors: return trace(model, *xb)
 
 # %% ../../nbs/prune/01_structures.ipynb #11prunee8a9e
 def reason(m, path, structure, only, exclude, ends, seen):

@@ -10,7 +10,6 @@ import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..core.arguments import *
-from ..core.model import check_tensors
 
 # %% auto #0
 __all__ = ['Grid', 'qparams', 'along', 'quantize', 'dequantize', 'fake_quant', 'round_channels', 'round_tensor']

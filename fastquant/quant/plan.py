@@ -87,7 +87,8 @@ def choose(self:Plan):
 @patch(as_prop=True)
 def with_integers(self:Plan)->list:
     "The layers with integer weights, each as often as it runs"
-    return [o for o in self.tr.ops if o.is_layer and o.key in self.int8|self.stored]
+    keys = self.int8|self.stored
+    return [o for o in self.tr.ops if o.is_layer and o.key in keys]
 
 # %% ../../nbs/quant/05_plan.ipynb #04planloose2
 @patch
@@ -213,7 +214,8 @@ def outside(self:Plan, model)->dict:
     floats = self.as_wholes(model).difference(self.layers)
     def named(name): return any(name.startswith(f'{k}.' if k else '') for k in floats)
     def why(o): return 'excluded' if o.own else o.why
-    left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in self.int8|self.stored]
+    keys = self.int8|self.stored
+    left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in keys]
     return {o.layer if o.own else o.weight:why(o) for o in left if not named(o.weight)}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
