@@ -11,9 +11,12 @@ import onnx, torch
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 from fastcore.basics import GetAttr
+from functools import lru_cache
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from torch import nn
+from torch.onnx._internal.exporter import _registration
+from unittest.mock import patch
 from ..core.arguments import *
 from ..core.model import *
 from ..quant.grid import *
@@ -68,6 +71,16 @@ def quiet():
             warnings.simplefilter('ignore')
             yield
     finally: logging.disable(was)
+
+# %% ../../nbs/export/00_onnx.ipynb #00onnxon2
+@lru_cache
+def _operators(read): return read()
+
+def _read_once():
+    "A context in which PyTorch remembers the operators that it can translate"
+    apis = _registration.onnxscript_apis
+    read = apis.get_torchlib_ops
+    return patch.object(apis, 'get_torchlib_ops', lambda: _operators(read))
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo77ea52
 class _Plain(nn.Module):
@@ -124,7 +137,7 @@ def to_onnx(
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
-    with quiet(), as_operators(model):
+    with quiet(), _read_once(), as_operators(model):
         plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
         program = torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)
