@@ -131,58 +131,61 @@ class Percentile(Histogram):
         return at(below>1-self.share),at(below>=self.share)
 
 # %% ../../nbs/quant/03_observe.ipynb #02obsec5deb2
+_most = 2**19 # bins that are rounded at once
+
 def _shrunk(obs, grid, n=16, smallest=.3):
     "The range between the extremes of `obs`, its ends moved inwards to where `obs.err` is smallest"
     ends = torch.stack([obs.lo,obs.hi])
     share,best = torch.ones_like(ends),obs.err(*ends, grid)
+    at_once = max(1, _most//obs.hist.numel())
     for moved in ([[0,1]] if grid.signed else [[1],[0]]*2):
         mid = torch.full_like(obs.lo, (1+smallest)/2)
         half = (1-smallest)/2
         for _ in range(2):
-            for step in torch.linspace(-half, half, n).tolist():
-                trial = share.clone()
-                trial[moved] = (mid+step).clamp(max=1)
-                e = obs.err(*(ends*trial), grid)
-                share = torch.where(e<best, trial, share)
+            for steps in torch.linspace(-half, half, n, device=ends.device).split(at_once):
+                trials = share.repeat(len(steps), 1, 1)
+                trials[:,moved] = (mid+steps[:,None]).clamp(max=1)[:,None]
+                e,i = obs.err(*(ends*trials).unbind(1), grid).min(0)
+                share = torch.where(e<best, trials.gather(0, i.expand(1, *ends.shape))[0], share)
                 best = torch.minimum(e, best)
             mid,half = share[moved[0]],2*half/(n-1)
     return tuple(ends*share)
 
-def _rounded(x, s, z, grid): return ((x/s).round()+z).clamp(grid.lo, grid.hi)
+def _rounded(x, s, z, grid): return (x/s).round_().add_(z).clamp_(grid.lo, grid.hi)
 
 @observers
 class MSE(Histogram):
     "The range on which rounding makes the smallest mean squared error"
     def err(self, lo, hi, grid):
-        "Sum of squared errors of each row, were the range `lo..hi`"
-        s,z = (o[:,None] for o in qparams(lo, hi, grid))
+        "Sum of squared errors of each row, were the range `lo..hi`, for one such range or several"
+        s,z = (o[...,None] for o in qparams(lo, hi, grid))
         c = self.centers()
-        lost = _rounded(c, s, z, grid).sub(z)*s-c
-        return (lost**2*self.hist).sum(1)
+        lost = _rounded(c, s, z, grid).sub_(z).mul_(s).sub_(c)
+        return lost.square_().mul_(self.hist).sum(-1)
     def range(self, grid): return _shrunk(self, grid)
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse02a0af
 def _divergence(p, q):
-    p = p/p.sum(1, keepdim=True)
-    q = q/q.sum(1, keepdim=True).clamp(min=1e-30)
+    p = p/p.sum(-1, keepdim=True)
+    q = q/q.sum(-1, keepdim=True).clamp(min=1e-30)
     ratio = p/q.clamp(min=1e-10)
-    return torch.where(p>0, p*ratio.log(), 0.).sum(1)
+    return torch.where(p>0, p*ratio.log(), 0.).sum(-1)
 
 @observers
 class Entropy(Histogram):
     "The range that keeps most information in the sense of Kullback and Leibler (Migacz 2017); it can clip far too much"
     def err(self, lo, hi, grid):
-        "Divergence of each row, were the range `lo..hi`"
-        s,z = (o[:,None] for o in qparams(lo, hi, grid))
+        "Divergence of each row, were the range `lo..hi`, for one such range or several"
+        s,z = (o[...,None] for o in qparams(lo, hi, grid))
         c = self.centers()
-        inside = (c>=lo[:,None])&(c<=hi[:,None])
+        inside = (c>=lo[...,None])&(c<=hi[...,None])
         step = _rounded(c, s, z, grid).sub(grid.lo).long()
         def total(o):
-            sums = torch.zeros(len(c), grid.hi-grid.lo+1, device=c.device)
-            return sums.scatter_add_(1, step, o).gather(1, step)
+            sums = torch.zeros(*step.shape[:-1], grid.hi-grid.lo+1, device=c.device)
+            return sums.scatter_add_(-1, step, o).gather(-1, step)
         kept = self.hist*inside
         filled = kept>0
-        first,last = step.amin(1, keepdim=True),step.amax(1, keepdim=True)
+        first,last = step.amin(-1, keepdim=True),step.amax(-1, keepdim=True)
         edge = ((step==first)|(step==last))&inside
         clipped = total(self.hist*~inside)/total(edge.float()).clamp(min=1)
         even = total(kept)/total(filled.float()).clamp(min=1)
