@@ -11,13 +11,18 @@ from fastquant.core.basics import write_whole
 from fastquant.export.engine import optimized
 from fastquant.callback.data import inputs
 from tests.helpers.learners import check_owned
-from tests.helpers.models import models
+from tests.helpers.models import learner_of, models
 from tests.helpers.nets import same, state
 
 in_float = {} # By model, the layers that stay in float
 
 columns = 'int8','OpenVINO','pruned','channels','trained'
 committed = Path(__file__).parent/'support.json'
+
+@pytest.fixture(scope='module', params=models)
+def name(request):
+    "Each model, with all its tests in turn, so that it is built once"
+    return request.param
 
 @pytest.fixture
 def supports(request, name):
@@ -31,11 +36,10 @@ def supports(request, name):
         else: assert said.get(name, {}).get(column)==what, f'{column} of {name} is {what!r}, and tests/support.json says otherwise: pytest tests/test_models.py --write-support'
     return note
 
-@pytest.mark.parametrize('name', models)
 def test_model(name, supports):
-    learn = models[name]()
+    learn = learner_of(name)
     before = state(learn.model)
-    with learn.no_bar(): qlearn = learn.quantize(n_batches=2)
+    with learn.no_bar(): qlearn = learn.quantize(n_batches=2, timed=False)
     report = qlearn.model.report
     print(f'{name}: {report}, {report.sqnr:.1f} dB from its simulation, {report.sqnr_float:.1f} dB from float')
     assert set(report.float_layers)==set(in_float.get(name, []))
@@ -52,19 +56,17 @@ def test_model(name, supports):
     assert sqnr(ours, torch.from_numpy(theirs))>10
     supports('OpenVINO')
 
-@pytest.mark.parametrize('name', models)
 def test_prune_model(name, supports):
     "A fit that prunes leaves as many zeros as it was told to"
-    learn = models[name]()
+    learn = learner_of(name)
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=[PruneScheduleCallback(.5, scope='local', end=.2),ShortEpochCallback(.25)])
     w = torch.cat([m.weight.flatten() for m in masked(learn.model).values()])
     assert len(w) and abs((w==0).float().mean()-.5)<.01 and abs(sparsity(learn.model)-.5)<.001
     supports('pruned')
 
-@pytest.mark.parametrize('name', models)
 def test_cut_model(name, supports, tmp_path):
     "A fit removes channels, with the whole model as teacher, and a fresh Learner does the same from the file"
-    learn = models[name]()
+    learn = learner_of(name)
     whole = deepcopy(learn)
     cbs = [PruneScheduleCallback(.5, structure='channel', scope='local', end=.2),DistillCallback(whole),ShortEpochCallback(.25)]
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-4, cbs=cbs)
@@ -74,13 +76,12 @@ def test_cut_model(name, supports, tmp_path):
     with learn.no_bar(), cut.no_bar(): assert learn.get_preds()[0].equal(cut.get_preds()[0])
     supports('channels')
 
-@pytest.mark.parametrize('name', models)
 def test_parity_after_training(name, supports):
     "After a fit through rounding the engine predicts what the rounded model does, and every parameter and step has had its part in it"
-    learn,spec = models[name](),'w4a8' if name in ('resnet18','mobilenet_v2','tabular') else 'int8'
+    learn,spec = learner_of(name),'w4a8' if name in ('resnet18','mobilenet_v2','tabular') else 'int8'
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4, cbs=[QuantAwareCallback(spec, start=.2),ShortEpochCallback(.25)])
-        qlearn = learn.quantize(n_batches=1)
+        qlearn = learn.quantize(n_batches=1, timed=False)
     report = qlearn.model.report
     print(f'{name}, {spec}: {report}, {report.sqnr:.1f} dB from its simulation')
     assert report.trained and set(report.float_layers)==set(in_float.get(name, []))

@@ -12,7 +12,7 @@ from fastquant.all import *
 from tests.helpers.files import kept, make, of_net, small, trained
 from tests.helpers.integers import evaluate, integer_layers, there, values
 from tests.helpers.layers import plain
-from tests.helpers.models import models
+from tests.helpers.models import learner_of, models
 from tests.helpers.nets import same_with_nan, state
 
 low = 'w4a4','w2a2'
@@ -167,7 +167,7 @@ def test_files_that_lie_about_their_range_are_refused(tmp_path):
 
 def test_full_range_is_not_made_portable_afterwards():
     "A Learner prepared with whole weights does not give a file that promises to fit, and is left as it is"
-    learn = models['tabular']()
+    learn = learner_of('tabular')
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-4, cbs=QuantAwareCallback('int8_full'))
         before = state(learn.model)

@@ -2,14 +2,13 @@
 import onnx, torch
 from dataclasses import dataclass
 from fastai.callback.training import ShortEpochCallback
-from fastai.torch_core import set_seed
 from functools import lru_cache
 from torch import nn
 from fastquant.all import *
 from fastquant.callback.data import inputs
 from fastquant.export.verify import gate
 from .layers import Net
-from .models import models
+from .models import learner_of
 
 @dataclass(frozen=True)
 class Made:
@@ -61,8 +60,7 @@ def of_net(net, x, spec):
 
 def make(name, spec, how=calibrated, seed=0):
     "The file of a model of the support matrix, with weights from `seed`"
-    set_seed(seed)
-    learn = models[name]()
+    learn = learner_of(name, seed)
     return made(how(learn, spec), *few(learn))
 
 kept = lru_cache(make) # files that several tests look at

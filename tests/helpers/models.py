@@ -1,8 +1,10 @@
 "The support matrix's models: Learners around nets that people have, by name"
+from copy import deepcopy
 import numpy as np, pandas as pd, pytest, torch, torchvision
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import CrossEntropyLossFlat, Learner, accuracy, create_unet_model, create_vision_model, resnet18, set_seed
 from fastai.vision.models.xresnet import xresnet18
+from fastquant.core.model import batchnorms
 from .data import loaders, noise
 
 def images(model, size, n_out=10, chans=3):
@@ -10,7 +12,7 @@ def images(model, size, n_out=10, chans=3):
     set_seed(0)
     model.train()
     with torch.no_grad():
-        for _ in range(15): model(torch.randn(8, chans, size, size))
+        for _ in range(15 if any(isinstance(m, batchnorms) for m in model.modules()) else 0): model(torch.randn(8, chans, size, size))
     return Learner(loaders(noise(chans, size, size, classes=n_out), bs=8), model, loss_func=CrossEntropyLossFlat())
 
 def unet():
@@ -38,4 +40,15 @@ models = dict(resnet18=seen(tv('resnet18')), resnet50=seen(tv('resnet50')), mobi
     densenet121=seen(tv('densenet121')), squeezenet1_1=seen(tv('squeezenet1_1')), efficientnet_b0=seen(tv('efficientnet_b0')),
     xresnet18=seen(lambda: xresnet18(n_out=10)), vision_learner=seen(lambda: create_vision_model(resnet18, 10, pretrained=False)),
     unet_learner=unet, tabular=tabular, mobilenetv4=seen(timm('mobilenetv4_conv_small')), convnext_atto=seen(timm('convnext_atto')),
-    vit_tiny=seen(timm('vit_tiny_patch16_224'), 224))
+    vit_tiny=seen(timm('vit_tiny_patch16_224', img_size=96), 96))
+
+_last = {}
+
+def learner_of(name, seed=0):
+    "A copy of the Learner by that name, which is built when it is not the one that was asked for last"
+    if (name,seed) not in _last:
+        _last.clear()
+        set_seed(seed)
+        _last[name,seed] = models[name]()
+    set_seed(seed)
+    return deepcopy(_last[name,seed])
