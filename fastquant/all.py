@@ -31,6 +31,7 @@ from .callback.rigl import RigLCallback
 from .callback.distill import DistillCallback
 from .callback.selfdistill import SelfDistillCallback, PastSelfCallback, AverageSelfCallback, MutualCallback
 from .learner.core import describe
+from .learner.ladder import MaxDropExceeded
 from .learner.quant import *
 from .learner.lottery import *
 from .learner.prune import Sensitivity

@@ -20,7 +20,7 @@ from .engine import *
 from .verify import *
 
 # %% auto #0
-__all__ = ['against_float', 'capture', 'site_errors', 'alone', 'plot_errors', 'ranges']
+__all__ = ['against_float', 'capture', 'rounding_errors', 'site_errors', 'alone', 'plot_errors', 'ranges']
 
 # %% ../../nbs/export/05_report.ipynb #08repoflt002
 def against_float(
@@ -49,14 +49,13 @@ def capture(
     with evaluating(model): return outputs_of(model, xb),found
 
 # %% ../../nbs/export/05_report.ipynb #08repob12913
-def site_errors(
-    model:nn.Module, # A prepared model that has watched some batches; it will round afterwards
+def rounding_errors(
+    model:nn.Module, # A prepared model with ranges
     *xb,             # A batch to measure on
     through=iter     # What to go through a list with, for example a progress bar
 )->pd.DataFrame: # A row for each site, and for each layer of which only the weight is rounded, worst first
     "What rounding does at each site of `model`, in dB"
     r = fake_quant_of(model)
-    set_ranges(model)
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
     def row(s, x):
@@ -68,6 +67,15 @@ def site_errors(
     rows += [_of_weight(model, k, out, xb) for k in r.layers if k in r.weights_only]
     table = pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude'])
     return table.sort_values('output', ignore_index=True)
+
+def site_errors(
+    model:nn.Module, # A prepared model that has watched some batches; it will round afterwards
+    *xb,             # A batch to measure on
+    through=iter     # As in `rounding_errors`
+)->pd.DataFrame: # As from that
+    "`rounding_errors` with ranges of what `model` has watched"
+    set_ranges(model)
+    return rounding_errors(model, *xb, through=through)
 
 # %% ../../nbs/export/05_report.ipynb #08repob33bac
 def alone(

@@ -23,6 +23,7 @@ from ..export.report import *
 from ..callback.data import *
 from .text import *
 from .core import *
+from .ladder import *
 
 # %% auto #0
 __all__ = []
@@ -75,22 +76,9 @@ def _names(learns):
     return [numbered(k, kinds[:i].count(k)) for i,k in enumerate(kinds)]
 
 # %% ../../nbs/learner/04_compare.ipynb #22cmpgath1
-class _Gather(Callback):
-    "Keeps what the model puts out, as probabilities where the loss function says how, and what that decides (see `decisions`)"
-    def before_validate(self): self.probs,self.said,self.says = [],[],None
-    def after_batch(self):
-        loss,vocab = self.learn.loss_func,classes_of(self.dls)
-        def plain(t): return t.detach().as_subclass(Tensor).cpu()
-        out = map_tensors(plain, self.pred)
-        if self.says is None: self.says = decisions(loss, out, to_device(self.yb, 'cpu'), vocab)
-        self.said.append([f and f(t).flatten() for f,t in zip(self.says, tensors(out))])
-        if isinstance(out, Tensor): out = getcallable(loss, 'activation')(out)
-        self.probs.append([t.flatten() for t in tensors(out)])
-    def all(self, kept): return [None if ts[0] is None else torch.cat(ts) for ts in zip(*kept)]
-
 def _run(learn, dl):
     "Loss and metrics, probabilities, and decisions"
-    record = learn.validate(dl=dl, cbs=(cb:=_Gather()))
+    record = learn.validate(dl=dl, cbs=(cb:=Gather()))
     return record,cb.all(cb.probs),cb.all(cb.said)
 
 # %% ../../nbs/learner/04_compare.ipynb #22leardaaf62

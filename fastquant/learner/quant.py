@@ -18,6 +18,9 @@ from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.train import *
 from ..quant.convert import *
+from ..quant.rungs import *
+from ..quant.equalize import *
+from ..quant.bias import *
 from ..export.dims import *
 from ..export.older import *
 from ..export.runnable import *
@@ -32,6 +35,7 @@ from ..callback.optimizer import *
 from ..callback.quant import *
 from .text import *
 from .core import *
+from .ladder import *
 
 # %% auto #0
 __all__ = []
@@ -47,27 +51,31 @@ def quantize(self:Learner,
     timed:bool=True, # Warn if int8 is not faster here than float in the same engine? Takes a moment
     engine='onnxruntime', # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
     dynamic=None,    # Dimensions that are free besides the batch: True for those of pictures, recordings and texts, or their numbers, like (2,3); for each input if they differ. None is the length of fastai's text models, and nothing else
-    opset:int=None   # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
+    opset:int=None,  # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
+    max_drop:float=None, # What may be lost of the metric, in its own unit; None promises nothing
+    metric=None,     # What is measured for that, as in `Promise`
+    comp=None,       # Which of two values is better, as in `Promise`
+    valid=None,      # Data to measure on; the validation set if None
+    ladder=('mse','equalize','bias') # Rungs to climb if too much is lost, in order
 )->Learner: # Runs int8, for inference only; `self` is left as it is
-    "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails"
+    "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
     check_flags(timed=timed)
     check_opset(opset)
+    find_rungs(ladder)
     runs = _who_runs(self, engine)
     if fname is not None: fname = check_writable(file_in(self.path, fname))
     (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
     dynamic = any_length(model, dynamic)
     trained = fake_quant_of(model) is not None
     check_modes(self)
+    promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
     with calibration_dl(self, dl, n_batches) as dl:
         batches = _batches(self, model, dl, dynamic)
-        xb,_ = batches[0]
-        if not trained:
-            prepare(model, wanted, *xb, fold=True)
-            twin_of(self, model).validate(dl=dl, cbs=[PTQCalibrate(n_batches), *[Float32Callback()]*cast])
-    data = _verified(self, model, batches, trained, runs, dynamic=dynamic, opset=opset)
-    if fname: write_whole(fname, data)
-    new = twin_of(self, runs(data))
-    if timed: _say_if_slow(new.model, xb)
+        if not trained and not promise: _calibrate(self, model, wanted, batches, dl, cast)
+    files = _Files(self, wanted, batches, trained, runs, dict(dynamic=dynamic, opset=opset))
+    new = keep(promise, files, ladder) if promise else files.file(model)
+    if fname: write_whole(fname, new.model.data)
+    if timed: _say_if_slow(new.model, files.batches[0])
     _say_if_noisy(new.model.report)
     return new
 
@@ -158,6 +166,28 @@ def _float_copy(learn, batches):
     made = made_runnable(copy_model(model))
     _check_made(learn, model, made, batches)
     return made
+
+# %% ../../nbs/learner/01_quant.ipynb #22learfil02
+def _calibrate(learn, model, spec, batches, dl, cast):
+    "Prepare `model`, and give it ranges in a pass over `dl`"
+    prepare(model, spec, *batches[0][0], fold=True)
+    twin_of(learn, model).validate(dl=dl, cbs=[PTQCalibrate(len(batches)), *[Float32Callback()]*cast])
+
+class _Files:
+    "Makes files of `learn`, for `keep` to choose from; they are settled if its model rounds already"
+    def __init__(self, learn, spec, given, settled, engine, how):
+        store_attr()
+        self.batches = [xb for xb,_ in given]
+    def prepared(self, exclude=()):
+        model,spec = _rounding_copy(self.learn, None if self.settled else self.spec, list(exclude))
+        if self.settled: return model
+        prepare(model, spec, *self.batches[0], fold=True)
+        recalibrate(model, self.batches)
+        return model
+    def file(self, model):
+        "`model`, which is changed, as a Learner that runs a file"
+        data = _verified(self.learn, model, self.given, self.settled, self.engine, **self.how)
+        return twin_of(self.learn, self.engine(data))
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f
 def _say_if_slow(engine, xb):

@@ -150,8 +150,9 @@ methods = {
 
 def verb(good=lambda l, o: {}, **bad): return lambda l, o: dict(self=l, **good(l, o)),bad
 verbs = dict(
-    quantize=verb(spec=spec, dl=data, n_batches=count, exclude=(*names,'head'), fname=fname, timed=flag, engine=(*choice,len,None),
-        dynamic=free, opset=version),
+    quantize=verb(lambda l, o: dict(max_drop=.5), spec=spec, dl=data, n_batches=count, exclude=(*names,'head'), fname=fname, timed=flag, engine=(*choice,len,None),
+        dynamic=free, opset=version, max_drop=('.5',nan,inf,True,[.5],Own(),-1,2), metric=(*choice,Own(),'acuracy'), comp=('less',max,3,True), valid=data,
+        ladder=(*choice,None,lambda: 1,nan)),
     remove_quant=verb(), export_onnx=verb(fname=(*fname,None), dynamic=free, opset=version), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
         engine=(*choice,len,None)),
     prune=verb(lambda l, o: dict(amount=.5), **{k:v for k,v in selection().items() if k!='target'}, dl=data, n_batches=count, fname=fname),
@@ -228,7 +229,7 @@ def arguments(f):
 
 def ours(o): return callable(o) and getattr(o, '__module__', '').startswith('fastquant') and not isinstance(o, Registry)
 # Who makes these is the library itself
-made_here = 'Report ExportMismatch Sensitivity RankSensitivity'.split()
+made_here = 'Report ExportMismatch MaxDropExceeded Sensitivity RankSensitivity'.split()
 # Who calls what these have, fastai's events and what one's own subclasses write over, is the library too
 called_here = Callback,Attachment,Observer,FileModel,Channel
 
