@@ -184,7 +184,8 @@ def twin_of(
 # %% ../../nbs/callback/01_data.ipynb #18datat008
 def _distinct(
     model:nn.Module, # Takes the batches
-    batches          # Tuples of inputs
+    batches,         # Tuples of inputs
+    parts=True       # Raise a `ValueError` if it takes no part of them?
 )->list: # Likewise
     "`batches` in which only what is a batch has as many rows as there are items"
     xb = batches[0]
@@ -193,7 +194,7 @@ def _distinct(
     if n<3 or len(rows)<2 or _same(model, xb, ()): return batches
     for i in rows[1:]:
         if _same(model, xb, (i,)): return [_less(b, (i,)) for b in batches]
-    _check_divides(model, xb)
+    if parts: _check_divides(model, xb)
     return batches
 
 def _less(xb, whole):
@@ -239,7 +240,8 @@ def dividing(
 def batches_of(
     learn:Learner, # Its model says where to, its data how many of a batch are inputs, its callbacks what becomes of them
     dl,     # A DataLoader, or any iterable of batches
-    n:int=2 # Batches; None for all
+    n:int=2, # Batches; None for all
+    parts:bool=True # Raise a `ValueError` if the model runs on no part of a batch?
 )->list: # Inputs and targets of each, both tuples
     "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
     cbs = shapers(learn)
@@ -248,15 +250,16 @@ def batches_of(
     with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
     if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
     xs,ys = zip(*keep.found)
-    return list(zip(_distinct(learn.model, xs), ys))
+    return list(zip(_distinct(learn.model, xs, parts), ys))
 
 def inputs(
     learn:Learner, # See `batches_of`
     dl,     # A DataLoader, or any iterable of batches
-    n:int=2 # Batches; None for all
+    n:int=2, # Batches; None for all
+    parts:bool=True # See `batches_of`
 )->list: # A tuple of inputs for each
     "Inputs of the first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
-    return [xb for xb,_ in batches_of(learn, dl, n)]
+    return [xb for xb,_ in batches_of(learn, dl, n, parts)]
 
 def some_inputs(
     learn:Learner, # Its data, if there is no `dl`

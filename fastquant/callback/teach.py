@@ -12,6 +12,7 @@ from copy import deepcopy
 from fastai.basics import *
 from fastai.callback.rnn import RNNCallback
 from ..core.arguments import *
+from ..core.basics import *
 from ..core.model import *
 from ..core.shared import *
 from ..distill.losses import *
@@ -42,8 +43,8 @@ class LossColumn(FitCallback):
 class TeachingCallback(FitCallback):
     "What callbacks that add to the loss have in common; `losses` is what they added, batch by batch"
     order,run_valid,_only_train_loop = TrainEvalCallback.order+2,False,True # fake-quant is on the model, autocast is still on after the loss, and nobody has scaled it
-    _stateattrs = ('extra','_open','found','kept','said')
-    extra,aside,losses = None,True,()
+    _stateattrs = ('extra','_open','found','kept','said','common')
+    extra,aside,losses,common = None,True,(),None
     company,trains,said = (),False,None # models beside it, by what they are, whether these learn too, what the student said of this batch
     def __init__(self, loss, weight, temperature):
         check_asked(loss)
@@ -94,8 +95,9 @@ def start(self:TeachingCallback,
     if xb is None:
         with no_random(reproducible=False): return self.start(some_inputs(self.learn))
     self.paths = []
-    extra = nn.ModuleList(self.begin(*first_items(xb, 2)))
-    self.check_company()
+    xb = first_items(xb, 2)
+    extra = nn.ModuleList(self.begin(*xb))
+    self.check_company(xb)
     self.extra = extra.to(self.device)
     self.going,self.shapes = True,_shapes(self.net)
     self.kept = {m:deepcopy(m.state_dict()) for m in extra} if self.searching else {}
@@ -157,18 +159,30 @@ def before_step(self:TeachingCallback):
 def over(self:TeachingCallback):
     "Let nothing stay behind"
     self._open.close()
+    self.check_common()
     for m,state in getattr(self, 'kept', {}).items(): m.load_state_dict(state)
     if self.learn.opt is not None: drop_group(self.learn.opt, self.name)
     self.extra,self.said,self.kept,self.found = None,None,{},{}
 
 # %% ../../nbs/callback/05_teach.ipynb #24callapa02
 @patch
-def check_company(self:TeachingCallback):
+def check_company(self:TeachingCallback,
+    xb # A batch of inputs
+):
     "Raise a `ValueError` if models that take part in this fit share what moves in it"
     cbs = [cb for cb in self.learn.cbs if isinstance(cb, TeachingCallback)]
     others = [(who,m,cb.trains) for cb in cbs for who,m in cb.company]
     owned = {id(p) for ps in self.learn.opt.param_lists for p in ps}
-    check_apart([('the student',self.net,True),*others], owned)
+    models = [('the student',self.net,True),*others]
+    check_apart(models, xb, owned)
+    self.common = CommonBuffers(models)
+
+@patch
+def check_common(self:TeachingCallback):
+    "Warn if somebody has changed in this fit what models have in common"
+    common,self.common = self.common,None
+    changed = common.changed if common else []
+    if changed: warn(f"Something has changed {some_of(changed)} in this fit, so these models have not learned from what they were at its start. Begin with a copy of one of them, which shares nothing: `copy_model(model)`.")
 
 # %% ../../nbs/callback/05_teach.ipynb #24tch0000008
 @patch

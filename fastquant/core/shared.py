@@ -7,23 +7,30 @@ Docs: https://fastquant-dev.github.io/fastquant/core/shared.html.md"""
 # %% ../../nbs/core/01_shared.ipynb #cshar90135c5
 from __future__ import annotations
 import torch
-from itertools import permutations
+from itertools import combinations, permutations
 from torch import nn
 from .basics import *
 from .model import *
 
 # %% auto #0
-__all__ = ['all_tensors', 'shared', 'check_apart']
+__all__ = ['all_buffers', 'all_tensors', 'shared', 'written_buffers', 'check_apart', 'CommonBuffers']
 
 # %% ../../nbs/core/01_shared.ipynb #01mod00sh02
+def all_buffers(
+    model:nn.Module # Any model
+)->dict:
+    "Buffers by name, those of modules in plain lists too"
+    return _named_in(model, lambda m: m._buffers)
+
 def all_tensors(
     model:nn.Module # Any model
 )->dict:
     "Parameters and buffers by name, those of modules in plain lists too"
+    return _named_in(model, lambda m: {**m._parameters, **m._buffers})
+
+def _named_in(model, own):
     found = {}
-    for path,m in modules_in(model).items():
-        own = {**m._parameters, **m._buffers}
-        found.update({f'{path}.{k}'.lstrip('.'):t for k,t in own.items() if t is not None})
+    for path,m in modules_in(model).items(): found.update({f'{path}.{k}'.lstrip('.'):t for k,t in own(m).items() if t is not None})
     return found
 
 # %% ../../nbs/core/01_shared.ipynb #01mod00sh09
@@ -47,11 +54,39 @@ def shared(
     return {n:k for n,k in found.items() if k is not None}
 
 # %% ../../nbs/core/01_shared.ipynb #01mod00sh05
-def _moving(model, owned):
+def _run_in_training(model, xb):
+    "Whether a forward pass of `model` in training goes well"
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(): model.train()(*xb)
+    except torch.OutOfMemoryError: raise
+    except (*shape_errors,TypeError): return False
+    return True
+
+def _alike(a, b): return ((a==b)|(a!=a)&(b!=b)).all().item()
+
+def written_buffers(
+    model:nn.Module, # Left as it is
+    xb               # A batch of inputs, each an argument of `model`
+)->dict:
+    "Those buffers of `model` that a forward pass in training writes, by name; all if nobody can tell"
+    mine = all_buffers(model)
+    try: copied = clean_copy(model)
+    except ValueError: return mine
+    was = all_buffers(copied)
+    versions = {k:t._version for k,t in was.items()}
+    if not _run_in_training(copied, xb): return mine
+    now = all_buffers(copied)
+    def kept(k): return now.get(k) is was[k] and was[k]._version==versions[k] and _alike(was[k], mine[k])
+    return {k:t for k,t in mine.items() if not kept(k)}
+
+# %% ../../nbs/core/01_shared.ipynb #01mod00sh13
+def _moving(model, xb, owned, others):
     "Tensors of `model` that a fit can change whose optimizer has those with ids in `owned`"
     def moves(p): return p.requires_grad or id(p) in owned
     params = {k:p for k,p in model.named_parameters() if moves(p)}
-    return {**params, **{k:b for k,b in model.named_buffers() if b.is_floating_point()}}
+    common = shared(all_buffers(model), others)
+    return {**params, **(written_buffers(model, xb) if common else {})}
 
 def _named(found):
     "The first of some names, with those that others have for the same"
@@ -59,10 +94,28 @@ def _named(found):
 
 def check_apart(
     models:list, # Of each what it is, the model, and whether it is trained
+    xb,          # A batch of inputs, each an argument of the models
     owned=()     # Ids of tensors that the optimizer has, frozen ones too
 ):
-    "Raise a `ValueError` if what one model learns would change another"
+    "Raise a `ValueError` if training one model would change another: parameters, and buffers that a forward pass in training writes. What stays as it is may be shared"
     for (a,x,learns),(b,y,_) in permutations(models, 2):
-        found = shared(_moving(x, owned), all_tensors(y)) if learns else {}
+        if not learns: continue
+        others = all_tensors(y)
+        found = shared(_moving(x, xb, owned, others), others)
         advice = "Begin with a copy of one of them, which shares nothing: `copy_model(model)`."
         if found: raise ValueError(f"{b.capitalize()} shares {_named(found)} with {a}, so what {a} learns would change it too. {advice}")
+
+# %% ../../nbs/core/01_shared.ipynb #01mod00sh15
+class CommonBuffers:
+    "Buffers that models have in common, and what they were"
+    def __init__(self,
+        models=() # As in `check_apart`
+    ):
+        self.kept = {}
+        for (a,x,_),(b,y,_) in combinations(models, 2):
+            mine = all_buffers(x)
+            for k in shared(mine, all_tensors(y)): self.kept[f'{k} of {a} and {b}'] = mine[k],mine[k].clone()
+    @property
+    def changed(self)->list:
+        "Names of those that are not what they were"
+        return [k for k,(t,was) in self.kept.items() if not _alike(t, was)]

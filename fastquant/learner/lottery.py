@@ -47,7 +47,7 @@ def lottery_ticket(self:Learner,
     new = trainable_twin(self, remove_masks(clean_copy(inner_model(self.model))))
     early = RewindCallback(rewind)
     with calibration_dl(self, None, 1) as dl:
-        xb = inputs(self, dl, 1)[0]
+        xb = inputs(self, dl, 1, parts=False)[0]
         layers,_ = groups(new.model, structure, *xb, only=selection.only, exclude=exclude, last=last)
     set_masks(new.model, {k:torch.ones_like(m.weight, dtype=torch.bool) for k,m in layers.items()})
     spared = set()

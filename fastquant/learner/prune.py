@@ -52,15 +52,21 @@ def prune(self:Learner,
         selection = Selection(amount, structure, criterion, scope, exclude, last, target)
         with calibration_dl(self, dl, n_batches) as dl: _prune(new, selection, dl)
     elif isinstance(structure, Channel):
-        with calibration_dl(self, dl, 1) as dl: new.not_pruned = remove_masked(new.model, *inputs(new, dl, 1)[0], exclude=exclude)
+        with calibration_dl(self, dl, 1) as dl, _batch(new, dl) as xb: new.not_pruned = remove_masked(new.model, *xb, exclude=exclude)
         _say_left(new.not_pruned)
     if fname: write_whole(fname, pack_model(new.model, **describe(self)))
     return new
 
 # %% ../../nbs/learner/02_prune.ipynb #23prun4318ab
+@contextmanager
+def _batch(learn, dl):
+    "A batch for what may look at parts of it; what cannot be done to a model that takes no part says so"
+    xb = inputs(learn, dl, 1, parts=False)[0]
+    with dividing(learn.model, xb): yield xb
+
 def _prune(learn, selection, dl):
     "Prune the model of `learn` in one shot"
-    plan = plan_for(selection)(learn.model, selection, *inputs(learn, dl, 1)[0])
+    with _batch(learn, dl) as xb: plan = plan_for(selection)(learn.model, selection, *xb)
     plan.check()
     known = dict(plan.left_alone)
     watched = _watched(learn, selection.criterion, plan.layers, dl)
@@ -79,7 +85,7 @@ def _watched(learn, criterion, layers, dl):
         raise ValueError(f"The criterion {criterion!r} needs {statistics[o]}, and there are none in one shot. Train with PruneScheduleCallback(criterion={criterion!r}), or use another.")
     asked = [statistics[o] for o in names]
     if any(s.of_inputs for s in asked):
-        for xb in inputs(learn, dl, None): watch_inputs(found, learn.model, layers, names, *xb)
+        for xb in inputs(learn, dl, None, parts=False): watch_inputs(found, learn.model, layers, names, *xb)
     if any(s.of_gradient for s in asked): found.update(_gradients(learn, layers, names, dl))
     return found
 
@@ -232,8 +238,7 @@ def prune_sensitivity(self:Learner,
     selections = {a:selection(a) for a in sorted(map(check_amount, amounts))}
     twin = trainable_twin(self, clean_copy(inner_model(self.model)))
     with calibration_dl(self, valid_dl(self, dl), n_batches) as dl, twin.no_bar():
-        xb = inputs(twin, dl, 1)[0]
-        layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
+        with _batch(twin, dl) as xb: layers,_ = groups(twin.model, structure, *xb, exclude=exclude, last=last)
         watched = _watched(twin, criterion, layers, dl)
         base = first_metric(twin, dl)
         def row(k, m): return {a:_alone(twin, {k:m}, s, watched, dl) for a,s in selections.items()}

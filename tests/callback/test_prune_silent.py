@@ -57,6 +57,30 @@ def test_weights_of_a_model_whose_batch_cannot_be_divided(cb):
     learn.fit(2, 1e-3, cbs=cb())
     assert list(masked(learn.model))==['a','b'] and abs(sparsity(learn.model)-.5)<.01
 
+@pytest.mark.parametrize('how', [dict(), dict(criterion='wanda'), dict(criterion='taylor'), dict(structure='row'), dict(scope='local')], ids=str)
+def test_the_verb_takes_it_too(how):
+    new = graphs().prune(.5, **how)
+    assert list(masked(new.model))==['a','b'] and abs(sparsity(new.model)-.5)<.01
+    new.fit(1, 1e-3)
+    assert abs(sparsity(new.model)-.5)<.01
+
+def test_other_verbs_of_pruning_take_it_too(tmp_path):
+    learn = graphs()
+    found = learn.prune_sensitivity(amounts=[.5], show_plot=False)
+    assert list(found.table.index)==['a','b']
+    ticket = learn.lottery_ticket(.5, 1, rounds=1)
+    assert abs(sparsity(ticket.model)-.5)<.01
+    ticket.path = tmp_path
+    ticket.save_sparse('g.safetensors')
+    learn.path = tmp_path
+    assert abs(sparsity(learn.load_sparse('g.safetensors').model)-.5)<.01
+    ticket.save('g')
+    assert abs(sparsity(learn.load('g').model)-.5)<.01
+
+@pytest.mark.parametrize('how', [dict(amount=.5, structure='channel'), dict(target={'macs':.5})], ids=str)
+def test_the_verb_says_likewise_of_channels(how):
+    with pytest.raises(ValueError, match="Graph runs on 10 items and not on the first 9.*a dimension for the batch first"): graphs().prune(**how)
+
 @pytest.mark.parametrize('cb', [partial(PruneScheduleCallback, .5, structure='channel'), GroupLassoCallback])
 def test_channels_of_a_model_whose_batch_cannot_be_divided(cb):
     with pytest.raises(ValueError, match="Graph runs on 10 items and not on the first 9.*a dimension for the batch first"): graphs().fit(1, 1e-3, cbs=cb())

@@ -1,5 +1,5 @@
 "Who may teach whom, what of several outputs, and how it is read; and copies of models that hold more than parameters"
-import pytest, threading, torch
+import pytest, threading, torch, warnings
 import torch.nn.functional as F
 from collections import Counter
 from fastai.callback.rnn import rnn_cbs
@@ -122,6 +122,88 @@ def test_ensemble_in_a_list_stays_what_it_is():
     was = states(a, b)
     learner(net()).fit(1, 1e-2, cbs=DistillCallback(Ensemble(a, b)))
     assert all_same(was, states(a, b)) and b[0][2].training
+
+class Keeps(nn.Module):
+    "Subtracts a buffer, which `write` may change in training"
+    def __init__(self, write=None):
+        super().__init__()
+        self.write = write
+        self.register_buffer('mean', torch.zeros(32))
+    def forward(self, x):
+        x = x.flatten(1)
+        if self.training and self.write: self.write(self, x.mean(0).detach())
+        return x-self.mean
+def averaged(m, x): m.mean.lerp_(x, .1)
+def replaced(m, x): m.mean = .9*m.mean+.1*x
+def behind(m, x): m.mean.data += x
+def same_value(m, x): m.mean.mul_(1)
+def headed(m, *more): return nn.Sequential(m, nn.Linear(32, 3), *more)
+def with_mean(m):
+    new = Keeps(averaged)
+    new.mean = m.mean
+    return new
+
+constants = dict(module=lambda k: k, buffer=lambda k: setattr(new:=Keeps(), 'mean', k.mean) or new, listed=lambda k: Ensemble(k))
+@pytest.mark.parametrize('theirs', constants.values(), ids=constants)
+@pytest.mark.parametrize('cb', [DistillCallback,MutualCallback], ids=['teacher','peer'])
+def test_constants_may_be_shared(theirs, cb):
+    keeps = Keeps()
+    other,learn = headed(theirs(keeps), nn.BatchNorm1d(3)),learner(headed(keeps, nn.BatchNorm1d(3)))
+    was = states(other)
+    learn.fit(1, 1e-2, cbs=cb(other))
+    check_owned(learn)
+    assert keeps.mean.abs().sum()==0 and all_same(was, states(other))==(cb is DistillCallback)
+
+class Shut(nn.BatchNorm1d):
+    "Whose statistics stay"
+    def train(self, mode=True): return super().train(False)
+class Odd(Keeps):
+    def forward(self, x):
+        if self.training and len(x)<3: raise ValueError('too few items')
+        return super().forward(x)
+moving = dict(average=Keeps(averaged), another=Keeps(replaced), behind=Keeps(behind), same_value=Keeps(same_value), inside=nn.Sequential(Keeps(), Keeps(averaged)),
+    hidden=Ensemble(Keeps(averaged)), instance=nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2,16)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
+    spectral=nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)).requires_grad_(False)), fails=Odd())
+@pytest.mark.parametrize('keeps', moving.values(), ids=moving)
+def test_what_training_writes_may_not_be_shared(keeps):
+    learn = learner(headed(keeps))
+    was = states(keeps)
+    with pytest.raises(ValueError, match=r'The teacher shares 0\..* with the student.*copy_model'): learn.fit(1, 1e-3, cbs=DistillCallback(headed(keeps)))
+    assert all_same(was, states(keeps))
+    learn.fit(1, 1e-3, cbs=DistillCallback(copy_model(headed(keeps))))
+
+def test_it_is_who_writes_that_counts():
+    "A constant of the student's is an average to a peer, who would move it"
+    keeps = Keeps()
+    with pytest.raises(ValueError, match='The student shares 0.mean with a peer'): learner(headed(keeps)).fit(1, 1e-3, cbs=MutualCallback(headed(with_mean(keeps))))
+    learner(headed(keeps)).fit(1, 1e-3, cbs=DistillCallback(headed(with_mean(keeps)))) # a teacher does not train
+
+class Warms(Callback):
+    def after_step(self): self.learn.model[0].mean.add_(.1)
+def test_what_a_callback_changes_is_said():
+    keeps = Keeps()
+    learn = learner(headed(keeps))
+    with pytest.warns(UserWarning, match='changed 0.mean of the student and the teacher in this fit.*copy_model'): learn.fit(1, 1e-3, cbs=[DistillCallback(headed(keeps)),Warms()])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1, 1e-3, cbs=[DistillCallback(copy_model(headed(keeps))),Warms()])
+        learn.fit(1, 1e-3, cbs=DistillCallback(headed(keeps)))
+
+def test_statistics_that_stay_may_be_shared():
+    norm = nn.Sequential(nn.Flatten(), Shut(32).requires_grad_(False))
+    was = states(norm)
+    learner(headed(norm)).fit(1, 1e-3, cbs=DistillCallback(headed(norm)))
+    assert all_same(was, states(norm))
+
+def test_looking_at_buffers_leaves_no_trace():
+    "Neither in random numbers nor in the student"
+    def fitted(share):
+        set_seed(1)
+        student,keeps = headed(Keeps(), nn.Dropout(.5)),Keeps()
+        if share: keeps = student[0]
+        learner(student).fit(1, 1e-2, cbs=DistillCallback(headed(keeps)))
+        return states(student)
+    assert all_same(fitted(True), fitted(False))
 
 # How outputs are read
 
