@@ -57,13 +57,14 @@ def prune(self:Learner,
     if fname: write_whole(fname, pack_model(new.model, **describe(self)))
     return new
 
-# %% ../../nbs/learner/02_prune.ipynb #23prun4318ab
+# %% ../../nbs/learner/02_prune.ipynb #23prunbat01
 @contextmanager
 def _batch(learn, dl):
     "A batch for what may look at parts of it; what cannot be done to a model that takes no part says so"
     xb = inputs(learn, dl, 1, parts=False)[0]
     with dividing(learn.model, xb): yield xb
 
+# %% ../../nbs/learner/02_prune.ipynb #23prun4318ab
 def _prune(learn, selection, dl):
     "Prune the model of `learn` in one shot"
     with _batch(learn, dl) as xb: plan = plan_for(selection)(learn.model, selection, *xb)

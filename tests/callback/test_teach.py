@@ -161,9 +161,11 @@ class Odd(Keeps):
     def forward(self, x):
         if self.training and len(x)<3: raise ValueError('too few items')
         return super().forward(x)
-moving = dict(average=Keeps(averaged), another=Keeps(replaced), behind=Keeps(behind), same_value=Keeps(same_value), inside=nn.Sequential(Keeps(), Keeps(averaged)),
-    hidden=Ensemble(Keeps(averaged)), instance=nn.Sequential(nn.Flatten(), nn.Unflatten(1, (2,16)), nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten()),
-    spectral=nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(32, 32)).requires_grad_(False)), fails=Odd())
+def flat(*ms): return nn.Sequential(nn.Flatten(), *ms)
+frozen_spectral = parametrizations.spectral_norm(nn.Linear(32, 32)).requires_grad_(False)
+instance = nn.Unflatten(1, (2,16)),nn.InstanceNorm1d(2, track_running_stats=True),nn.Flatten()
+moving = dict(average=Keeps(averaged), another=Keeps(replaced), behind=Keeps(behind), same_value=Keeps(same_value), fails=Odd(),
+    inside=nn.Sequential(Keeps(), Keeps(averaged)), hidden=Ensemble(Keeps(averaged)), instance=flat(*instance), spectral=flat(frozen_spectral))
 @pytest.mark.parametrize('keeps', moving.values(), ids=moving)
 def test_what_training_writes_may_not_be_shared(keeps):
     learn = learner(headed(keeps))
