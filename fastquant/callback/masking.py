@@ -110,7 +110,11 @@ def unsaid(self:MaskingCallback, plan)->list:
 @patch
 def waiting(self:MaskingCallback)->str:
     "What to say if all there was to do was to wait"
-    return f"Nothing was done about {self.asked}: what is frozen could not make up for it ({some_of(map(repr, self.frozen), 3)}). Pruning waits for a fit in which nothing of it is frozen: call `learn.unfreeze()` before, or leave that out with `exclude`."
+    owned = {id(p) for ps in self.opt.param_lists for p in ps}
+    lost = [k for k in self.frozen if id(self.net.get_submodule(k).weight) not in owned]
+    how = 'call `learn.unfreeze()`'
+    if lost: how = f'set `requires_grad_()` of {some_of(map(repr, lost), 3)}, and call `learn.create_opt()` and `learn.unfreeze()`,' # that thaws what the optimizer has
+    return f"Nothing was done about {self.asked}: what is frozen could not make up for it ({some_of(map(repr, self.frozen), 3)}). Pruning waits for a fit in which nothing of it is frozen: {how} before, or leave that out with `exclude`."
 
 # %% ../../nbs/callback/04_masking.ipynb #21callover3
 @patch

@@ -65,7 +65,7 @@ class Matching(Where):
             if isinstance(node, tuple): break
             line = line or m[0]
             if i%2 and m and m not in node and all(isinstance(t, int) for t in m):
-                raise ValueError(_unlike(self.root, place, line, f'in turn {m[0]} of a loop', len(node)))
+                raise ValueError(_unseen(self.root, place, line, m[0]))
             node = node.get(m) or like(node, m)
         if len(node)>1: self.lines[node] = line
         return node if isinstance(node, tuple) else ()
@@ -73,6 +73,11 @@ class Matching(Where):
         super().__exit__(kind, *args)
         short = [k for k in self.lines if self.count[k]<len(k)]
         for k in short if kind is None else (): raise ValueError(_unlike(self.root, k[0], self.lines[k], f'{self.count[k]} times', len(k)))
+
+def _unseen(root, key, line, turn):
+    path,name,*_ = key
+    return (f"{name!r} in {path or root!r} ({line}) ran in turn {turn} of its loop, which the pass that was traced, in evaluation, did not have, so nothing is known of its range. "
+        "Let the loop run equally often in training and in evaluation.")
 
 def _unlike(root, key, line, now, then):
     path,name,*_ = key

@@ -142,6 +142,14 @@ def check_asked(
 
 def _is_auto(o): return isinstance(o, str) and o=='auto'
 
+_of_probabilities = nn.BCELoss,F.binary_cross_entropy
+def _check_logits(loss, loss_func):
+    "Raise a `ValueError` if `loss` would make probabilities of probabilities"
+    f = _inside(loss_func)
+    if not (f in _of_probabilities or type(f) in _of_probabilities): return
+    if not _is_auto(loss) and find_loss(loss) not in [distill_losses[k] for k in ('soft_labels','soft_targets')]: return
+    raise ValueError("The Learner's loss, a binary cross entropy, takes probabilities, and soft labels are made of what comes before a sigmoid. Let the model end before it and train with `BCEWithLogitsLossFlat()`, or pass loss='mse', which compares the probabilities.")
+
 def settle(
     loss,      # What `check_asked` takes
     out,       # What the student says
@@ -156,6 +164,7 @@ def settle(
     ask = loss if isinstance(loss, dict) else dict.fromkeys(heard, loss)
     ask = {str(k):o for k,o in ask.items()}
     for k in ask: pick(said, k, 'The student')
+    if len(ask)==1: _check_logits(*ask.values(), loss_func)
     known = fitting_loss(loss_func) if len(ask)==1 else None
     def found(k, o):
         if not _is_auto(o): return o

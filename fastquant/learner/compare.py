@@ -45,6 +45,7 @@ def compare(self:Learner,
     dl = valid_dl(self, dl)
     if isinstance(dl, DataLoader): dl = dl.new(shuffle=False, drop_last=False)
     runs = [_run(l, dl) for l in learns]
+    _check_same(runs)
     int8 = {k:l for k,l in zip(names, learns) if runs_int8(l.model)}
     alone = {_in_float(k):_float_twin(l) for k,l in int8.items()}
     timed = {**dict(zip(names, learns)), **alone}
@@ -76,14 +77,26 @@ def _names(learns):
     return [numbered(k, kinds[:i].count(k)) for i,k in enumerate(kinds)]
 
 # %% ../../nbs/learner/04_compare.ipynb #22cmpgath1
+class _Drawn(Callback):
+    "What the data gives adds up to, before anybody changes it"
+    order = -1000
+    def before_validate(self): self.sums = []
+    def before_batch(self): self.sums += [f'{t.double().sum().item():.6g}' for t in tensors((self.xb,self.yb))]
+
 def _run(learn, dl):
-    "Loss and metrics, probabilities, and decisions"
-    record = learn.validate(dl=dl, cbs=(cb:=Gather()))
-    return record,cb.all(cb.probs),cb.all(cb.said)
+    "Loss and metrics, probabilities, decisions, and sums of the data"
+    cb,drawn = Gather(),_Drawn()
+    with no_random(): record = learn.validate(dl=dl, cbs=[cb,drawn])
+    return record,cb.all(cb.probs),cb.all(cb.said),drawn.sums
+
+def _check_same(runs):
+    "Raise a `ValueError` if Learners were shown different data"
+    if all(drawn==runs[0][-1] for *_,drawn in runs): return
+    raise ValueError("The data gives something else each time that it is asked, so what Learners make of it cannot be compared. Pass batches that stay, `dl=list(learn.dls.valid)`, or draw them from `random` or `torch`, which are seeded for each Learner.")
 
 # %% ../../nbs/learner/04_compare.ipynb #22leardaaf62
 def _row(learn, run, first, dl):
-    (record,probs,pred),(_,probs0,pred0) = run,first
+    (record,probs,pred,_),(_,probs0,pred0,_) = run,first
     names = ['loss',*learn.metrics.attrgot('name')]
     model,nan = learn.model,float('nan')
     shares = [s for s in map(agreement, pred, pred0) if s is not None]

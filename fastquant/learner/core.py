@@ -158,7 +158,9 @@ def _bare(learn):
     finally: learn.model = model
 
 def _unwrapped(state):
-    "Call the tensors in `state` what the model itself calls them, where a compiled one has saved it"
+    "Call the tensors in `state` what the model itself calls them, where a compiled one has saved it; raises `ValueError` if that is no state"
+    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not named: raise ValueError(f"The file has {quoted(state)} where the tensors of a model should be, by name: `learn.save` did not write it.")
     for k in [k for k in state if k.startswith('_orig_mod.')]: state[k.removeprefix('_orig_mod.')] = state.pop(k)
 
 # %% ../../nbs/learner/00_core.ipynb #22learreadyc

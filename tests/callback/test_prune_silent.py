@@ -60,9 +60,9 @@ def test_weights_of_a_model_whose_batch_cannot_be_divided(cb):
 @pytest.mark.parametrize('how', [dict(), dict(criterion='wanda'), dict(criterion='taylor'), dict(structure='row'), dict(scope='local')], ids=str)
 def test_the_verb_takes_it_too(how):
     new = graphs().prune(.5, **how)
-    assert list(masked(new.model))==['a','b'] and abs(sparsity(new.model)-.5)<.01
+    assert list(masked(new.model))==['a','b'] and abs(sparsity(new.model)-.5)<.05
     new.fit(1, 1e-3)
-    assert abs(sparsity(new.model)-.5)<.01
+    assert abs(sparsity(new.model)-.5)<.05
 
 def test_other_verbs_of_pruning_take_it_too(tmp_path):
     learn = graphs()
@@ -245,6 +245,18 @@ def test_frozen(cb):
     assert said(lambda: l.fit(2, cbs=cb(.9, exclude='0')))==[]
     l.unfreeze()
     assert said(lambda: l.fit(2, cbs=PruneScheduleCallback(.9, scope='local')))==[] and abs(sparsity(l.model)-.9)<1e-2
+
+@pytest.mark.parametrize('cb', [PruneScheduleCallback,RigLCallback])
+def test_frozen_by_hand(cb):
+    "The optimizer does not know of it, and `learn.unfreeze()` would not thaw it"
+    l = learner(mlp(32, 32))
+    l.model[0].requires_grad_(False)
+    text, = said(lambda: l.fit(2, cbs=cb(.9)))
+    assert "set `requires_grad_()` of '0', and call `learn.create_opt()` and `learn.unfreeze()`, before" in text
+    l.model[0].requires_grad_()
+    l.create_opt()
+    l.unfreeze()
+    assert said(lambda: l.fit(2, cbs=cb(.9)))==[] and sparsity(l.model)>.85
 
 @pytest.mark.parametrize('kwargs', [dict(every=10**6), dict(every=10**6, end=1.), dict(every=7, start=.5, end=.5), dict(end=.1)])
 @pytest.mark.parametrize('start_epoch', [0,3])

@@ -120,3 +120,13 @@ def test_other_classes(learn):
     learn.prune(.5, fname='m.safetensors')
     learn.dls.vocab = ['a','b','c']
     with pytest.raises(ValueError, match='predicts other classes'): learn.load_sparse('m.safetensors')
+
+@pytest.mark.parametrize('content', [[1,2], 5, None, {0:torch.ones(1)}], ids=str)
+def test_checkpoint_that_is_none(learn, content):
+    "What is in place of a model's tensors is said, and the Learner stays"
+    was = state(learn.model)
+    (learn.path/'models').mkdir()
+    for saved in (content,dict(model=content, opt={})):
+        torch.save(saved, learn.path/'models/bad.pth')
+        with pytest.raises(ValueError, match='where the tensors of a model should be, by name'): learn.load('bad')
+    assert same(was, state(learn.model))

@@ -134,6 +134,18 @@ def test_turns_that_cannot_be_told_apart(more):
     watch(net, x)
     set_ranges(net)
 
+class Numbered(Residual):
+    "One turn more in training, and a loop that says which"
+    def body(self, x):
+        for i in range(2+self.training): x = x+self.blocks[0](x)
+        return x
+
+def test_turns_that_evaluation_does_not_have():
+    net = Numbered()
+    del net.blocks[1:], net.aux
+    prepare(net, 'int8', x)
+    with pytest.raises(ValueError, match='ran in turn 2 of its loop, which the pass that was traced, in evaluation, did not have'): seen(net)
+
 def stmt(f):
     "A net of three convolutions around `f`"
     class Net(nn.Module):
