@@ -22,8 +22,8 @@ from .arguments import *
 # %% auto #0
 __all__ = ['shape_errors', 'conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors',
            'batch_size', 'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'modules_in',
-           'evaluating', 'catching', 'clean_copy', 'copy_model', 'check_python', 'FileModel', 'check_weights',
-           'float32_copy', 'other_precision']
+           'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights', 'float32_copy',
+           'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -56,7 +56,7 @@ def check_batch(
 ):
     "Raise a `ValueError` if there is no tensor in one of `xb`, or none in all"
     for i,x in enumerate(xb):
-        if x is not None and not tensors(x): raise ValueError(f"xb[{i}]={quoted(x)}: pass a batch of inputs, as the model takes them.")
+        if x is not None and not tensors(x): raise ValueError(f"xb[{i}]={quoted(x)}: pass a batch of inputs, as the model takes them, with a tensor in each. A Learner passes the first `dls.n_inp` parts of a batch.")
     if not tensors(xb): raise ValueError(f"xb={quoted(xb)}: pass a batch of inputs, as the model takes them.")
 
 # %% ../../nbs/core/01_model.ipynb #01mod0000n2
@@ -247,16 +247,6 @@ def copy_model(
     for path,m in list(model.named_modules()):
         if isinstance(m, ToTensorBase): model.set_submodule(path, nn.Identity())
     return model
-
-# %% ../../nbs/core/01_model.ipynb #01modscript2
-def check_python(
-    model:nn.Module # Any model
-):
-    "Raise a `ValueError` if a part of `model` is TorchScript"
-    for k,m in model.named_modules():
-        if isinstance(m, torch.jit.ScriptModule):
-            raise ValueError(f"{k or type(model).__name__!r} is TorchScript, whose operations nobody can see or export. Put the Python module there that it was made of, with its weights: "
-                "`load_state_dict(scripted.state_dict())`.")
 
 # %% ../../nbs/core/01_model.ipynb #01mod00000c
 class FileModel(nn.Module):

@@ -19,6 +19,7 @@ from torch.onnx._internal.exporter import _registration
 from unittest.mock import patch
 from ..core.arguments import *
 from ..core.model import *
+from ..core.script import *
 from ..quant.grid import *
 from ..quant.weights import beside, path_of
 from ..quant.fakequant import fake_quant_of

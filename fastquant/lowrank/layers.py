@@ -14,6 +14,7 @@ from ..core.arguments import *
 from ..core.basics import *
 from ..core.plain import *
 from ..core.model import *
+from ..core.script import *
 from ..core.trace import *
 from .factors import *
 from .tensortrain import *
@@ -138,7 +139,7 @@ def find_layers(
     tr = trace(model, *first_items(xb, 2))
     tensors = [p for m in model.modules() for p in m._parameters.values()]
     owners = Counter(id(p) for p in tensors if p is not None)
-    found,left = {},{}
+    found,left = {},scripted(model)
     for k,m in model.named_modules():
         f = _kind_for(k, m, kinds)
         if not k or (f is None and not isinstance(m, weighted)): continue

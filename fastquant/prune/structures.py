@@ -13,6 +13,7 @@ from fastcore.all import listify
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
+from ..core.script import *
 from ..core.trace import *
 
 # %% auto #0
@@ -141,7 +142,7 @@ def groups(
     check_patterns([*only,*exclude], [k for k,_ in model.named_modules()])
     tr = _trace(model, xb) if xb else None
     ends = set() if last else last_layers(model, tr)-set(only)
-    seen,why,found = {},{},{}
+    seen,why,found = {},scripted(model),{}
     for k,m in layers.items():
         why[k] = reason(m, k, structure, only, exclude, ends, seen)
         if not why[k] and tr and k not in tr.ran and tr.users.get(m.weight) is None: why[k] = 'it never ran'

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
+from ..core.script import *
 from ..core.trace import *
 from ..core.attach import *
 from .grid import *

@@ -466,3 +466,29 @@ def test_scales_of_some_layers():
     for k,rows in r.slices.items():
         stay = kept.get(f'{k}.weight', {}).get(0, range(len(scales[k])))
         assert r.weight_scale[rows].equal(scales[k][list(stay)] if len(scales[k])>1 else scales[k])
+
+class Reads(nn.Module):
+    "Computes a layer by itself, as attention does in evaluation"
+    def __init__(self):
+        super().__init__()
+        self.body,self.read,self.head = convs(),nn.Linear(3, 3),nn.Linear(3, 2)
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x+nn.functional.linear(x, self.read.weight, self.read.bias))
+
+def test_a_layer_whose_weight_the_model_reads_has_run():
+    _,left = channel_groups(Reads(), torch.randn(4, 2, 8, 8))
+    assert left['read']=='its weight is used by linear outside of it'
+
+def test_a_part_that_is_torchscript_is_named():
+    "Nobody reaches its weights, so it stays as large as it is"
+    def net():
+        part = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+        return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8), part, nn.Linear(8, 3))
+    why,cb = 'it is TorchScript, whose weights are out of reach',PruneScheduleCallback(.5)
+    l = learner(net())
+    l.fit(1, 1e-3, cbs=cb)
+    assert cb.left_alone['6']==why
+    assert learner(net()).prune(.5).not_pruned['6']==why
+    assert learner(net()).decompose(params=.9).not_factorised['6']==why
+    assert learner(net()).prune(.5, structure='channel').not_pruned['6']==why

@@ -13,6 +13,7 @@ from torch import nn, Tensor
 from ...quant.prepare import unprepare
 from ...core.basics import *
 from ...core.model import *
+from ...core.script import *
 from ...core.trace import *
 from ..structures import *
 from ..mask import *
@@ -218,6 +219,11 @@ def _unwanted(g, only, exclude, round_to):
     if len(g)<=g.step(round_to): return f'it has {len(g)*g.each} channels, and round_to={round_to} leaves no fewer'
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prun931d38
+def _idle(m, tr):
+    "Why nothing can be said of the channels of a layer that was not called"
+    user = tr.users.get(m.weight)
+    return f'its weight is used by {user[1]} outside of it' if user else 'it never ran'
+
 def _found(model, xb, tr):
     "All groups that are not out of the question, in the order of the model's layers, and what is wrong with the others"
     scratch = clean_copy(model)
@@ -226,7 +232,8 @@ def _found(model, xb, tr):
     found = [head_group(m, k) for k,m in model.named_modules() if _has_heads(m)]
     of_heads = {g.name for g in found}
     names = {m:k for k,m in scratch.named_modules()}
-    why = {k:'it never ran' for k,m in model.named_modules() if isinstance(m, prunable) and k not in tr.ran}
+    idle = {k:m for k,m in model.named_modules() if isinstance(m, prunable) and k not in tr.ran}
+    why = {**scripted(model), **{k:_idle(m, tr) for k,m in idle.items()}}
     why.update({names[m]:e for m,e in lost.items()})
     for o in all_:
         name = names[o[0].dep.target.module]
