@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch import nn, Tensor
 from .arguments import *
 from .model import *
-from .trace import *
+from .work import *
 
 # %% auto #0
 __all__ = ['n_bytes', 'n_params', 'n_macs', 'layer_macs', 'latency']

@@ -8,20 +8,19 @@ Docs: https://fastquant-dev.github.io/fastquant/core/trace.html.md"""
 from __future__ import annotations
 import torch
 from collections import Counter, defaultdict
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fastcore.all import patch
 from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from .model import *
+from .work import *
 from .where import *
 from .product import *
 
 # %% auto #0
-__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'flop_counter', 'Tracer', 'Trace', 'trace']
+__all__ = ['kinds', 'kind_of', 'Op', 'memory', 'written', 'Tracer', 'Trace', 'trace']
 
 # %% ../../nbs/core/02_trace.ipynb #04tracb35ec0
 _of_kind = dict(
@@ -91,22 +90,6 @@ def memory(t):
 def written(t)->int:
     "How often somebody wrote to the memory of `t`"
     return 0 if t.is_inference() else t._version
-
-# %% ../../nbs/core/02_trace.ipynb #04tracflopr
-def _onednn_rnn(x, w_in, w_back, *args, **kwargs): return 2*x[:-1].numel()*(w_in.numel()+w_back.numel())
-def _cudnn_rnn(x, weights, *args, **kwargs): return 2*x[:-1].numel()*sum(w.numel() for w in weights if len(w)==2)
-
-_aten = torch.ops.aten
-_rnns = {_aten.mkldnn_rnn_layer:_onednn_rnn, _aten._cudnn_rnn:_cudnn_rnn}
-
-# %% ../../nbs/core/02_trace.ipynb #04tracflop2
-class _NoModules(nullcontext): parents = {'Global'}
-
-def flop_counter()->FlopCounterMode:
-    "PyTorch's counter of operations, with the recurrent layers that it does not know; it looks at no modules"
-    counter = FlopCounterMode(display=False, custom_mapping=_rnns)
-    counter.mod_tracker = _NoModules()
-    return counter
 
 # %% ../../nbs/core/02_trace.ipynb #04traceff02
 class Tracer(Where):
