@@ -11,13 +11,14 @@ from collections import namedtuple
 from dataclasses import dataclass
 from torch import nn, Tensor
 from .arguments import *
+from .basics import *
 from .model import *
 from .where import Where
 from .trace import *
 
 # %% auto #0
 __all__ = ['structure_of', 'Fields', 'nesting', 'build', 'picked', 'sqnr', 'noise_ratio', 'plain_parts', 'change_ratio',
-           'agreement', 'names_of', 'OutputCheck', 'check_output', 'check_repeats']
+           'agreement', 'names_of', 'OutputCheck', 'check_output', 'check_repeats', 'check_evaluates']
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0007
 def structure_of(
@@ -226,3 +227,27 @@ def _near(p, q): return abs(p-q)<=1e-5*max(abs(p), abs(q)) # processors that add
 def _equal(a, b):
     if a.shape!=b.shape or not a.is_floating_point(): return a.equal(b)
     return a.allclose(b, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+# %% ../../nbs/core/08_outputs.ipynb #06outpkept2
+def _never_off(model):
+    "Paths of modules that stay in training mode in evaluation"
+    parts = modules_in(model)
+    modes = {m:m.training for m in parts.values()}
+    try:
+        model.eval()
+        return [k for k,m in parts.items() if m.training]
+    finally:
+        for m,training in modes.items(): m.training = training
+
+def check_evaluates(
+    model:nn.Module, # Left as it is
+    xb               # Inputs
+):
+    "Raise a `ValueError` if parts of `model` that stay in training mode in evaluation make a difference"
+    if not (kept:=_never_off(model)): return
+    copied = clean_copy(model).eval()
+    with eagerly(), torch.no_grad(), torch.random.fork_rng(): as_it_is = tensors(copied(*xb))
+    with evaluating(copied): all_off = tensors(copied(*xb))
+    if all(_equal(a, b) for a,b in zip(as_it_is, all_off)): return
+    raise ValueError(f"{type(model).__name__} keeps {some_of(map(repr, kept), 3)} in training mode when it is put into evaluation, and what it says depends on that: a file would say something else. "
+        "Let `train` pass `mode` on to all parts, and put parts that are in a list into an `nn.ModuleList`; to sample predictions, do so with the float model.")

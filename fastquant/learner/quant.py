@@ -113,7 +113,9 @@ def _batches(learn, model, dl, dynamic):
     "The batches that `model`, a copy, is verified on; raises `ValueError` if the file could not be"
     batches = batches_of(learn, dl)
     whole = model if has_other(learn.model) else learn.model
-    check_repeats(whole, first_items(batches[0][0], 8))
+    few = first_items(batches[0][0], 8)
+    check_evaluates(whole, few)
+    check_repeats(whole, few)
     if other_precision(learn.model): batches = _in_float32(model, batches)
     _check_sizes(model, [xb for xb,_ in batches], dynamic)
     return batches
@@ -244,6 +246,7 @@ def _float_file(learn, xb, dynamic, opset):
     dynamic = any_length(model, dynamic)
     other = set(other_precision(model).values())
     if len(other)==1: xb = map_tensors(lambda x: x.to(*other) if x.is_floating_point() else x, xb)
+    check_evaluates(model, first_items(xb, 8))
     check_repeats(model, first_items(xb, 8))
     if has_other(learn.model): _check_made(learn, copy_model(learn.model).cpu(), model, [xb])
     proto = to_onnx(model, *xb, dynamic=dynamic, opset=opset)

@@ -252,6 +252,27 @@ class Noisy(nn.Module):
         self.fc = nn.Linear(192,3)
     def forward(self, x): return self.fc(F.dropout(x.flatten(1), .5, training=True))
 
+class Kept(nn.Module):
+    "Has a part that stays in training mode, by its own `train` or since PyTorch does not see it"
+    def __init__(self, part, listed=False):
+        super().__init__()
+        self.listed,self.fc = listed,nn.Linear(192,3)
+        if listed: self.parts = [part]
+        else: self.part = part
+    def train(self, mode=True):
+        super().train(mode)
+        if not self.listed: self.part.train()
+        return self
+    def forward(self, x): return self.fc((self.parts[0] if self.listed else self.part)(x.flatten(1)))
+
+@pytest.mark.parametrize('listed', [False,True])
+@pytest.mark.parametrize('part', [nn.Dropout(),nn.BatchNorm1d(192)], ids=str)
+def test_what_stays_in_training_mode_is_named(tmp_path, part, listed):
+    learn = learner(Kept(part, listed), path=tmp_path)
+    for go in (learn.quantize,learn.export_onnx):
+        with pytest.raises(ValueError, match=f"Kept keeps 'part{'s.0' if listed else ''}' in training mode"): go()
+    eq(learner(Kept(nn.Linear(192,192), listed), path=tmp_path).quantize(timed=False).model.report.n_layers, 2-listed)
+
 def test_a_file_that_does_something_else_is_not_handed_over(tmp_path, monkeypatch):
     (tmp_path/'model.onnx').write_bytes(b'from before')
     with pytest.raises(ValueError, match="random in evaluation: 'dropout'"): learner(Noisy(), path=tmp_path).export_onnx()
