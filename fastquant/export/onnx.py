@@ -101,6 +101,11 @@ def _pair(xb):
     if batch_size(xb)<2: xb = map_tensors(twice, xb)
     return map_tensors(lambda x: x.cpu().contiguous(), first_items(xb, 2))
 
+def _check_real(model, xb):
+    "Raise a `ValueError` if there are complex numbers in what `model` takes or returns"
+    for does,o in (('takes',xb),('returns',model(*xb))):
+        if any(t.is_complex() for t in tensors(o)): raise ValueError(f"{type(model).__name__} {does} complex numbers, which a file does not have: pass `torch.view_as_real(x)` in their place.")
+
 def _free(xb, dims):
     "What is free in each tensor of `xb`, as `torch.export` is told"
     dim = torch.export.Dim
@@ -124,6 +129,7 @@ def to_onnx(
     check_python(model)
     dims,two = free_dims(dynamic, xb),_pair(xb)
     model = model.cpu().eval()
+    _check_real(model, two)
     at_other_sizes(model, two, dims)
     try: proto = _exported(model, two, _free(xb, dims), opset)
     except RuntimeError as e:
@@ -192,7 +198,8 @@ def layer_nodes(
     of = {}
     for k in users: # equal weights may be one tensor, and so may equal scales
         if k in const and k.endswith(('.weight','.weight_scale')): of.setdefault(path_of(k), []).append(uses(k))
-    found = {k:[n for o,n in first.items() if all(o in x for x in more)] for k,(first,*more) in of.items()}
+    computed = {k:list(filter(None, us)) for k,us in of.items() if any(us)} # one that the model returns computes nothing
+    found = {k:[n for o,n in first.items() if all(o in x for x in more)] for k,(first,*more) in computed.items()}
     return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul')}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02

@@ -252,6 +252,37 @@ class Noisy(nn.Module):
         self.fc = nn.Linear(192,3)
     def forward(self, x): return self.fc(F.dropout(x.flatten(1), .5, training=True))
 
+class Returns(nn.Module):
+    "Returns a weight beside what it computes with it"
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(192,3)
+    def forward(self, x): return dict(y=self.fc(x.flatten(1)), weight=self.fc.weight, again=2*self.fc.weight)
+
+def test_a_weight_that_is_returned_is_a_layer_still(tmp_path):
+    learn = learner(Returns(), path=tmp_path)
+    learn.loss_func = lambda p,y: F.cross_entropy(p['y'], y)
+    report = learn.quantize(timed=False).model.report
+    eq((report.n_int8,report.float_layers), (1,{}))
+
+class Spectrum(nn.Module):
+    "Complex inside, and as it is told outside"
+    def __init__(self, out):
+        super().__init__()
+        self.out,self.fc = out,nn.Linear(192,3)
+    def forward(self, x):
+        z = torch.fft.rfft(self.fc(x.flatten(1)))
+        return self.out(z)
+
+def test_complex_numbers_have_no_place_in_a_file(tmp_path):
+    learn = learner(Spectrum(lambda z: z), path=tmp_path)
+    learn.loss_func = lambda p,y: p.abs().mean()
+    for go in (learn.quantize,learn.export_onnx):
+        with pytest.raises(ValueError, match='Spectrum returns complex numbers, which a file does not have'): go()
+    learn.model.out = torch.view_as_real
+    eq(learn.quantize(timed=False).model.report.n_int8, 1)
+    with pytest.raises(ValueError, match='takes complex numbers'): to_onnx(nn.Identity(), torch.zeros(2,3, dtype=torch.cfloat))
+
 class Kept(nn.Module):
     "Has a part that stays in training mode, by its own `train` or since PyTorch does not see it"
     def __init__(self, part, listed=False):
