@@ -6,11 +6,12 @@ Docs: https://fastquant-dev.github.io/fastquant/callback/core.html.md"""
 
 # %% ../../nbs/callback/00_core.ipynb #00cbc44ca81c
 from __future__ import annotations
+from contextlib import contextmanager
 from fastai.basics import *
-from ..core.model import inner_model
+from ..core.model import inner_model, tensors
 
 # %% auto #0
-__all__ = ['FitCallback']
+__all__ = ['FitCallback', 'own_step', 'called_with']
 
 # %% ../../nbs/callback/00_core.ipynb #00cbcore02
 class FitCallback(Callback):
@@ -68,3 +69,31 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
                 cb.over()
 
 Learner.fit.__wrapped__ = _fit
+
+# %% ../../nbs/callback/00_core.ipynb #00cbstep03
+def own_step(
+    learn:Learner
+)->bool:
+    "Whether the class of `learn` has a step of its own, so that its model may be called in any way"
+    return type(learn)._do_one_batch is not Learner._do_one_batch
+
+def _alike(a, b): return a is b or a.shape==b.shape and a.dtype==b.dtype and a.equal(b)
+
+@contextmanager
+def called_with(
+    learn:Learner, # Any; `model` is looked at if it has a step of its own
+    model:nn.Module, # That takes part in what happens while this lasts
+    batches:list   # The last of these is what it should be given now, a tuple of inputs
+):
+    "Raise a `ValueError` if the model is given something else than a batch by its Learner"
+    def see(m, args, kwargs):
+        given,xb = tensors([args,kwargs]),tensors(batches[-1:])
+        if len(given)==len(xb) and all(map(_alike, given, xb)): return
+        raise ValueError(f"{type(learn).__name__} calls its model with something else than `xb`: {_shapes(given)} in place of {_shapes(xb)}. "
+            "Let a callback change `learn.xb` in `before_batch`, in place of a `_do_one_batch` of its own: then everybody sees what the model is given.")
+    hook = model.register_forward_pre_hook(see, with_kwargs=True) if own_step(learn) else None
+    try: yield
+    finally:
+        if hook: hook.remove()
+
+def _shapes(ts): return ', '.join('×'.join(map(str, t.shape)) for t in ts) or 'nothing'

@@ -19,6 +19,7 @@ from fastai.text.data import LMDataLoader
 from fastprogress.fastprogress import progress_bar
 from ..core.arguments import *
 from ..core.model import *
+from .core import *
 
 # %% auto #0
 __all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'dividing', 'batches_of', 'inputs', 'some_inputs',
@@ -129,13 +130,14 @@ class _Witness(Callback):
 class _Keep(Callback):
     "Keeps what the model is given, and ends the pass after `n` batches"
     order = 1000 # whoever changes a batch has done so
-    def __init__(self, n=None, runs=False): self.n,self.runs,self.found = n,runs,[]
+    def __init__(self, n=None, runs=False): self.n,self.runs,self.inputs,self.targets = n,runs,[],[]
     def before_batch(self):
-        self.found.append((tuple(self.xb),tuple(self.yb)))
+        self.inputs.append(tuple(self.xb))
+        self.targets.append(tuple(self.yb))
         _check_rows(self.xb, self.yb)
-        if not self.runs: raise CancelValidException() if len(self.found)==self.n else CancelBatchException()
+        if not self.runs: raise CancelValidException() if len(self.inputs)==self.n else CancelBatchException()
     def after_batch(self):
-        if self.runs and len(self.found)==self.n: raise CancelValidException() # others have heard all of it, and closed what they opened
+        if self.runs and len(self.inputs)==self.n: raise CancelValidException() # others have heard all of it, and closed what they opened
 
 def _check_rows(xb, yb):
     "Raise a `ValueError` if what comes first in `xb` is no batch of as many items as `yb`"
@@ -245,12 +247,11 @@ def batches_of(
 )->list: # Inputs and targets of each, both tuples
     "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
     cbs = shapers(learn)
-    twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs))
+    twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs) or own_step(learn))
     twin.loss_func = _NoLoss(learn.loss_func)
-    with evaluating(learn.model): twin.validate(dl=dl, cbs=keep)
-    if not keep.found: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
-    xs,ys = zip(*keep.found)
-    return list(zip(_distinct(learn.model, xs, parts), ys))
+    with evaluating(learn.model), called_with(learn, learn.model, keep.inputs): twin.validate(dl=dl, cbs=keep)
+    if not keep.inputs: raise ValueError("There is no batch in `dl`: pass one with data, for example `dl=learn.dls.test_dl(files)`.")
+    return list(zip(_distinct(learn.model, keep.inputs, parts), keep.targets))
 
 def inputs(
     learn:Learner, # See `batches_of`

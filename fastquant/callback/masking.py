@@ -72,6 +72,8 @@ class MaskingCallback(FitCallback):
 def look(self:MaskingCallback, selection):
     "Find the layers to prune; none as long as one of them is frozen"
     check_weights(self.net, 'prune')
+    if own_step(self.learn): # raises if it gives its model something else than the batch
+        with no_random(reproducible=False): some_inputs(self.learn)
     r = fake_quant_of(self.net)
     how = r and r.how # for the next forward pass only, and that would be the one in which the plan looks around
     with dividing(self.net, self.xb): self.plan = plan_for(selection)(self.net, selection, *self.xb)

@@ -154,7 +154,7 @@ class MutualCallback(TeachingCallback):
         super().__init__(loss, weight, temperature)
         if not peers: raise ValueError("There is nobody to learn with: pass one or more Learners, as in MutualCallback(other).")
         if loss is None: raise ValueError("loss=None: peers learn from each other's outputs, so say how to compare them.")
-        for p in peers: model_of(p, 'peer')
+        if any(isinstance(model_of(p, 'peer'), FileModel) for p in peers): raise ValueError("A peer runs a file, which learns nothing. Learn from it as from a teacher, with `DistillCallback`, or pass the float Learner it came from.")
         self.peers = peers
     @property
     def company(self): return [('a peer',model_of(p, 'peer')) for p in self.peers]

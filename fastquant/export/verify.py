@@ -63,12 +63,16 @@ def run_file(
     names,                 # Values wanted, any in the model
     **options              # As in `session`
 )->list: # Arrays
-    "Those values, as ONNX Runtime computes them"
+    "Those values, as ONNX Runtime computes them; raises `ExportMismatch` if it does not run them"
     m,have = onnx.ModelProto(),{o.name for o in proto.graph.output}
     m.CopyFrom(proto)
     more = [k for k in dict.fromkeys(names) if k not in have]
     m.graph.output.extend(onnx.ValueInfoProto(name=k) for k in more)
-    return session(as_run(m.SerializeToString()), **options).run(list(names), feed)
+    try: return session(as_run(m.SerializeToString()), **options).run(list(names), feed)
+    except ort_errors as e: raise ExportMismatch(_stopped.format(shapes={k:a.shape for k,a in feed.items()}, e=str(e).splitlines()[0])) from e
+
+_stopped = """The exported file does not run on inputs of shape {shapes}, as the model does: {e}
+Nothing was written. A forward pass that goes another way for other sizes is in the file as it went for those of the first batch: leave `dynamic` out, or pass fewer dimensions."""
 
 run_as_written = partial(run_file, graph_optimization_level=GraphOptimizationLevel.ORT_DISABLE_ALL)
 

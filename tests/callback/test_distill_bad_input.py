@@ -195,3 +195,8 @@ def test_heads_for_pixels(tmp_path):
     learn = learner(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)), tmp_path)
     learn.loss_func = CrossEntropyLossFlat(axis=1)
     with pytest.raises(ValueError, match="Heads predict one vector an item, and this model 3×4×4. `PastSelfCallback` and `AverageSelfCallback` work"): learn.fit(1, cbs=SelfDistillCallback('0'))
+
+def test_peer_that_runs_a_file(learn):
+    q = learn.quantize(timed=False)
+    with pytest.raises(ValueError, match='A peer runs a file, which learns nothing'): MutualCallback(q)
+    learn.fit(1, 1e-3, cbs=DistillCallback(q))

@@ -6,7 +6,8 @@ from fastai.callback.training import GradientAccumulation
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed
+from fastai.learner import Learner
+from fastai.torch_core import noop, set_seed
 from fastcore.all import L
 from functools import partial
 from torch import nn, Tensor
@@ -492,3 +493,29 @@ def test_a_part_that_is_torchscript_is_named():
     assert learner(net()).prune(.5).not_pruned['6']==why
     assert learner(net()).decompose(params=.9).not_factorised['6']==why
     assert learner(net()).prune(.5, structure='channel').not_pruned['6']==why
+
+class Stepped(Learner):
+    "Has a step of its own, which may give the model something else than the batch"
+    change = staticmethod(noop)
+    def _do_one_batch(self):
+        xb,self.xb = self.xb,tuple(map(self.change, self.xb))
+        try: super()._do_one_batch()
+        finally: self.xb = xb
+
+verbs = dict(prune=lambda l: l.prune(.5), schedule=lambda l: l.fit(1, cbs=PruneScheduleCallback(.5)), rigl=lambda l: l.fit(1, cbs=RigLCallback(.5)),
+    quantize=lambda l: l.quantize(timed=False), rounding=lambda l: l.fit(1, cbs=QuantAwareCallback()), teacher=lambda l: l.fit(1, cbs=DistillCallback(mlp(32))),
+    export=lambda l: l.export_onnx(), decompose=lambda l: l.decompose(params=.9))
+
+@pytest.mark.parametrize('verb', verbs.values(), ids=verbs)
+def test_a_step_of_its_own(verb, tmp_path):
+    "What it gives to the model nobody else can, so it has to be the batch"
+    def made():
+        l = learner(mlp(32))
+        l.__class__,l.path = Stepped,tmp_path
+        return l
+    verb(made())
+    l = made()
+    l.change = lambda x: x*50
+    was = l.model.state_dict()
+    with pytest.raises(ValueError, match='Stepped calls its model with something else than `xb`.*Let a callback change'): verb(l)
+    assert was.keys()==l.model.state_dict().keys() and list(masked(l.model))==[]

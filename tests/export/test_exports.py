@@ -283,6 +283,23 @@ def test_complex_numbers_have_no_place_in_a_file(tmp_path):
     eq(learn.quantize(timed=False).model.report.n_int8, 1)
     with pytest.raises(ValueError, match='takes complex numbers'): to_onnx(nn.Identity(), torch.zeros(2,3, dtype=torch.cfloat))
 
+class Mends(nn.Module):
+    "Goes another way where sizes are odd, as U-nets do"
+    def __init__(self):
+        super().__init__()
+        self.down,self.up,self.out = nn.Conv2d(3,8,3,2,1),nn.ConvTranspose2d(8,8,2,2),nn.Conv2d(11,3,1)
+    def forward(self, x):
+        y = self.up(self.down(x))
+        if y.shape[-1]!=x.shape[-1]: y = F.interpolate(y, x.shape[-2:])
+        return self.out(torch.cat([x,y], 1)).mean((2,3))
+
+def test_another_way_for_other_sizes(tmp_path):
+    learn = learner(Mends(), path=tmp_path)
+    learn.quantize(timed=False)
+    for go in (learn.quantize,learn.export_onnx):
+        with pytest.raises((ValueError,RuntimeError), match='does not run on inputs of shape'): go(dynamic=True)
+    eq(list(tmp_path.glob('*.onnx')), [])
+
 class Kept(nn.Module):
     "Has a part that stays in training mode, by its own `train` or since PyTorch does not see it"
     def __init__(self, part, listed=False):
