@@ -200,6 +200,10 @@ def layer_nodes(
         if k in const and k.endswith(('.weight','.weight_scale')): of.setdefault(path_of(k), []).append(uses(k))
     computed = {k:list(filter(None, us)) for k,us in of.items() if any(us)} # one that the model returns computes nothing
     found = {k:[n for o,n in first.items() if all(o in x for x in more)] for k,(first,*more) in computed.items()}
+    for k in [k for k in users if k in const and k.endswith('.bias')]: # which tells layers of one weight apart
+        path = k.removesuffix('.bias')
+        mine = [n for n in uses(k).values() if path not in found or any(n is o for o in found[path])]
+        if mine: found[path] = mine
     return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul')}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02

@@ -37,6 +37,10 @@ def altered(
 def _least(outputs, k): return min((v for o in outputs if (v:=getattr(o, k)) is not None), default=None)
 
 # %% ../../nbs/export/03_stored.ipynb #03stor0013
+def _as_run(who, kernel):
+    if kernel is None: return 'in the file it is not told apart from a layer of the same weight'
+    return f'{who} runs it as {kernel}'
+
 def report_on(
     r:FakeQuant,   # Of the simulation
     engine:Engine, # Runs the file
@@ -48,7 +52,7 @@ def report_on(
     who = 'ONNX Runtime' if type(engine) is Engine else type(engine).__name__
     kernels,why = engine.kernels(engine.data),dict(r.float_layers)
     for k in [k for k in r.layers if k not in r.weights_only]:
-        if not engine.in_integers(str(kernels.get(k))): why[k] = f'{who} runs it as {kernels.get(k)}'
+        if not engine.in_integers(str(kernels.get(k))): why[k] = _as_run(who, kernels.get(k))
     alone = {k:w.grid.bits for k,w in r.weights.items() if k in r.weights_only}
     n,floats = len(r.layers)+len(r.float_layers),alone.keys()|why.keys()
     facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.layers}

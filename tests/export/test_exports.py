@@ -300,6 +300,21 @@ def test_another_way_for_other_sizes(tmp_path):
         with pytest.raises((ValueError,RuntimeError), match='does not run on inputs of shape'): go(dynamic=True)
     eq(list(tmp_path.glob('*.onnx')), [])
 
+class TiedLayers(nn.Module):
+    "Two layers of one weight, of which the second comes first in a forward pass"
+    def __init__(self):
+        super().__init__()
+        self.fc,self.a,self.b = nn.Linear(192,32),nn.Linear(32,32),nn.Linear(32,32)
+        self.b.weight,self.out = self.a.weight,nn.Linear(32,3)
+    def forward(self, x): return self.out(self.a(self.b(self.fc(x.flatten(1)).relu()).relu()).relu())
+
+def test_layers_of_one_weight_are_told_apart(tmp_path):
+    q = learner(TiedLayers(), path=tmp_path).quantize(timed=False)
+    proto = onnx.load_from_string(q.model.data)
+    eq(layer_nodes(proto).keys(), {'fc','a','b','out'})
+    assert [n.name for n in proto.graph.node if n.op_type=='Gemm']==['fc','b','a','out']
+    assert 'None' not in str(q.model.report.float_layers) and q.model.report.n_int8==4
+
 class Kept(nn.Module):
     "Has a part that stays in training mode, by its own `train` or since PyTorch does not see it"
     def __init__(self, part, listed=False):
