@@ -112,19 +112,23 @@ def _may_shape(
     hears = [e for e in _events if hasattr(type(cb), e) or e in vars(cb)]
     return bool(hears) and cb.run and cb.run_valid
 
+def _weights(model): return id(model),f'{sum(p.detach().double().sum().item() for p in model.parameters()):.12g}'
+
 class _Witness(Callback):
-    "Lets `cb` do what it does, and notes whether that changes batch or prediction, or puts part of the model into training mode"
-    def __init__(self, cb): self.cb,self.order,self.shapes,self.trains = cb,cb.order,False,[]
+    "Lets `cb` do what it does, and notes whether that changes batch or prediction, the model's weights, or puts part of it into training mode"
+    def __init__(self, cb): self.cb,self.order,self.shapes,self.swaps,self.trains = cb,cb.order,False,False,[]
     def seen(self):
         found = [getattr(self.learn, k, None) for k in ('dl','xb','pred')]
         return found,[(t,t._version) for t in tensors(found[1:])]
     def __call__(self, event):
         (objs,given),modes = self.seen(),[m.training for m in self.learn.model.modules()]
+        before = event in _events[:2] and _weights(self.learn.model)
         self.cb(event)
+        if before and before!=_weights(self.learn.model): self.swaps = True
         (objs1,given1),named = self.seen(),self.learn.model.named_modules()
         same = len(given)==len(given1) and all(a is b and v==w for (a,v),(b,w) in zip(given, given1))
         self.shapes = self.shapes or not same or any(a is not b for a,b in zip(objs, objs1))
-        self.trains += [k for (k,m),was in zip(named, modes) if m.training and not was]
+        self.trains += [k for (k,m),was in zip(named, modes) if m.training and not was and not self.swaps]
 
 # %% ../../nbs/callback/01_data.ipynb #18datat005
 class _Keep(Callback):
@@ -273,11 +277,13 @@ def some_inputs(
 def check_modes(
     learn:Learner # Left as it is
 ):
-    "Warn of callbacks that put part of the model into training mode in validation"
+    "Warn of callbacks that put part of the model into training mode in validation; raises `ValueError` if one gives it other weights"
     for w in _witnesses(learn):
+        name = type(w.cb).__name__
+        if w.swaps: raise ValueError(f"{name} validates another model, or other weights, than those of `learn.model`, of which a copy was to be made. Put them into the model, or leave the callback out: `with learn.removed_cbs(learn.{w.cb.name}): ...`.")
         if not w.trains: continue
         names = ', '.join(map(repr, dict.fromkeys(w.trains)))
-        warn(f"{type(w.cb).__name__} puts {names} into training mode in validation, so the predictions of this Learner are random. Those of the new one are not: it runs the model in evaluation mode.")
+        warn(f"{name} puts {names} into training mode in validation, so the predictions of this Learner are random. Those of the new one are not: it runs the model in evaluation mode.")
 
 # %% ../../nbs/callback/01_data.ipynb #18databa7002
 def with_bar(

@@ -237,6 +237,7 @@ def export_onnx(self:Learner,
     if fake_quant_of(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take fake-quant off with `learn.remove_quant()`.")
     last = self.dls[-1]
     if not len(self.dls.train) and not len(last): raise ValueError("Exporting needs a batch of inputs to see what the model does, and this Learner has no data (`load_learner` leaves it out). Call `export_onnx` where it was trained.")
+    check_modes(self)
     xb = some_inputs(self, last if len(last) else None)
     return write_whole(fname, _float_file(self, to_device(xb, 'cpu'), dynamic, opset))
 
