@@ -11,7 +11,7 @@ from fastai.basics import *
 from ..core.model import inner_model, tensors
 
 # %% auto #0
-__all__ = ['FitCallback', 'own_step', 'called_with']
+__all__ = ['FitCallback', 'Float32Callback', 'check_parameters', 'own_step', 'called_with']
 
 # %% ../../nbs/callback/00_core.ipynb #00cbcore02
 class FitCallback(Callback):
@@ -69,6 +69,20 @@ def fit(self:Learner, n_epoch, lr=None, wd=None, cbs=None, **kwargs):
                 cb.over()
 
 Learner.fit.__wrapped__ = _fit
+
+# %% ../../nbs/callback/00_core.ipynb #18data00f322
+class Float32Callback(Callback):
+    "Cast the floating-point tensors of each batch to float32"
+    order = 100 # after what others make of a batch
+    def before_batch(self): self.learn.xb,self.learn.yb = to_float(self.xb),to_float(self.yb)
+
+# %% ../../nbs/callback/00_core.ipynb #00cbnop02
+def check_parameters(
+    learn:Learner
+):
+    "Raise a `ValueError` if the model of `learn` has no parameters"
+    if next(learn.model.parameters(), None) is None:
+        raise ValueError(f"{type(learn.model).__name__} has no parameters, so there is nothing to be done to it, and fastai runs no such model.")
 
 # %% ../../nbs/callback/00_core.ipynb #00cbstep03
 def own_step(

@@ -23,7 +23,7 @@ from .core import *
 
 # %% auto #0
 __all__ = ['check_dl', 'calibration_dl', 'valid_dl', 'shapers', 'twin_of', 'dividing', 'batches_of', 'inputs', 'some_inputs',
-           'check_modes', 'with_bar', 'Float32Callback']
+           'check_modes', 'with_bar']
 
 # %% ../../nbs/callback/01_data.ipynb #18datac58c9c
 class _Idxs:
@@ -250,6 +250,7 @@ def batches_of(
     parts:bool=True # Raise a `ValueError` if the model runs on no part of a batch?
 )->list: # Inputs and targets of each, both tuples
     "The first batches of `dl`, as the model gets them; raises `ValueError` if there are none"
+    check_parameters(learn)
     cbs = shapers(learn)
     twin,keep = _like(learn, learn.model, cbs),_Keep(n, runs=bool(cbs) or own_step(learn))
     twin.loss_func = _NoLoss(learn.loss_func)
@@ -292,9 +293,3 @@ def with_bar(
 ):
     "`items` with a progress bar that is gone afterwards"
     return progress_bar(items, leave=False) if hasattr(learn, 'progress') else items
-
-# %% ../../nbs/callback/01_data.ipynb #18data00f322
-class Float32Callback(Callback):
-    "Cast the floating-point tensors of each batch to float32"
-    order = 100 # after what others make of a batch
-    def before_batch(self): self.learn.xb,self.learn.yb = to_float(self.xb),to_float(self.yb)

@@ -20,6 +20,7 @@ from ..quant.prepare import *
 from ..export.runnable import *
 from ..export.engine import *
 from ..export.report import *
+from ..callback.core import *
 from ..callback.data import *
 from .text import *
 from .core import *
@@ -40,6 +41,7 @@ def compare(self:Learner,
     "Size, work, latency, metrics and agreement of `self` and `others`; of an int8 file also the latency of the same net in float in its engine"
     for o in others: check_kind('others', o, Learner, 'pass Learners.')
     learns = (self,*others)
+    for o in learns: check_parameters(o)
     names = _names(learns) if names is None else as_names('names', names)
     if len(set(names))!=len(learns): raise ValueError(f"names={names}: {len(learns)} Learners want as many names.")
     dl = valid_dl(self, dl)

@@ -93,6 +93,8 @@ def _watched(learn, criterion, layers, dl):
 # %% ../../nbs/learner/02_prune.ipynb #23prun40bb00
 def _gradients(learn, layers, names, dl):
     model = clean_copy(learn.model)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("The criterion needs gradients, and all parameters are frozen: set `requires_grad_()` of the model, or use a criterion like 'magnitude'.")
     cb = StatisticsCallback({k:model.get_submodule(k) for k in layers}, names)
     scratch = trainable_twin(learn, model)
     scratch.dls = DataLoaders(dl, dl)

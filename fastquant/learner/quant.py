@@ -30,6 +30,7 @@ from ..export.openvino import *
 from ..export.verify import *
 from ..export.report import *
 from ..export.check import *
+from ..callback.core import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from ..callback.quant import *

@@ -129,3 +129,14 @@ def test_checkpoint_that_is_none(learn, content):
     torch.save(dict(model=content, opt={}), learn.path/'models/bad.pth')
     with pytest.raises(ValueError, match='where the tensors of a model should be, by name'): learn.load('bad')
     assert same(was, state(learn.model))
+
+def test_all_frozen(learn):
+    learn.model.requires_grad_(False)
+    with pytest.raises(ValueError, match='all parameters are frozen: set `requires_grad_'): learn.prune(.5, criterion='taylor')
+    learn.model.requires_grad_()
+    assert masked(learn.prune(.5, criterion='taylor').model)
+
+@pytest.mark.parametrize('verb', [lambda l: l.prune(.5), lambda l: l.quantize(), lambda l: l.export_onnx(), lambda l: l.decompose(params=.5), lambda l: l.compare(l)])
+def test_no_parameters(learn, verb):
+    learn.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.ReLU())
+    with pytest.raises(ValueError, match='Sequential has no parameters'): verb(learn)
