@@ -78,7 +78,7 @@ class Float32Callback(Callback):
 
 # %% ../../nbs/callback/00_core.ipynb #00cbnop02
 def check_parameters(
-    learn:Learner
+    learn:Learner # Of any model
 ):
     "Raise a `ValueError` if the model of `learn` has no parameters"
     if next(learn.model.parameters(), None) is None:
@@ -86,11 +86,12 @@ def check_parameters(
 
 # %% ../../nbs/callback/00_core.ipynb #00cbstep03
 def own_step(
-    learn:Learner
+    learn:Learner # Of any class
 )->bool:
     "Whether the class of `learn` has a step of its own, so that its model may be called in any way"
     return type(learn)._do_one_batch is not Learner._do_one_batch
 
+# %% ../../nbs/callback/00_core.ipynb #00cbstep06
 def _alike(a, b): return a is b or a.shape==b.shape and a.dtype==b.dtype and a.equal(b)
 
 @contextmanager

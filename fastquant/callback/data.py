@@ -112,6 +112,7 @@ def _may_shape(
     hears = [e for e in _events if hasattr(type(cb), e) or e in vars(cb)]
     return bool(hears) and cb.run and cb.run_valid
 
+# %% ../../nbs/callback/01_data.ipynb #18datat021
 def _weights(model): return id(model),f'{sum(p.detach().double().sum().item() for p in model.parameters()):.12g}'
 
 class _Witness(Callback):

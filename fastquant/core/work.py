@@ -17,14 +17,14 @@ __all__ = ['flop_counter']
 def _onednn_rnn(x, w_in, w_back, *args, **kwargs): return 2*x[:-1].numel()*(w_in.numel()+w_back.numel())
 def _cudnn_rnn(x, weights, *args, **kwargs): return 2*x[:-1].numel()*sum(w.numel() for w in weights if len(w)==2)
 
+# %% ../../nbs/core/01_work.ipynb #04tracflop7
 def _bilinear(x, w, *args, **kwargs): return 2*x[0]*w.numel()
 def _times_vector(a, b, *args, **kwargs): return 2*a.numel()
-def _plus_times_vector(c, a, b, *args, **kwargs): return 2*a.numel()
-def _sum_of_products(c, a, b, *args, **kwargs): return 2*a.numel()*b[-1]
+def _plus(c, a, b, *args, **kwargs): return 2*a.numel()*(b[-1] if len(b)>1 else 1)
 
 _aten = torch.ops.aten
 _uncounted = {_aten.mkldnn_rnn_layer:_onednn_rnn, _aten._cudnn_rnn:_cudnn_rnn, _aten._trilinear:_bilinear, _aten.mv:_times_vector, _aten.dot:_times_vector,
-    _aten.addmv:_plus_times_vector, _aten.addbmm:_sum_of_products}
+    _aten.addmv:_plus, _aten.addbmm:_plus}
 
 # %% ../../nbs/core/01_work.ipynb #04tracflop2
 class _NoModules(nullcontext): parents = {'Global'}

@@ -142,6 +142,7 @@ def check_asked(
 
 def _is_auto(o): return isinstance(o, str) and o=='auto'
 
+# %% ../../nbs/distill/01_outputs.ipynb #1574b598
 _of_probabilities = nn.BCELoss,F.binary_cross_entropy
 def _check_logits(loss, loss_func):
     "Raise a `ValueError` if `loss` would make probabilities of probabilities"

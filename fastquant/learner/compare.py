@@ -78,7 +78,7 @@ def _names(learns):
     def numbered(k, before): return f'{k} {before+1}' if before else k
     return [numbered(k, kinds[:i].count(k)) for i,k in enumerate(kinds)]
 
-# %% ../../nbs/learner/04_compare.ipynb #22cmpgath1
+# %% ../../nbs/learner/04_compare.ipynb #22cmpgath3
 class _Drawn(Callback):
     "What the data gives adds up to, before anybody changes it"
     order = -1000
