@@ -25,6 +25,7 @@ from ..quant.weights import beside, path_of
 from ..quant.fakequant import fake_quant_of
 from .dims import *
 from .graph import *
+from .halves import *
 from .lowbit import *
 from .older import *
 from .recurrent import *
@@ -137,9 +138,14 @@ def to_onnx(
         raise _not_exported(model, xb, dims, e) from e
     name_dims(proto.graph, dims)
     r = fake_quant_of(model)
-    grids = {k:w.grid for k,w in r.weights.items()} if r else {}
-    proto = keep_float(tidy(proto), r.weights_only if r else ())
-    return lowered(pack(proto, grids, opset), opset)
+    return lowered(_stored(tidy(proto), r, opset) if r else keep_float(tidy(proto)), opset)
+
+def _stored(proto, r, opset):
+    "The file of a model that rounds as `r` says, with each weight in as few bytes as it takes"
+    grids = {k:w.grid for k,w in r.weights.items() if not w.half}
+    halves = dict.fromkeys([*r.halves.values(),*(w.grid for w in r.weights.values() if w.half)])
+    proto = pack(keep_float(proto, r.weights_only&set(grids)), grids, opset)
+    return keep_halves(proto, halves)
 
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"

@@ -121,6 +121,7 @@ def ranges(
     "How activations and weights of `model` are rounded; raises `ValueError` if it is not prepared"
     r = fake_quant_of(model)
     if r is None: raise ValueError("Nothing is rounded in this model: `prepare` it, train it with `QuantAwareCallback`, or calibrate it with `PTQCalibrate`.")
+    nan = float('nan')
     def row(name, what, spec, s, z):
         g = spec.grid
         most = s.max().item()
@@ -129,6 +130,7 @@ def ranges(
     def of_site(o):
         what = 'input' if o in r.doors.values() else 'output'
         return row(o.source, what, o.spec, o.scale, o.zero_point.item())
-    def of_weight(k, w): return row(k, 'weight', w, r.weight_scale[r.slices[k]], 0)
+    def in_half(k): return {'layer':k, 'what':'weight', 'bits':16, 'from':nan, 'to':nan, 'step':nan, 'learned':False}
+    def of_weight(k, w): return in_half(k) if w.half else row(k, 'weight', w, r.weight_scale[r.slices[k]], 0)
     sites = [of_site(o) for o in r.all]
     return pd.DataFrame(sites+[of_weight(*o) for o in r.weights.items()])

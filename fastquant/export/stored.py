@@ -8,6 +8,8 @@ Docs: https://fastquant-dev.github.io/fastquant/export/stored.html.md"""
 from __future__ import annotations
 import onnx, torch
 from torch import nn
+from ..quant.grid import *
+from ..quant.half import *
 from ..quant.fakequant import *
 from .graph import *
 from .onnx import *
@@ -26,15 +28,45 @@ def altered(
     "Paths of layers of which only the weights are integers, and whose weights in the file are other ones"
     r,nodes = fake_quant_of(sim),layer_nodes(proto)
     names = {k:nodes[k].input[1] for k in nodes if k in r.weights_only}
-    found = constants(proto, list(set(names.values())))
+    found,halves = constants(proto, list(set(names.values()))),_in_halves(proto)
+    def there(k, shape):
+        if r.weights[k].half: return halves.get(shape, [])
+        return [torch.tensor(found[names[k]])] if k in names else []
     def same(k):
         want = r.as_floats(k)[0]
-        got = torch.tensor(found[names[k]]) if k in names else torch.empty(0)
-        return got.equal(want) or want.ndim==2 and got.equal(want.T)
+        ways = [want,want.T] if want.ndim==2 else [want]
+        return any(o.equal(w) for o in there(k, want.shape) for w in ways)
     return [k for k in r.layers if k in r.weights_only and not same(k)]
+
+def _in_halves(
+    proto:onnx.ModelProto # A file
+)->dict: # Lists by shape, of a matrix also by that of its transpose
+    "The weights that are floats in a file, in whatever precision"
+    found = {}
+    for i in proto.graph.initializer:
+        if i.data_type not in _floats or len(i.dims)<2: continue
+        w = torch.tensor(onnx.numpy_helper.to_array(i).astype('float32'))
+        for shape in {w.shape,w.T.shape if w.ndim==2 else w.shape}: found.setdefault(shape, []).append(w)
+    return found
+
+_floats = onnx.TensorProto.FLOAT,onnx.TensorProto.FLOAT16,onnx.TensorProto.BFLOAT16
 
 # %% ../../nbs/export/03_stored.ipynb #03stor0012
 def _least(outputs, k): return min((v for o in outputs if (v:=getattr(o, k)) is not None), default=None)
+
+# %% ../../nbs/export/03_stored.ipynb #03storhal2
+def _stored_as(grid): return grid.bits if isinstance(grid, Grid) else str(grid).removeprefix('torch.')
+
+def _alone(r):
+    "Bits, or the type, of weights that are nothing but stored, by what they are of"
+    found = {k:_stored_as(w.grid) for k,w in r.weights.items() if k in r.weights_only}
+    for k,dtype in r.halves.items(): found[half_key(r.model, k)] = _stored_as(dtype)
+    return found
+
+def _beyond(r):
+    "Why weights are in float that were to be in half precision, by what they are of"
+    def key(k): return half_key(r.model, k) if k in r.halves else k
+    return {key(k):f'its largest value, {v:.4g}, is infinite in half precision' for k,v in r.beyond.items()}
 
 # %% ../../nbs/export/03_stored.ipynb #03stor0013
 def _as_run(who, kernel):
@@ -53,8 +85,9 @@ def report_on(
     kernels,why = engine.kernels(engine.data),dict(r.float_layers)
     for k in [k for k in r.layers if k not in r.weights_only]:
         if not engine.in_integers(str(kernels.get(k))): why[k] = _as_run(who, kernels.get(k))
-    alone = {k:w.grid.bits for k,w in r.weights.items() if k in r.weights_only}
-    n,floats = len(r.layers)+len(r.float_layers),alone.keys()|why.keys()
+    why.update(_beyond(r))
+    alone = {k:v for k,v in _alone(r).items() if k not in why}
+    n,floats = len({*r.layers,*alone,*why}),alone.keys()|why.keys()
     facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.layers}
     found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
     return Report(n, n-len(floats), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)

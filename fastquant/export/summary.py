@@ -30,7 +30,7 @@ class Report:
     sqnr_ties:float|None=None # Of the simulation's output against itself when near ties break otherwise, in dB; 200 if none does
     float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
     outputs:tuple=()    # An `OutputCheck` for each output
-    weights_only:dict=field(default_factory=dict) # Bits of the weights of layers that compute in float, of which only these are integers, by module path
+    weights_only:dict=field(default_factory=dict) # Bits, or the type in half precision, of the weights of what computes in float, of which only these are smaller, by module path
     def __post_init__(self):
         checks = [OutputCheck(**o) if isinstance(o, dict) else o for o in self.outputs]
         object.__setattr__(self, 'outputs', tuple(checks))
@@ -74,6 +74,6 @@ def _layers(self:Report):
     "How many layers are quantized, and how"
     full,alone = f'{self.n_int8} of {self.n_layers} layers quantized',len(self.weights_only)
     if not alone: return full
-    bits = ' and '.join(f'int{b}' for b in sorted(set(self.weights_only.values())))
+    bits = ' and '.join(sorted({b if isinstance(b, str) else f'int{b}' for b in self.weights_only.values()}))
     if self.n_int8: return f'{full}, {alone} with weights in {bits} that compute in float'
     return f'{alone} of {self.n_layers} layers with weights in {bits}, and the work in float: smaller, not faster'

@@ -22,6 +22,7 @@ from ..quant.rungs import *
 from ..quant.equalize import *
 from ..quant.bias import *
 from ..export.dims import *
+from ..export.halves import *
 from ..export.older import *
 from ..export.runnable import *
 from ..export.onnx import *
@@ -133,6 +134,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     next(steps)
     rounded = copy_model(model).cpu()
     sim = convert(model)
+    _say_if_beyond(sim)
     (xb,yb),*_ = batches = to_device(batches, 'cpu')
     _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")
     proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
@@ -146,6 +148,10 @@ def _verified(learn, model, batches, trained, engine, **how):
     return to_bytes(proto, report=asdict(report), **_said(learn, float_, xb, dynamic))
 
 _hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
+
+def _say_if_beyond(sim):
+    for k,v in fake_quant_of(sim).beyond.items():
+        warn(f"{k!r} has a weight of {v:.4g}, which is infinite in half precision, so it stays in float. Use 'bf16', which reaches as far as float; or find out why it is so large.")
 
 def _say_if_noisy(report):
     if report.trained: return
@@ -242,21 +248,28 @@ def export_onnx(self:Learner,
     xb = some_inputs(self, last if len(last) else None)
     return write_whole(fname, _float_file(self, to_device(xb, 'cpu'), dynamic, opset))
 
+def _as_computed(learn, xb):
+    "A copy of the model of `learn`, and `xb`, in the precision that a file computes in, and in what it keeps the weights if that is another one"
+    model = copy_model(learn.model).cpu()
+    other = set(other_precision(model).values())
+    if other=={torch.bfloat16}: return model.float(),to_float(xb),[*other] # engines have no kernels for it on a CPU
+    if len(other)==1: xb = map_tensors(lambda x: x.to(*other) if x.is_floating_point() else x, xb)
+    return model,xb,[]
+
 def _float_file(learn, xb, dynamic, opset):
     "The file's bytes for the float model of `learn`, checked on `xb`"
-    model = made_runnable(copy_model(learn.model)).cpu()
+    whole,xb,kept = _as_computed(learn, xb)
+    model = made_runnable(copy_model(whole))
     dynamic = any_length(model, dynamic)
-    other = set(other_precision(model).values())
-    if len(other)==1: xb = map_tensors(lambda x: x.to(*other) if x.is_floating_point() else x, xb)
     check_evaluates(model, first_items(xb, 8))
     check_repeats(model, first_items(xb, 8))
-    if has_other(learn.model): _check_made(learn, copy_model(learn.model).cpu(), model, [xb])
-    proto = to_onnx(model, *xb, dynamic=dynamic, opset=opset)
+    if has_other(whole): _check_made(learn, whole, model, [xb])
+    proto = keep_halves(to_onnx(model, *xb, dynamic=dynamic, opset=opset), kept)
     data = to_bytes(proto, **_said(learn, model, xb, dynamic))
     others = at_other_sizes(model, xb, free_dims(dynamic, xb))
     try: check_export(model, data, first_items(xb, 5), *others)
     except ValueError as e:
-        if not other: raise
+        if not (other:=set(other_precision(model).values())): raise
         raise ValueError(f"ONNX Runtime does not run this model in {', '.join(map(str, other))} on a CPU, so nobody could check the file: {e} Cast the model with `learn.model.float()`, and export then.") from e
     return data
 

@@ -14,6 +14,7 @@ from ..core.model import inner_model
 from .grid import *
 from .pairs import *
 from .site import Site
+from .half import *
 from .fakequant import *
 from .prepare import *
 
@@ -68,6 +69,7 @@ def shifted(
 # %% ../../nbs/quant/09_convert.ipynb #06conva820d5
 def _convert_layer(r, path, sx, w, b, k):
     m,spec = r.home(path),r.weights[path]
+    if spec.half: return _convert_half(r, path, w, b, k)
     s = r.weight_scale[r.slices[path]]
     if not spec.by_channel: s = s[0]
     q,s,qb,sb = integer_weight(w, None if sx is None else b, sx, s, spec.grid, k, r.fit(path))
@@ -75,6 +77,19 @@ def _convert_layer(r, path, sx, w, b, k):
     if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
     elif b is not None: _set_float(m, 'bias', b)
 
+# %% ../../nbs/quant/09_convert.ipynb #06convhalf2
+def _convert_half(r, path, w, b, k):
+    m = r.home(path)
+    if k is not None: w = w*along(k, w)
+    _set_float(m, 'weight', _halved(r, path, w, r.weights[path].grid))
+    if b is not None: _set_float(m, 'bias', b)
+
+def _halved(r, name, w, dtype):
+    "`w` in half precision; noted if that has no room for it"
+    if (most:=beyond(w, dtype)) is not None: r.beyond[name] = most
+    return round_half(w, dtype)
+
+# %% ../../nbs/quant/09_convert.ipynb #06convhalf4
 @torch.no_grad()
 def convert(
     model:nn.Module # A prepared model with ranges; changed in place, so pass a copy
@@ -93,6 +108,9 @@ def convert(
             _,b,k = folded(w, b, model.get_submodule(norm[0]))
             r.folded.add(norm)
         _convert_layer(r, path, site and site.scale, w, b, k)
+    for k,dtype in r.halves.items():
+        p = model.get_parameter(k)
+        p.data = _halved(r, k, p.data, dtype)
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()

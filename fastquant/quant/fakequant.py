@@ -19,6 +19,7 @@ from ..core.attach import *
 from ..core.recompute import *
 from .spec import *
 from .plan import *
+from .half import *
 from .site import *
 from .weights import *
 
@@ -35,7 +36,10 @@ class FakeQuant(Attachment, LayerWeights):
         plan:Plan,       # What runs in int8
         floats:dict      # Why other layers do not
     ):
-        self.model,self.spec,self.float_layers = model,plan.spec,floats
+        self.model,self.spec = model,plan.spec
+        self.halves,self.beyond = half_weights(model, plan),{}
+        of = {half_key(model, k) for k in self.halves}|set(self.halves)
+        self.float_layers = {k:why for k,why in floats.items() if k not in of}
         self.work = plan.work(model)
         self.set_sites(plan)
         self.set_layers(plan)

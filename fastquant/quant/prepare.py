@@ -196,6 +196,7 @@ def weight_range(
 )->Tensor:
     "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
     w = w.detach()
+    if spec.half: return w.new_ones(1) # there is none
     o = spec.watcher(len(w)).to(w.device)
     o(w.flatten(1) if spec.by_channel else w.reshape(1,-1))
     s,_ = qparams(*o.range(spec.grid), spec.grid)

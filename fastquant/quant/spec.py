@@ -53,6 +53,7 @@ class TensorSpec:
         if not isinstance(self.granularity, granularities): raise ValueError(f"granularity={self.granularity!r}: pass PerTensor(), PerChannel() or PerGroup(n).")
         if not isinstance(self.grid, Grid) and self.grid not in halves: raise ValueError(f"grid={quoted(self.grid)}: pass a Grid, torch.float16 or torch.bfloat16.")
         if self.learned and (self.dynamic or self.half): raise ValueError("learned: there is no step size to learn where ranges are found while the model runs, or in half precision.")
+        if self.half and self.granularity!=PerTensor(): raise ValueError(f"granularity={self.granularity}: in half precision each number has a scale of its own. Leave `granularity` out.")
     @property
     def half(self)->bool: return not isinstance(self.grid, Grid)
     @property
@@ -153,6 +154,17 @@ def w8():
     "Weights in 8 bits, a scale for each output channel; activations and arithmetic in float"
     return Spec(TensorSpec(Grid(8), 'mse', PerChannel()), act=None)
 
+# %% ../../nbs/quant/04_spec.ipynb #03spechalf02
+@specs
+def fp16():
+    "Weights in float16; activations and arithmetic in float"
+    return Spec(TensorSpec(torch.float16), act=None)
+
+@specs
+def bf16():
+    "Weights in bfloat16; activations and arithmetic in float"
+    return Spec(TensorSpec(torch.bfloat16), act=None)
+
 # %% ../../nbs/quant/04_spec.ipynb #03spec1b4c1d
 def find_spec(
     o # The name of a spec, a `Spec`, or a class or function that makes one
@@ -170,7 +182,8 @@ def _not_yet(s):
     parts = [o for o in (s.weight,s.act,s.stream) if o]
     if isinstance(s.weight.granularity, PerGroup): yield 'PerGroup'
     if any(o.dynamic for o in parts): yield 'dynamic=True'
-    if any(o.half for o in parts): yield 'half precision'
+    if any(o.half for o in parts[1:]): yield 'arithmetic in half precision'
+    elif s.weight.half and s.act: yield 'weights in half precision beside rounded activations'
 
 def check_lowered(
     spec:Spec # What is wanted

@@ -75,7 +75,7 @@ def move_grids(
         rows = [i for i in rows if not r.all[i].spec.learned]
         if rows: put_rows(r, rows, *qparams(lo[rows], hi[rows], g))
     for k,spec in r.weights.items():
-        if spec.learned: continue
+        if spec.learned or spec.half: continue
         most = largest(r.weight_of(k), spec, k in r.paired)
         s = most/spec.grid.hi
         old = r.weight_scale.data[r.slices[k]]
@@ -129,6 +129,7 @@ def stay_inside(r):
 # %% ../../nbs/quant/08_train.ipynb #05atra21b15d
 def first_scale(w, spec, paired=False):
     "Scale, or scales, that the weight `w` starts training with"
+    if spec.half: return w.new_ones(1).detach()
     if not spec.learned:
         most = largest(w, spec, paired)
         return qparams(-most, most, spec.grid)[0]

@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from ..core.product import *
 from ..core.trace import *
 from .grid import *
+from .half import *
 from .lsq import *
 from .pairs import *
 from .site import *
@@ -117,6 +118,7 @@ def round_weight(self:LayerWeights, path, w):
     if not now:
         tie = self.act is Site.follow and spec.learned and distributed()
         return w+0*self.weight_scale.sum() if tie else w
+    if spec.half: return round_half(w, spec.grid)
     s = self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()
     k = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid)

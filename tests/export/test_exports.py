@@ -356,10 +356,9 @@ def test_other_precisions_are_exported_as_they_are(tmp_path):
         close(run(x.to(dtype)), learn.model.eval()(x.to(dtype)).detach(), 1e-2)
 
 def test_other_precisions_that_cannot_be_run_are_told(tmp_path):
-    for dtype in torch.bfloat16,torch.float64:
-        learn = learner(net().to(dtype), path=tmp_path)
-        with pytest.raises(ValueError, match=r'ONNX Runtime does not run .*Cast the model with `learn.model.float\(\)`'): learn.export_onnx()
-        eq(list(tmp_path.glob('*.onnx')), [])
+    learn = learner(net().to(torch.float64), path=tmp_path)
+    with pytest.raises(ValueError, match=r'ONNX Runtime does not run .*Cast the model with `learn.model.float\(\)`'): learn.export_onnx()
+    eq(list(tmp_path.glob('*.onnx')), [])
     learn.model.float()
     learn.export_onnx()
 
