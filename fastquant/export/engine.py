@@ -18,6 +18,7 @@ from ..core.plain import *
 from ..core.model import *
 from ..core.outputs import *
 from .graph import *
+from .groups import *
 from .onnx import *
 from .intact import *
 from .feed import *
@@ -102,16 +103,18 @@ def computed(self:Engine, opened, feed, names)->list:
 @patch(as_prop=True)
 def n_params(self:Engine)->int:
     "Weights and biases in the file; scales, zero points and running statistics are none"
-    g = onnx.load_from_string(self.data).graph
+    g = expanded(onnx.load_from_string(self.data)).graph
     rounding = nodes_of(g, 'QuantizeLinear', 'DequantizeLinear', 'Clip')
     aside = {i for n in rounding for i in n.input[1:]}
     aside |= {i for n in nodes_of(g, 'BatchNormalization') for i in n.input[3:]}
     value = lambda n: onnx.numpy_helper.to_array(n.attribute[0].t)
-    shapes = {n.output[0].removesuffix('_shape'):value(n) for n in nodes_of(g, 'Constant')}
+    made = {n.output[0]:value(n) for n in nodes_of(g, 'Constant')}
     def size(i):
-        dims = shapes.get(i.name, i.dims) if i.data_type==UINT8 else i.dims
+        if f'{i.name}_end' in made: return made[f'{i.name}_matrix'][0]*made[f'{i.name}_end'][0] # in groups, filled up
+        dims = made.get(f'{i.name}_shape', i.dims) if i.data_type==UINT8 else i.dims
         return math.prod(dims)
-    counted = [i for i in g.initializer if i.name not in aside and i.data_type!=INT64]
+    def is_scale(k): return k.removesuffix('_half').endswith('.weight_scale')
+    counted = [i for i in g.initializer if i.name not in aside and i.data_type!=INT64 and not is_scale(i.name)]
     return sum(map(size, counted))
 
 @patch(as_prop=True)
@@ -184,7 +187,7 @@ def said_of(
 @patch(as_prop=True)
 def n_macs(self:Engine)->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
-    proto = onnx.load_from_string(self.data)
+    proto = expanded(onnx.load_from_string(self.data))
     set_sizes(proto.graph, _sizes_in(self.metadata))
     g = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
@@ -237,7 +240,7 @@ def in_float(
     data:bytes # A file in QDQ form
 )->bytes:
     "The same net without rounding"
-    proto = onnx.load_from_string(data)
+    proto = expanded(onnx.load_from_string(data))
     g,const,same,kept = proto.graph,constant_names(proto),{},[]
     integers = {n.input[0] for n in nodes_of(g, 'DequantizeLinear')}
     weights = [n.output[0] for n in nodes_of(g, 'DequantizeLinear') if n.input[0] in const]

@@ -118,7 +118,7 @@ def _ends(ends, name):
     if len(ends)>1: names = [f'{name}_{i}' for i in range(len(ends))]
     return {o.name:k for o,k in zip(ends, names)}
 
-made_of_weights = 'int8','axis','shifts','mask','one','room','flat','zero','size','shape',*map(str, range(12)) # what packing adds to a weight's name
+made_of_weights = 'int8','axis','shifts','mask','one','room','flat','zero','size','shape','floats','by','each','whole','column','matrix','start','end','along',*map(str, range(12)) # what packing adds to a weight's name
 
 def name_values(
     graph:onnx.GraphProto # Changed in place

@@ -36,12 +36,12 @@ def lowered(
     "The model for a runtime that reads `opset` and no later one; raises `ValueError` if it has an operator that did not exist then"
     if opset is None: return proto
     if opset_of(proto)!=opset: proto = _older(proto, opset)
-    proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import))
+    proto.ir_version = onnx.helper.find_min_ir_version_for([o for o in proto.opset_import if not o.domain])
     return proto
 
 def _older(proto, opset):
     def newer():
-        kinds = {n.op_type for n in proto.graph.node}
+        kinds = {n.op_type for n in proto.graph.node if not n.domain}
         return sorted(k for k in kinds if not onnx.defs.has(k, opset))
     if newer(): proto = _written_out(proto, newer())
     try:

@@ -25,6 +25,7 @@ from ..quant.weights import beside, path_of
 from ..quant.fakequant import fake_quant_of
 from .dims import *
 from .graph import *
+from .groups import *
 from .halves import *
 from .lowbit import *
 from .older import *
@@ -41,8 +42,10 @@ def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
     end = lambda v: op.Constant(value=onnx.helper.make_tensor('', dtype, (), [v]))
     return op.Clip(q, end(lo), end(hi))
 def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q, scale, zero_point, axis=axis)
+def _from_groups(q, scale, n:int): return op.DequantizeLinear(q, scale, axis=1) # see `keep_groups`
 
-translation = {torch.ops.fastquant.quantize.default:_quantize, torch.ops.fastquant.dequantize.default:_dequantize, **recurrent_translation}
+_ours = torch.ops.fastquant
+translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups, **recurrent_translation}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoff6e1e
 def _adaptive_max_pool2d(x, output_size:Sequence[int]):
@@ -142,10 +145,12 @@ def to_onnx(
 
 def _stored(proto, r, opset):
     "The file of a model that rounds as `r` says, with each weight in as few bytes as it takes"
-    grids = {k:w.grid for k,w in r.weights.items() if not w.half}
-    halves = dict.fromkeys([*r.halves.values(),*(w.grid for w in r.weights.values() if w.half)])
+    groups = {k:w for k,w in r.weights.items() if w.by_group}
+    grids = {k:w.grid for k,w in r.weights.items() if not w.half and k not in groups}
+    halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups)]
+    proto = keep_groups(proto, groups, opset)
     proto = pack(keep_float(proto, r.weights_only&set(grids)), grids, opset)
-    return keep_halves(proto, halves)
+    return keep_halves(proto, dict.fromkeys(halves))
 
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
@@ -210,7 +215,7 @@ def layer_nodes(
         path = k.removesuffix('.bias')
         mine = [n for n in uses(k).values() if path not in found or any(n is o for o in found[path])]
         if mine: found[path] = mine
-    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul')}
+    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits')}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(

@@ -26,7 +26,7 @@ def opened_by_openvino(
     threads:int=1 # Threads it may use
 ): # An `openvino.CompiledModel`
     "The file, compiled for this processor as OpenVINO does for a single request at a time; raises `ImportError` without OpenVINO, and `ValueError` if it cannot run the file"
-    how = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY', INFERENCE_PRECISION_HINT='f32')
+    how = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY', INFERENCE_PRECISION_HINT='f32', DYNAMIC_QUANTIZATION_GROUP_SIZE='0')
     core = _core()
     try: return core.compile_model(core.read_model(data), 'CPU', how)
     except RuntimeError as e: raise ValueError(f"This is not an ONNX model that OpenVINO can run, or it is damaged: {str(e).splitlines()[0]}") from e

@@ -12,6 +12,7 @@ from ..quant.grid import *
 from ..quant.half import *
 from ..quant.fakequant import *
 from .graph import *
+from .groups import *
 from .onnx import *
 from .portable import *
 from .summary import *
@@ -31,6 +32,7 @@ def altered(
     found,halves = constants(proto, list(set(names.values()))),_in_halves(proto)
     def there(k, shape):
         if r.weights[k].half: return halves.get(shape, [])
+        if k in nodes and nodes[k].op_type=='MatMulNBits': return [torch.tensor(nbits_weight(proto.graph, nodes[k]))]
         return [torch.tensor(found[names[k]])] if k in names else []
     def same(k):
         want = r.as_floats(k)[0]

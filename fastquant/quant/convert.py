@@ -14,6 +14,7 @@ from ..core.model import inner_model
 from .grid import *
 from .pairs import *
 from .site import Site
+from .groups import *
 from .half import *
 from .fakequant import *
 from .prepare import *
@@ -70,6 +71,7 @@ def shifted(
 def _convert_layer(r, path, sx, w, b, k):
     m,spec = r.home(path),r.weights[path]
     if spec.half: return _convert_half(r, path, w, b, k)
+    if spec.by_group: return _convert_groups(r, path, w, b, k)
     s = r.weight_scale[r.slices[path]]
     if not spec.by_channel: s = s[0]
     q,s,qb,sb = integer_weight(w, None if sx is None else b, sx, s, spec.grid, k, r.fit(path))
@@ -88,6 +90,17 @@ def _halved(r, name, w, dtype):
     "`w` in half precision; noted if that has no room for it"
     if (most:=beyond(w, dtype)) is not None: r.beyond[name] = most
     return round_half(w, dtype)
+
+# %% ../../nbs/quant/09_convert.ipynb #06convgrou2
+def _convert_groups(r, path, w, b, k):
+    m,spec = r.home(path),r.weights[path]
+    s = group_scale(r.weight_scale[r.slices[path]])
+    q = quantize(spec.rows(w), s, torch.zeros_like(s, dtype=torch.int8), spec.grid)
+    q,s = spec.from_rows(q, w.shape).flatten(1),s.reshape(len(w), -1)
+    if k is not None: q,s = q*along(k.sign().to(torch.int8), q),group_scale(s*along(k.abs(), s))
+    r.shapes[path] = w.shape
+    set_integers(m, 'weight', q, s)
+    if b is not None: _set_float(m, 'bias', b)
 
 # %% ../../nbs/quant/09_convert.ipynb #06convhalf4
 @torch.no_grad()

@@ -13,7 +13,8 @@ from ..core.basics import *
 from .grid import *
 
 # %% auto #0
-__all__ = ['observers', 'Observer', 'min_max_of', 'MinMax', 'MovingAverage', 'Histogram', 'Percentile', 'MSE', 'Entropy']
+__all__ = ['observers', 'Observer', 'min_max_of', 'MinMax', 'MovingAverage', 'Histogram', 'Percentile', 'MSE', 'Entropy',
+           'Search', 'Hqq']
 
 # %% ../../nbs/quant/03_observe.ipynb #02obse002424
 observers = Registry('observer', lambda o: _makes_observers(o))
@@ -191,3 +192,49 @@ class Entropy(Histogram):
         even = total(kept)/total(filled.float()).clamp(min=1)
         return _divergence(kept+edge*clipped, even*filled)
     def range(self, grid): return _shrunk(self, grid)
+
+# %% ../../nbs/quant/03_observe.ipynb #02obsesea02
+class _Kept(Observer):
+    "Keeps the rows that it sees, and rounds them itself"
+    def __init__(self, n=1):
+        super().__init__(n)
+        self.seen = []
+    def forward(self, x):
+        lo,hi = min_max_of(x)
+        self.lo.copy_(torch.minimum(self.lo, lo))
+        self.hi.copy_(torch.maximum(self.hi, hi))
+        self.seen.append(x.detach())
+    def range(self, grid):
+        if not self.seen: return self.lo,self.hi
+        s,z = qparams(self.lo, self.hi, grid)
+        share = self.share(torch.cat(self.seen, 1), s[:,None], z[:,None], grid)
+        return self.lo*share,self.hi*share
+
+# %% ../../nbs/quant/03_observe.ipynb #02obsesea03
+@observers
+class Search(_Kept):
+    "The range on which rounding the values themselves makes the smallest mean squared error: keeps what it sees, so for weights"
+    steps = 24
+    def share(self, x, s, z, grid):
+        best = torch.full_like(self.lo, torch.inf)
+        share = torch.ones_like(best)
+        for f in torch.linspace(1, .5, self.steps).tolist():
+            e = (_rounded(x, f*s, z, grid).sub(z)*(f*s)-x).square().sum(1)
+            share = torch.where(e<best, f, share)
+            best = torch.minimum(e, best)
+        return share
+
+@observers
+class Hqq(_Kept):
+    "The range by half-quadratic quantization (Badri and Shaji 2023): keeps what it sees, so for weights"
+    steps,p,beta,kappa = 20,.7,10.,1.01
+    def share(self, x, s, z, grid):
+        own,beta = s.clone(),self.beta
+        for _ in range(self.steps):
+            q = _rounded(x, own, z, grid).sub(z)
+            e = x-q*own
+            e = e.sign()*(e.abs()-e.abs().clamp(min=1e-8)**(self.p-1)/beta).clamp(min=0)
+            fit = ((x-e)*q).sum(1, keepdim=True)/(q*q).sum(1, keepdim=True).clamp(min=1)
+            own = torch.where(fit>1e-30, fit, own)
+            beta *= self.kappa
+        return (own/s).squeeze(1)

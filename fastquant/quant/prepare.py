@@ -106,6 +106,8 @@ def cut(self:FakeQuant, path, recipe):
     for k,w in self.weights.items():
         key,rows = (f'{k}.weight' if k else 'weight'),self.slices[k]
         size,stay = rows.stop-rows.start,None
+        if w.by_group and (key in recipe.shapes or key in recipe.left):
+            raise ValueError(f"The weights of {k!r} share scales in groups along the input, which are others without some channels. Remove channels first, or take rounding off with `learn.remove_quant()`.")
         if w.by_channel:
             if key in recipe.shapes: size = recipe.shapes[key][0]
             stay = recipe.left.get(key, {}).get(0)
@@ -197,8 +199,9 @@ def weight_range(
     "The scale, or scales, for the weight `w` that its observer wants, and from there the best at which neighbours fit if they are to"
     w = w.detach()
     if spec.half: return w.new_ones(1) # there is none
-    o = spec.watcher(len(w)).to(w.device)
-    o(w.flatten(1) if spec.by_channel else w.reshape(1,-1))
+    rows = spec.rows(w)
+    o = spec.watcher(len(rows)).to(w.device)
+    o(rows)
     s,_ = qparams(*o.range(spec.grid), spec.grid)
     return portable_scale(w, s, spec.grid) if paired else s
 

@@ -6,9 +6,10 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/spec.html.md"""
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec6bbd29
 from __future__ import annotations
-import re, torch
+import math, re, torch, torch.nn.functional as F
 from dataclasses import InitVar, dataclass, fields, replace
 from fastcore.all import *
+from torch import Tensor
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.plain import *
@@ -58,14 +59,37 @@ class TensorSpec:
     def half(self)->bool: return not isinstance(self.grid, Grid)
     @property
     def by_channel(self)->bool: return isinstance(self.granularity, PerChannel)
+    @property
+    def by_group(self)->bool: return isinstance(self.granularity, PerGroup)
     def watcher(self,
-        n:int=1 # Channels
+        n:int=1 # Channels, or groups
     )->Observer:
         "A new observer for a tensor of `n` channels"
         n = as_count('n', n)
-        return observers.find(self.observer)(n if self.by_channel else 1)
+        return observers.find(self.observer)(1 if self.granularity==PerTensor() else n)
 
 granularities = PerTensor,PerChannel,PerGroup
+
+# %% ../../nbs/quant/04_spec.ipynb #03specrows2
+@patch
+def rows(self:TensorSpec,
+    w:Tensor # A weight, output channels first
+)->Tensor:
+    "`w` as a matrix, with a row for each scale"
+    if self.granularity==PerTensor(): return w.reshape(1,-1)
+    flat = w.flatten(1)
+    if not self.by_group: return flat
+    n = self.granularity.n
+    return F.pad(flat, (0, -flat.shape[1]%n)).reshape(-1,n)
+
+@patch
+def from_rows(self:TensorSpec,
+    rows:Tensor, # From `rows`
+    shape        # Of the weight
+)->Tensor:
+    "The weight that was made into rows"
+    if not self.by_group: return rows.reshape(shape)
+    return rows.reshape(shape[0], -1)[:,:math.prod(shape[1:])].reshape(shape)
 
 # %% ../../nbs/quant/04_spec.ipynb #03spece1c8e6
 @dataclass(frozen=True)
@@ -154,6 +178,11 @@ def w8():
     "Weights in 8 bits, a scale for each output channel; activations and arithmetic in float"
     return Spec(TensorSpec(Grid(8), 'mse', PerChannel()), act=None)
 
+@specs
+def w4():
+    "Weights in 4 bits, a scale for each 32 along the input; activations and arithmetic in float"
+    return Spec(TensorSpec(Grid(4), 'search', PerGroup(32)), act=None)
+
 # %% ../../nbs/quant/04_spec.ipynb #03spechalf02
 @specs
 def fp16():
@@ -180,7 +209,7 @@ def find_spec(
 def _not_yet(s):
     "What of `s` itself no engine is given yet"
     parts = [o for o in (s.weight,s.act,s.stream) if o]
-    if isinstance(s.weight.granularity, PerGroup): yield 'PerGroup'
+    if s.weight.by_group and s.act: yield 'PerGroup beside rounded activations'
     if any(o.dynamic for o in parts): yield 'dynamic=True'
     if any(o.half for o in parts[1:]): yield 'arithmetic in half precision'
     elif s.weight.half and s.act: yield 'weights in half precision beside rounded activations'

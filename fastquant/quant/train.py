@@ -88,9 +88,10 @@ def largest(
 )->Tensor: # One value, or one a channel
     "The largest absolute value in `w`, or in each of its channels, that its grid has to hold; if neighbours have to fit, so has the largest sum of them"
     w = w.detach().float()
-    most = w.abs().flatten(1).amax(1)
-    if paired: most = torch.maximum(most, largest_pair(w)*spec.grid.hi/pair_limit)
-    return most if spec.by_channel else most.amax()[None]
+    most = spec.rows(w).abs().amax(1)
+    if not paired: return most
+    pairs = largest_pair(w)*spec.grid.hi/pair_limit
+    return torch.maximum(most, pairs if spec.by_channel else pairs.amax()[None])
 
 # %% ../../nbs/quant/08_train.ipynb #05atrada697e
 def unseen(
@@ -134,8 +135,7 @@ def first_scale(w, spec, paired=False):
         most = largest(w, spec, paired)
         return qparams(-most, most, spec.grid)[0]
     w = w.detach().abs()
-    mean = w.flatten(1).mean(1) if spec.by_channel else w.mean()[None]
-    return first_step(mean, spec.grid)
+    return first_step(spec.rows(w).mean(1), spec.grid)
 
 def first_scales(
     model:nn.Module # A prepared model

@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from ..core.product import *
 from ..core.trace import *
 from .grid import *
+from .groups import *
 from .half import *
 from .lsq import *
 from .pairs import *
@@ -54,7 +55,7 @@ class LayerWeights:
         self.modules = [k for k in self.layers if k not in self.products]
         def used(k): return plan.tr.elsewhere.intersection((f'{k}.weight'.lstrip('.'),f'{k}.bias'.lstrip('.')))
         self.apart = {*self.products,*filter(used, self.modules)}
-        self.integers = nn.Module()
+        self.integers,self.shapes = nn.Module(),{}
         portable = [k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8]
         self.paired = {k for k in portable if self.adds_pairs(k)}
         self.norms = {o.layer:plan.norms[o.key] for o in ran if o.key in plan.norms}
@@ -65,7 +66,7 @@ class LayerWeights:
         "See which scales belong to which weight; again, after channels were removed"
         self.slices,n = {},0
         for k,w in self.weights.items():
-            size = len(self.weight_of(k)) if w.by_channel else 1
+            size = len(w.rows(self.weight_of(k)))
             self.slices[k] = slice(n, n+size)
             n += size
     def from_left(self, path)->bool: return path in self.products and self.products[path].left
@@ -121,11 +122,14 @@ def round_weight(self:LayerWeights, path, w):
     if spec.half: return round_half(w, spec.grid)
     s = self.weight_scale[self.slices[path]].clamp(min=1e-30)
     if not spec.learned: s = s.detach()
-    k = grad_factor(w[0].numel() if spec.by_channel else w.numel(), spec.grid)
+    rows = spec.rows(w)
+    k = grad_factor(rows.shape[1], spec.grid)
     if spec.by_channel: return round_channels(w, s, spec.grid, k, fit)
+    if spec.by_group: return spec.from_rows(round_channels(rows, group_scale(s), spec.grid, k), w.shape)
     learned = s[0] if spec.learned else None
     return round_tensor(w, s.item(), 0, spec.grid, learned, k, fit=fit)
 
+# %% ../../nbs/quant/05_weights.ipynb #05weiggrou2
 @patch
 def as_floats(self:LayerWeights, path)->tuple:
     "Weight and bias of a converted layer"
@@ -133,5 +137,12 @@ def as_floats(self:LayerWeights, path)->tuple:
     def of(k):
         q = getattr(m, k)
         if q is None or q.is_floating_point(): return q
+        if path in self.shapes and k=='weight': return self.grouped(path, m)
         return dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
     return of('weight'),of('bias')
+
+@patch
+def grouped(self:LayerWeights, path, m)->Tensor:
+    "The weight of a converted layer in groups, in `m`"
+    w,shape = from_groups(m.weight, m.weight_scale, self.weights[path].granularity.n),self.shapes[path]
+    return w if w.shape==shape else w.reshape(shape)

@@ -214,12 +214,6 @@ def test_calibration(learn):
     learn.validate(cbs=PTQCalibrate(spec='w8'))
     assert fake_quant_of(learn.model).ready and learn.quantize().model.report.kind=='weights only'
 
-@pytest.mark.parametrize('part,say', [(dict(grid=Grid(4), granularity=PerGroup(32)),'PerGroup')])
-def test_what_is_not_done_yet_is_named(learn, part, say):
-    with pytest.raises(NotImplementedError, match=say): learn.quantize(Spec(TensorSpec(**part), act=None))
-    with pytest.raises(NotImplementedError, match=say): learn.quantize(Spec(overrides=(('0',Spec(TensorSpec(**part), act=None)),)))
-    assert fake_quant_of(learn.model) is None
-
 def test_contradictions():
     with pytest.raises(ValueError, match='no activation is rounded'): Spec(act=None, stream=TensorSpec(Grid(8, signed=False)))
     with pytest.raises(ValueError, match="No spec is called 'w9'"): prepare(nn.Linear(2, 2), 'w9', torch.randn(2, 2))
