@@ -121,6 +121,12 @@ def _matmul(func, args, kwargs, left):
     if left: return Product(x, w, None, _on_the_left)
     return Product(x, w, None, F.linear, (torch.t,))
 
+# %% ../../nbs/core/01_product.ipynb #01prodlook2
+def _lookup(func, args, kwargs, left):
+    x,w = (argument(args, kwargs, i, k) for i,k in enumerate(('input','weight')))
+    others = {k:v for k,v in kwargs.items() if k not in ('input','weight')}
+    return None if left else Product(x, w, None, lambda x, w, b: func(x, w, *args[2:], **others))
+
 # %% ../../nbs/core/01_product.ipynb #01prod00019
 def _rows(w, n, last):
     "A matrix, output channels first, of a weight of which the first (or, if `last`, the last) `n` dimensions are summed over"
@@ -153,7 +159,7 @@ def _einsum(func, args, kwargs, left):
 
 # %% ../../nbs/core/01_product.ipynb #01prod00020
 _matmuls = 'matmul','__matmul__','mm','spmm','linalg_matmul' # PyTorch gives `torch.mm` another name
-_as_layer = {**dict.fromkeys(_layers, _layer), **dict.fromkeys(_matmuls, _matmul), 'addmm':_addmm, 'einsum':_einsum}
+_as_layer = {**dict.fromkeys(_layers, _layer), **dict.fromkeys(_matmuls, _matmul), 'addmm':_addmm, 'einsum':_einsum, 'embedding':_lookup}
 
 def as_layer(
     name:str,   # Name of the operation

@@ -174,6 +174,7 @@ def kind(self:Tracer, key, vals, behind, args, kwargs)->str:
     "What kind of operation this is, on these tensors"
     path,name,_ = key
     acts = [v for v in vals if v is not None]
+    if name=='embedding' and self.owns(path, 'lookup', args, kwargs): return 'lookup'
     if not acts or behind: return 'float'
     kind = kind_of(name, len(acts), len(vals)-len(acts), args, kwargs)
     return 'float' if kind in ('layer','norm') and not self.owns(path, kind, args, kwargs) else kind

@@ -54,16 +54,16 @@ def _products(g, v):
     uses = sum(list(n.input).count(k) for n in g.node for k in (v,*turned))
     return (found,between) if uses==len(found)+len(between) else ([],[])
 
-def _by_kernel(n, name, q, spec, taken):
+def _by_kernel(n, name, scale, q, spec, taken):
     "Nodes that do what the product `n` does with the weight of the integers `q`"
     how = dict(K=q.shape[1], N=len(q), bits=4, block_size=spec.granularity.n, accuracy_level=1)
     out,bias = n.output[0],n.input[2:3]
     to = free_name(f'{out}_product', taken) if bias else out
-    nodes = [onnx.helper.make_node('MatMulNBits', [n.input[0],name,f'{name}_scale'], [to], name=n.name, domain=nbits_domain, **how)]
+    nodes = [onnx.helper.make_node('MatMulNBits', [n.input[0],name,scale], [to], name=n.name, domain=nbits_domain, **how)]
     return nodes+[onnx.helper.make_node('Add', [to,b], [out]) for b in bias]
 
 # %% ../../nbs/export/00_groups.ipynb #00grou0012
-def _unpacked(name, q, spec, out, opset):
+def _unpacked(name, scale, q, spec, out, opset):
     "An initializer, and nodes that make the floats `out` of it"
     bits,n = spec.grid.bits,spec.granularity.n
     rows,consts = _rows(q, n),dict(column=[-1,1], matrix=[len(q),-1], start=[0], end=[q.shape[1]], along=[1])
@@ -73,7 +73,7 @@ def _unpacked(name, q, spec, out, opset):
     def then(kind, made, *ins, **attrs): front.append(onnx.helper.make_node(kind, ins, [made], **attrs))
     floats,column,each,whole = (f'{name}_{k}' for k in ('floats','by','each','whole'))
     then('Cast', floats, x, to=onnx.TensorProto.FLOAT)
-    then('Reshape', column, f'{name}_scale', f'{name}_column')
+    then('Reshape', column, scale, f'{name}_column')
     then('Mul', each, floats, column)
     then('Reshape', whole, each, f'{name}_matrix')
     then('Slice', out, whole, *[f'{name}_{k}' for k in ('start','end','along')])
@@ -89,17 +89,27 @@ def keep_groups(
     g,found,new = proto.graph,{},{}
     nodes,ini,taken = list(g.node),{i.name:i for i in g.initializer},set(values_of(g))
     for d in nodes_of(g, 'DequantizeLinear'):
-        if d.input[0] in ini and path_of(d.input[0]) in specs: found.setdefault(d.input[0], []).append(d)
-    for name,(first,*again) in found.items():
+        if d.input[0] in ini and d.input[1] in ini and len(ini[d.input[1]].dims)==2: found.setdefault((*d.input[:2],), []).append(d)
+    for (q,scale),(first,*again) in found.items():
         for d in again:
             new[id(d)] = []
             rename(g, {d.output[0]:first.output[0]})
-        new.update(_kept(g, first, ini[name], specs[path_of(name)], taken, opset))
+            del d.input[:]
+        spec = specs.get(path_of(scale)) or specs[path_of(q)]
+        new.update(_kept(g, first, _own(g, first, ini[q], taken), spec, taken, opset))
     replaced = [m for n in nodes for m in new.get(id(n), [n])]
     del g.node[:]
     g.node.extend(replaced)
     if nodes_of(g, 'MatMulNBits'): proto.opset_import.append(onnx.helper.make_opsetid(nbits_domain, 1))
     return proto
+
+def _own(g, d, i, taken):
+    "The initializer `i` that `d` reads, or a copy if others read it too"
+    if sum(list(n.input).count(i.name) for n in g.node)<2: return i
+    new = g.initializer.add()
+    new.CopyFrom(i)
+    d.input[0] = new.name = free_name(f'{i.name}_own', taken)
+    return new
 
 def _kept(g, d, i, spec, taken, opset):
     "What to put in the place of nodes, by their ids, for the weight that `d` makes of the initializer `i`"
@@ -108,8 +118,8 @@ def _kept(g, d, i, spec, taken, opset):
     if products and _has_kernel(spec):
         i.CopyFrom(onnx.numpy_helper.from_array(nibbles(q, spec.granularity.n), i.name))
         gone = {id(n):[] for n in (d,*between)}
-        return {**gone, **{id(n):_by_kernel(n, i.name, q, spec, taken) for n in products}}
-    small,nodes = _unpacked(i.name, q, spec, d.output[0], opset)
+        return {**gone, **{id(n):_by_kernel(n, i.name, d.input[1], q, spec, taken) for n in products}}
+    small,nodes = _unpacked(i.name, d.input[1], q, spec, d.output[0], opset)
     i.CopyFrom(small)
     return {id(d):nodes}
 

@@ -215,7 +215,7 @@ def layer_nodes(
         path = k.removesuffix('.bias')
         mine = [n for n in uses(k).values() if path not in found or any(n is o for o in found[path])]
         if mine: found[path] = mine
-    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits')}
+    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits','Gather')}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(
@@ -229,6 +229,7 @@ def keep_float(
     integer = {o for n in nodes_of(g, 'DequantizeLinear') for o in n.output}
     moved = integer_values(g)
     def guarded(n):
+        if n.op_type=='Gather': return []
         if n.name in weights_only: return [*[0]*(n.input[0] in moved),*[1]*(n.op_type=='MatMul')]
         return [0]*(n.op_type in ('Conv','ConvTranspose','Gemm') and n.input[0] in integer and n.input[1] in floats)
     for i,n in enumerate(g.node):

@@ -28,7 +28,7 @@ def altered(
 )->list:
     "Paths of layers of which only the weights are integers, and whose weights in the file are other ones"
     r,nodes = fake_quant_of(sim),layer_nodes(proto)
-    names = {k:nodes[k].input[1] for k in nodes if k in r.weights_only}
+    names = {k:n.input[n.op_type!='Gather'] for k,n in nodes.items() if k in r.weights_only}
     found,halves = constants(proto, list(set(names.values()))),_in_halves(proto)
     def there(k, shape):
         if r.weights[k].half: return halves.get(shape, [])

@@ -218,7 +218,8 @@ class Search(_Kept):
     def share(self, x, s, z, grid):
         best = torch.full_like(self.lo, torch.inf)
         share = torch.ones_like(best)
-        for f in torch.linspace(1, .5, self.steps).tolist():
+        for t in torch.linspace(0, 1, self.steps).tolist():
+            f = 1-t*t/2 # finer near the whole range, where the best is with 8 bits
             e = (_rounded(x, f*s, z, grid).sub(z)*(f*s)-x).square().sum(1)
             share = torch.where(e<best, f, share)
             best = torch.minimum(e, best)

@@ -76,7 +76,7 @@ class Plan:
 def choose(self:Plan):
     "Find layers of which only the weights are integers, and what runs in int8: other layers, what something in int8 uses, and averages of what layers made"
     specs = {o.key:self.at(o.layer) for o in self.tr.ops}
-    self.stored = {o.key for o in self.tr.ops if o.is_layer and specs[o.key] and not specs[o.key].act}
+    self.stored = {o.key for o in self.tr.ops if (o.is_layer or o.kind=='lookup') and specs[o.key] and not specs[o.key].act}
     asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act]
     made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
@@ -86,9 +86,9 @@ def choose(self:Plan):
 
 @patch(as_prop=True)
 def with_integers(self:Plan)->list:
-    "The layers with integer weights, each as often as it runs"
+    "The layers with integer weights, and the embeddings, each as often as it runs"
     keys = self.int8|self.stored
-    return [o for o in self.tr.ops if o.is_layer and o.key in keys]
+    return [o for o in self.tr.ops if (o.is_layer or o.kind=='lookup') and o.key in keys]
 
 # %% ../../nbs/quant/05_plan.ipynb #04planloose2
 @patch

@@ -76,7 +76,7 @@ class LayerWeights:
         "Name of the layer in int8 that an operation is"
         path,name,_ = key
         if key in self.called or path in self.products: return self.called.get(key)
-        return path if path in self.layers and kinds.get(name)=='layer' else None
+        return path if path in self.layers and (kinds.get(name)=='layer' or name=='embedding') else None
 
 # %% ../../nbs/quant/05_weights.ipynb #05weig00011
 @patch
@@ -90,7 +90,7 @@ def bias_of(self:LayerWeights, path)->Tensor|None:
     "The bias of a layer as it is now, None if it has none"
     o = self.products.get(path)
     if o: return None if o.bias is None else remade(o.bias, self.model)
-    return self.model.get_submodule(path).bias
+    return getattr(self.model.get_submodule(path), 'bias', None) # an embedding has none
 
 @patch
 def home(self:LayerWeights, path)->nn.Module:
@@ -135,7 +135,7 @@ def as_floats(self:LayerWeights, path)->tuple:
     "Weight and bias of a converted layer"
     m = self.home(path)
     def of(k):
-        q = getattr(m, k)
+        q = getattr(m, k, None) # an embedding has no bias
         if q is None or q.is_floating_point(): return q
         if path in self.shapes and k=='weight': return self.grouped(path, m)
         return dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
