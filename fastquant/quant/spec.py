@@ -220,7 +220,7 @@ def check_lowered(
     "Raise a `NotImplementedError` that names what of `spec`, or of its exceptions, no engine is given yet"
     others = [spec.ends,*(o for _,o in spec.overrides)]
     for s in [spec,*filter(None, others)]:
-        if (found:=list(_not_yet(s))): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8' or 'w4a8', or leave layers in float with `exclude`.")
+        if (found:=list(_not_yet(s))): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8', 'w4a8', 'w4' or 'fp16', or leave layers in float with `exclude`.")
 
 # %% ../../nbs/quant/04_spec.ipynb #03specd76979
 def _in_words(o):
