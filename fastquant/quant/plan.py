@@ -223,9 +223,10 @@ def float_layers(
     model:nn.Module, # The model that was traced
     plan:Plan        # What is to run in int8
 )->dict: # Why, by module path
-    "The modules with weights, and the weights outside of such modules, that `plan` leaves in float, and batchnorms that never ran"
+    "The modules with weights, and the weights outside of such modules, that `plan` leaves in float, and batchnorms that never ran; embeddings, if only weights are rounded somewhere"
     def why(path, m):
         if plan.spec.at(path) is None: return 'excluded'
+        if isinstance(m, nn.Embedding): return 'something else looks its rows up, or they are the same for every batch'
         weight = getattr(m, 'weight', None)
         user = None if weight is None else plan.tr.users.get(weight)
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
@@ -236,9 +237,8 @@ def float_layers(
         return f'{type(m).__name__} has no integer kernel'
     in_int8,others,wholes = plan.layers,plan.outside(model),plan.as_wholes(model)
     idle = {o.path for o in plan.whole.ops}-{o.path for o in plan.tr.ops}
-    def counts(k, m): return k in wholes or isinstance(m, batchnorms) and k not in plan.tr.ran
-    mods = {k:m for k,m in model.named_modules() if counts(k, m)}
-    return {k:why(k, m) for k,m in mods.items() if k not in in_int8}|others
+    def counts(k, m): return k in wholes or isinstance(m, batchnorms) and k not in plan.tr.ran or bool(plan.stored) and isinstance(m, nn.Embedding)
+    return {k:why(k, m) for k,m in model.named_modules() if counts(k, m) and k not in in_int8}|others
 
 # %% ../../nbs/quant/05_plan.ipynb #04planwork2
 @patch

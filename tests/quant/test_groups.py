@@ -221,7 +221,14 @@ def test_an_embedding_is_trained_through(tmp_path):
     check_owned(learn)
     report = learn.quantize().model.report
     assert report.trained and report.agrees_rounded==1 and '0.emb' in report.weights_only
-    assert 'emb' not in ''.join(learn.remove_quant().quantize('w4', exclude='0.emb').model.report.weights_only)
+    report = learn.remove_quant().quantize('w4', exclude='0.emb').model.report
+    assert '0.emb' not in report.weights_only and report.float_layers=={'0.emb':'excluded'}
+
+def test_an_embedding_that_stays_in_float_is_named():
+    class Elsewhere(Words):
+        def forward(self, x): return self.out(self.hid(F.embedding(x, self.emb.weight)).relu())
+    net,x = Elsewhere().eval(),torch.randint(0, 50, (4,6))
+    assert fake_quant_of(rounds(net, 'w4', x)).float_layers=={'emb':'something else looks its rows up, or they are the same for every batch'}
 
 def test_equal_integers():
     "Layers whose weights are the same numbers, at another scale or at the same one"

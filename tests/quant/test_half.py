@@ -121,7 +121,7 @@ def test_some_layers_only():
     net,x = net_of('text')
     f = of_net(net, x, spec_of('fp16').excluding(['emb','own']))
     report = verify(net, f.rounded, f.sim, f.data, [(x,)])
-    assert set(report.weights_only)=={'rnn','place','out'} and report.float_layers=={'own':'excluded'}
+    assert set(report.weights_only)=={'rnn','place','out'} and report.float_layers=={'own':'excluded', 'emb':'excluded'}
     assert torch.equal(f.sim.emb.weight, net.emb.weight) and torch.equal(f.sim.own, net.own)
     net,x = net_of('convs')
     f = of_net(net, x, Spec(overrides=(('6',spec_of('fp16')),)))
