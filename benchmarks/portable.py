@@ -196,7 +196,7 @@ class Made:
     def values(self, proto, run=run_file)->list:
         "All integers and outputs of `proto`"
         ints,outs = file_integers(proto, self.xb, run)
-        return [*(q for _,q in ints),*outs]
+        return [*(o.q for o in ints),*outs]
     def verdict(self, proto, run=run_file)->str:
         "What becomes of a `proto` with a fault; one that changes no output, by kernels or as it is written, is harmless"
         if self.refused(proto, run): return 'refused'

@@ -22,7 +22,7 @@ from .export.onnx import to_onnx
 from .export.summary import Report
 from .export.engine import Engine, engines, load_engine
 from .export.openvino import Openvino
-from .export.verify import ExportMismatch
+from .export.integers import ExportMismatch
 from .export.report import ranges
 from .callback.core import FitCallback
 from .callback.quant import PTQCalibrate, QuantAwareCallback

@@ -150,7 +150,7 @@ def plot_ranges(self:Recorder,
 ):
     "Ranges of activations over the batches of the last fit with `QuantAwareCallback`; raises `ValueError` if there was none"
     if not getattr(self, 'ranges', None): raise ValueError("There are no ranges to plot: fit with `QuantAwareCallback` first.")
-    if not self.ranges[0][1].numel(): raise ValueError("There are no ranges to plot: this model rounds weights only.")
+    if not self.ranges[0][1].numel(): raise ValueError("There are no ranges to plot: this model rounds weights only, or finds no range but while it runs.")
     layers = None if layers is None else as_names('layers', layers)
     names = [s.source for s in prepared(self.model).all]
     its,ends = zip(*self.ranges)

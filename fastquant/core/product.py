@@ -78,7 +78,7 @@ class Product:
     x:Tensor      # What goes in
     w:Tensor      # Weight, as it was given
     b:Tensor|None # Bias
-    run:object    # A function of these that computes it, given a weight with output channels first
+    run:object    # A function of these that computes it, given a weight with output channels first; and of what a linear layer computes with, if not `F.linear`
     turn:tuple=() # What makes a weight with output channels first, if it is none: a function, and its further arguments
     groups:int=1  # Of a convolution
 
@@ -95,22 +95,24 @@ def channels_first(
 _layers = 'conv1d','conv2d','conv3d','linear'
 _of_layer = 'input','weight','bias'
 
+def _linear(x, w, b, linear=F.linear): return linear(x, w, b)
+
 def _layer(func, args, kwargs, left):
     if left: return None
     x,w,b = (argument(args, kwargs, i, k) for i,k in enumerate(_of_layer))
     others = {k:v for k,v in kwargs.items() if k not in _of_layer}
     groups = 1 if func is F.linear else argument(args, kwargs, 6, 'groups') or 1
     def run(x, w, b): return func(x, w, b, *args[3:], **others)
-    return Product(x, w, b, run, groups=groups)
+    return Product(x, w, b, _linear if func is F.linear else run, groups=groups)
 
 def _addmm(func, args, kwargs, left):
     b,x,w = (argument(args, kwargs, i, k) for i,k in enumerate(('input','mat1','mat2')))
     scaled = any(kwargs.get(k, 1)!=1 for k in ('alpha','beta'))
     if left or scaled or b.shape!=w.shape[-1:]: return None
-    return Product(x, w, b, F.linear, (torch.t,))
+    return Product(x, w, b, _linear, (torch.t,))
 
 # %% ../../nbs/core/01_product.ipynb #01prod0017c
-def _on_the_left(x, w, b): return F.linear(x.mT, w, b).mT
+def _on_the_left(x, w, b, linear=F.linear): return linear(x.mT, w, b).mT
 
 def _matmul(func, args, kwargs, left):
     others = [v for k,v in kwargs.items() if k not in ('input','out')]
@@ -119,7 +121,7 @@ def _matmul(func, args, kwargs, left):
     x,w = pair[::-1] if left else pair
     if w.ndim!=2 or left and x.ndim<2: return None
     if left: return Product(x, w, None, _on_the_left)
-    return Product(x, w, None, F.linear, (torch.t,))
+    return Product(x, w, None, _linear, (torch.t,))
 
 # %% ../../nbs/core/01_product.ipynb #01prodlook2
 def _lookup(func, args, kwargs, left):
@@ -154,7 +156,7 @@ def _einsum(func, args, kwargs, left):
     n,last = _summed(a, b, out)
     if not n: return None
     size = w.shape[:-n] if last else w.shape[n:]
-    def run(x, w, b): return F.linear(x.flatten(-n), w, b).unflatten(-1, size)
+    def run(x, w, b, linear=F.linear): return linear(x.flatten(-n), w, b).unflatten(-1, size)
     return Product(x, w, None, run, (_rows,n,last))
 
 # %% ../../nbs/core/01_product.ipynb #01prod00020

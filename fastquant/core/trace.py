@@ -237,6 +237,7 @@ class Trace:
     reread:frozenset=frozenset() # Values that an operation wrote into a tensor, or that no operation was seen to make
     marks:dict=field(default_factory=dict, repr=False) # What tells each operation from others, by key
     bare:set=field(default_factory=set, repr=False) # Paths of modules without tensors of their own
+    lstms:dict=field(default_factory=dict, repr=False) # Modules that ran an LSTM on a batch of sequences, by path
     elsewhere:set=field(default_factory=set, repr=False) # Names of parameters that something uses that is no layer
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
     def __post_init__(self):
@@ -260,7 +261,8 @@ def trace(
     ends = {*t.known(floats(out)),*(t.behind(tensors(out)) or ())}
     if not ends: raise ValueError(_nothing.format(model=type(model).__name__, out=type(out).__name__, xb=_shapes(xb)))
     ops = name_products(t.ops, {o.path for o in t.ops if o.kind=='layer'}, model)
-    return Trace(ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare, elsewhere=t.elsewhere)
+    lstms = {o.path:model.get_submodule(o.path) for o in ops if o.name=='lstm' and o.ndim==3}
+    return Trace(ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare, lstms=lstms, elsewhere=t.elsewhere)
 
 _nothing = ("Nothing that {model} returns (a {out}) can be followed back to the batch ({xb}), so it cannot be said what it does. "
     "It has to return tensors, or lists, tuples or dictionaries of them, that are made from the batch.")

@@ -19,6 +19,7 @@ from ..core.model import *
 from ..core.outputs import *
 from .graph import *
 from .groups import *
+from .dynamic import *
 from .onnx import *
 from .intact import *
 from .feed import *
@@ -106,7 +107,7 @@ def n_params(self:Engine)->int:
     g = expanded(onnx.load_from_string(self.data)).graph
     rounding = nodes_of(g, 'QuantizeLinear', 'DequantizeLinear', 'Clip')
     aside = {i for n in rounding for i in n.input[1:]}
-    aside |= {i for n in nodes_of(g, 'BatchNormalization') for i in n.input[3:]}
+    aside |= {i for n in nodes_of(g, 'BatchNormalization') for i in n.input[3:]}|{o.scale for o in dynamic_layers(g)}|{i for n in nodes_of(g, 'DynamicQuantizeLSTM') for i in n.input[8:]}
     value = lambda n: onnx.numpy_helper.to_array(n.attribute[0].t)
     made = {n.output[0]:value(n) for n in nodes_of(g, 'Constant')}
     def size(i):
@@ -187,7 +188,7 @@ def said_of(
 @patch(as_prop=True)
 def n_macs(self:Engine)->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
-    proto = expanded(onnx.load_from_string(self.data))
+    proto = without_ranges(expanded(onnx.load_from_string(self.data)))
     set_sizes(proto.graph, _sizes_in(self.metadata))
     g = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
@@ -206,11 +207,11 @@ def _node_macs(n, shape):
     if n.op_type=='Gemm': return math.prod(shape[n.output[0]][:-1])*math.prod(shape[n.input[1]])
     many = n.input[0] if n.op_type=='ConvTranspose' else n.output[0]
     if 'Conv' in n.op_type: each = math.prod(shape[n.input[1]][1:])
-    else: each = shape[n.input[0]][-1]
+    else: each = max(shape[k][i] for k,i in zip(n.input, (-1,-2)) if len(shape[k])>1) # of one of the two it may be unknown
     return math.prod(shape[many])*each
 
 # %% ../../nbs/export/02_engine.ipynb #07expo0bd896
-integer_kernels = set('QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger DynamicQuantizeMatMul'.split())
+integer_kernels = set('QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger DynamicQuantizeMatMul DynamicQuantizeLSTM'.split())
 
 def optimized(
     data:bytes # An ONNX file
@@ -227,20 +228,21 @@ def layer_kernels(
 )->dict:
     "The kernel that ONNX Runtime uses for each layer, by module path"
     nodes = layer_nodes(onnx.load_from_string(data))
+    known = {n.name for n in nodes.values()}
     def plain(name):
         name = name.removeprefix('fused ')
-        while name not in nodes and (short:=_added.sub('', name))!=name: name = short
+        while name not in known and (short:=_added.sub('', name))!=name: name = short
         return name
     found = {plain(n.name):n.op_type for n in optimized(data).graph.node}
-    kernel = lambda k,n: found.get(k, found.get(n.output[0], 'gone')) # some fusions name a node after its output
-    return {k:kernel(k, n) for k,n in nodes.items()}
+    def kernel(n): return found.get(n.name, found.get(n.output[0], 'gone')) # some fusions name a node after its output
+    return {k:kernel(n) for k,n in nodes.items()}
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000061
 def in_float(
-    data:bytes # A file in QDQ form
+    data:bytes # A file of fastquant
 )->bytes:
     "The same net without rounding"
-    proto = expanded(onnx.load_from_string(data))
+    proto = without_ranges(expanded(onnx.load_from_string(data)))
     g,const,same,kept = proto.graph,constant_names(proto),{},[]
     integers = {n.input[0] for n in nodes_of(g, 'DequantizeLinear')}
     weights = [n.output[0] for n in nodes_of(g, 'DequantizeLinear') if n.input[0] in const]

@@ -28,6 +28,7 @@ from .graph import *
 from .groups import *
 from .halves import *
 from .lowbit import *
+from .dynamic import *
 from .older import *
 from .recurrent import *
 
@@ -45,7 +46,7 @@ def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q,
 def _from_groups(q, scale, n:int): return op.DequantizeLinear(q, scale, axis=1) # see `keep_groups`
 
 _ours = torch.ops.fastquant
-translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups, **recurrent_translation}
+translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups, **dynamic_translation, **recurrent_translation}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoff6e1e
 def _adaptive_max_pool2d(x, output_size:Sequence[int]):
@@ -207,15 +208,18 @@ def layer_nodes(
             found.update(uses(out) if out in const else {out:n})
         return found
     of = {}
-    for k in users: # equal weights may be one tensor, and so may equal scales
+    for k in sorted(users, key=lambda k: k.endswith('_scale')): # equal weights may be one tensor, and so may equal scales
         if k in const and k.endswith(('.weight','.weight_scale')): of.setdefault(path_of(k), []).append(uses(k))
     computed = {k:list(filter(None, us)) for k,us in of.items() if any(us)} # one that the model returns computes nothing
-    found = {k:[n for o,n in first.items() if all(o in x for x in more)] for k,(first,*more) in computed.items()}
+    def fits(o, n, more): return n.op_type in _alone or all(o in x for x in more)
+    found = {k:[n for o,n in first.items() if fits(o, n, more)] for k,(first,*more) in computed.items()}
     for k in [k for k in users if k in const and k.endswith('.bias')]: # which tells layers of one weight apart
         path = k.removesuffix('.bias')
         mine = [n for n in uses(k).values() if path not in found or any(n is o for o in found[path])]
         if mine: found[path] = mine
-    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits','Gather')}
+    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits','Gather',*_alone)}
+
+_alone = 'MatMulInteger','DynamicQuantizeLSTM' # whose weights go in as they are
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(

@@ -104,11 +104,14 @@ def int8_weights(
     "The int8 weights of convolutions and linear layers that integers go into"
     made,const,found = _makers(proto),constant_names(proto),{}
     integers = integer_values(proto.graph)
-    for n in nodes_of(proto.graph, 'Conv', 'Gemm', 'MatMul'):
-        if n.input[0] not in integers: continue
-        d,turned = made.get(n.input[1]),False
-        while d is not None and d.op_type=='Transpose': d,turned = made.get(d.input[0]),not turned
-        if d is not None and d.op_type=='DequantizeLinear' and d.input[0] in const: found[d.input[0]] = n,turned
+    for n in nodes_of(proto.graph, 'Conv', 'Gemm', 'MatMul', 'MatMulInteger'):
+        live = n.op_type=='MatMulInteger'
+        if n.input[0] not in integers and not live: continue
+        k,turned = n.input[1],False
+        while k in made and made[k].op_type=='Transpose': k,turned = made[k].input[0],not turned
+        if not live: k = made[k].input[0] if k in made and made[k].op_type=='DequantizeLinear' else None
+        if k in const: found[k] = n,turned
+    for n in nodes_of(proto.graph, 'DynamicQuantizeLSTM'): found.update({k:(n,False) for k in n.input[1:3]})
     return found
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000015
@@ -119,6 +122,7 @@ def _number(n, name):
 def _fits(w, n, turned):
     "Whether no processor saturates on the weight `w` of the node `n`"
     if w.dtype!=np.int8: return True
+    if n.op_type=='DynamicQuantizeLSTM': w = np.concatenate(w, 1)
     outputs_first = n.op_type=='Conv' or _number(n, 'transB')!=0
     if outputs_first==turned: w = w.swapaxes(-1, -2)
     depthwise = n.op_type=='Conv' and w.shape[1]==1 and _number(n, 'group')==len(w)>1
@@ -164,6 +168,8 @@ def unsigned(
         g.initializer.append(onnx.numpy_helper.from_array(shift, zero))
         out = new[i][-1].output[0]
         n.input[:] = [out,scale,zero]
+    _shift_products(g, names, new, taken)
+    _shift_lstms(g, set(names), new, taken)
     put_before(g, new)
     return proto
 
@@ -182,6 +188,27 @@ def _shift(name, i, taken):
     add = node('Add', [wide,by], [sum_])
     narrow = node('Cast', [sum_], [out], to=UINT8)
     return [shift,widen,add,narrow]
+
+# %% ../../nbs/export/01_portable.ipynb #01poralstm2
+def _shift_products(g, names, new, taken):
+    "Let the products of integers in `g` that have a weight of `names` take it around 128"
+    for i,n in enumerate(g.node):
+        if n.op_type!='MatMulInteger' or n.input[1] not in names: continue
+        new[i],zero = _shift(n.input[1], i, taken),free_name(f'zero_of_{i}', taken)
+        g.initializer.append(onnx.numpy_helper.from_array(np.array(128, np.uint8), zero))
+        own = n.input[2] if len(n.input)>2 else ''
+        n.input[:] = [n.input[0],new[i][-1].output[0],own,zero]
+
+def _shift_lstms(g, names, new, taken):
+    "Let the LSTMs in `g` that have a weight of `names` take weights around 128"
+    sizes = {i.name:i.dims for i in g.initializer}
+    for i,n in enumerate(g.node):
+        if n.op_type!='DynamicQuantizeLSTM' or names.isdisjoint(n.input[1:3]): continue
+        for w,scale,z in (1,8,9),(2,10,11):
+            nodes,zero = _shift(n.input[w], f'{i}_{w}', taken),free_name(f'zero_{w}_of_{i}', taken)
+            g.initializer.append(onnx.numpy_helper.from_array(np.full(sizes[n.input[scale]], 128, np.uint8), zero))
+            n.input[w],n.input[z] = nodes[-1].output[0],zero
+            new[i] = [*new.get(i, ()),*nodes]
 
 # %% ../../nbs/export/01_portable.ipynb #07enga000018
 _said = set()

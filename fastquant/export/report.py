@@ -59,12 +59,12 @@ def rounding_errors(
     out,ref = capture(model, Site.as_is, (), *xb)
     _,got = capture(model, Site.forward, r.layers, *xb)
     def row(s, x):
-        own = fake_quant(x, s.scale.detach(), s.zero_point, s.spec.grid)
         at_end = alone(model, s, out, xb)
-        db = dict(own=sqnr(x, own), sqnr=sqnr(x, got[s]), output=at_end)
+        db = dict(own=sqnr(x, s.forward(x).detach()), sqnr=sqnr(x, got[s]), output=at_end)
         return dict(layer=s.source, exclude=s.touching, **db)
     rows = [row(*o) for o in through(list(ref.items()))]
-    rows += [_of_weight(model, k, out, xb) for k in r.layers if k in r.weights_only]
+    rows += [_of_weight(model, k, [k], out, xb) for k in r.layers if k in r.weights_only]
+    rows += [_of_weight(model, k, [w for w,o in r.owner.items() if o==k], out, xb) for k in r.lstms]
     table = pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude'])
     return table.sort_values('output', ignore_index=True)
 
@@ -91,12 +91,12 @@ def alone(
     return min(map(sqnr, out, y))
 
 # %% ../../nbs/export/05_report.ipynb #08repowei01
-def _of_weight(model, path, out, xb):
-    "The row of a layer of which only the weight is rounded"
+def _of_weight(model, path, names, out, xb):
+    "The row of a layer of which only the weight is rounded, or of an LSTM with weights of these `names`"
     r = fake_quant_of(model)
-    w,r.only = r.weight_of(path).detach(),{path}
-    own = sqnr(w, r.round_weight(path, w).detach())
-    y,_ = capture(model, Site.as_is, {path}, *xb)
+    ws,r.only = [r.weight_of(k).detach() for k in names],set(names)
+    own = min(sqnr(w, r.round_weight(k, w).detach()) for k,w in zip(names, ws))
+    y,_ = capture(model, Site.as_is, r.only, *xb)
     return dict(layer=path, output=min(map(sqnr, out, y)), sqnr=float('nan'), own=own, exclude=[path])
 
 # %% ../../nbs/export/05_report.ipynb #08repo1ae4fe

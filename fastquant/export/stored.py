@@ -26,7 +26,7 @@ def altered(
     sim:nn.Module,        # From `convert`
     proto:onnx.ModelProto # The file made of it
 )->list:
-    "Paths of layers of which only the weights are integers, and whose weights in the file are other ones"
+    "Paths of layers of which only the weights are integers, or that hide their integers, and whose weights in the file are other ones"
     r,nodes = fake_quant_of(sim),layer_nodes(proto)
     names = {k:n.input[n.op_type!='Gather'] for k,n in nodes.items() if k in r.weights_only}
     found,halves = constants(proto, list(set(names.values()))),_in_halves(proto)
@@ -38,8 +38,19 @@ def altered(
         want = r.as_floats(k)[0]
         ways = [want,want.T] if want.ndim==2 else [want]
         return any(o.equal(w) for o in there(k, want.shape) for w in ways)
-    return [k for k in r.layers if k in r.weights_only and not same(k)]
+    return [k for k in r.layers if k in r.weights_only and not same(k)]+_altered_lstms(r, proto, nodes)
 
+def _altered_lstms(r, proto, nodes):
+    "Weights of LSTMs of which something in the file is another one"
+    def of(k, node):
+        i,s = (1,8) if '.weight_ih_l' in f'.{k}' else (2,10)
+        m,names = r.home(k),[node.input[i],node.input[s],node.input[s+1]]
+        if i==1: names.append(node.input[3])
+        got,want = constants(proto, [*filter(None, names)]),[m.weight,m.weight_scale,m.weight_zero_point,*[m.bias][:i==1]]
+        return all(w is None if not k else w.equal(torch.tensor(got[k])) for k,w in zip(names, want))
+    return [k for k,o in r.owner.items() if o!=k and not (k in nodes and of(k, nodes[k]))]
+
+# %% ../../nbs/export/03_stored.ipynb #03storhal8
 def _in_halves(
     proto:onnx.ModelProto # A file
 )->dict: # Lists by shape, of a matrix also by that of its transpose
@@ -87,9 +98,10 @@ def report_on(
     kernels,why = engine.kernels(engine.data),dict(r.float_layers)
     for k in [k for k in r.layers if k not in r.weights_only]:
         if not engine.in_integers(str(kernels.get(k))): why[k] = _as_run(who, kernels.get(k))
+    why = {r.owner.get(k, k):v for k,v in why.items()}
     why.update(_beyond(r))
     alone = {k:v for k,v in _alone(r).items() if k not in why}
-    n,floats = len({*r.layers,*alone,*why}),alone.keys()|why.keys()
-    facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.layers}
+    n,floats = len({*r.owner.values(),*alone,*why}),alone.keys()|why.keys()
+    facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.owner.values()}
     found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
     return Report(n, n-len(floats), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)

@@ -8,11 +8,10 @@ Docs: https://fastquant-dev.github.io/fastquant/export/verify.html.md"""
 from __future__ import annotations
 import onnx, torch
 from dataclasses import dataclass
-from functools import partial
-from onnxruntime import GraphOptimizationLevel
 from torch import nn, Tensor
 from ..core.model import *
 from ..core.outputs import *
+from ..quant.site import DynamicSite
 from ..quant.fakequant import fake_quant_of
 from ..quant.grid import *
 from ..quant.convert import *
@@ -21,10 +20,11 @@ from .portable import *
 from .summary import *
 from .engine import *
 from .stored import *
+from .integers import *
 
 # %% auto #0
-__all__ = ['run_as_written', 'near_tie', 'outputs_of', 'ties', 'activations', 'run_file', 'file_integers', 'ExportMismatch',
-           'Difference', 'difference', 'replay', 'integers_of', 'float_biases', 'gate', 'verify']
+__all__ = ['near_tie', 'outputs_of', 'ties', 'Difference', 'difference', 'replay', 'integers_of', 'states_of', 'float_biases',
+           'gate', 'verify']
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000008
 def outputs_of(
@@ -42,6 +42,7 @@ def ties(
     "SQNR of the outputs of `sim` against themselves, of the worst, when near ties break otherwise"
     gen = torch.Generator().manual_seed(0)
     def noisy(site, x):
+        site = site.on(x)
         noise = size*site.scale*torch.randn(x.shape, generator=gen)
         return site.through_integers(x+noise)
     with evaluating(sim):
@@ -49,51 +50,7 @@ def ties(
         fake_quant_of(sim).how = noisy
         return min(200., *map(sqnr, want, outputs_of(sim, xb)))
 
-# %% ../../nbs/export/04_verify.ipynb #07verf000012
-def activations(
-    proto:onnx.ModelProto # A file of fastquant
-)->list: # Nodes
-    "What turns integer activations into floats, in the order in which it runs"
-    made = {o for n in nodes_of(proto.graph, 'QuantizeLinear', 'Clip') for o in n.output}
-    return [n for n in nodes_of(proto.graph, 'DequantizeLinear') if n.input[0] in made]
-
-def run_file(
-    proto:onnx.ModelProto, # A model
-    feed:dict,             # Arrays by the names of inputs
-    names,                 # Values wanted, any in the model
-    **options              # As in `session`
-)->list: # Arrays
-    "Those values, as ONNX Runtime computes them; raises `ExportMismatch` if it does not run them"
-    m,have = onnx.ModelProto(),{o.name for o in proto.graph.output}
-    m.CopyFrom(proto)
-    more = [k for k in dict.fromkeys(names) if k not in have]
-    m.graph.output.extend(onnx.ValueInfoProto(name=k) for k in more)
-    try: return session(as_run(m.SerializeToString()), **options).run(list(names), feed)
-    except ort_errors as e: raise ExportMismatch(_stopped.format(shapes={k:a.shape for k,a in feed.items()}, e=str(e).splitlines()[0])) from e
-
-_stopped = """The exported file does not run on inputs of shape {shapes}, as the model does: {e}
-Nothing was written. A forward pass that goes another way for other sizes is in the file as it went for those of the first batch: leave `dynamic` out, or pass fewer dimensions."""
-
-run_as_written = partial(run_file, graph_optimization_level=GraphOptimizationLevel.ORT_DISABLE_ALL)
-
-def file_integers(
-    proto:onnx.ModelProto, # A file of fastquant
-    xb,                    # Inputs
-    run=run_file           # Who runs it
-)->tuple: # Pairs of scale and integers, one for each activation in order; outputs
-    "What the file computes"
-    nodes,ends = activations(proto),[o.name for o in proto.graph.output]
-    arrays = [x.detach().as_subclass(Tensor).cpu().numpy() for x in tensors(xb)]
-    feed = {i.name:a for i,a in zip(proto.graph.input, arrays)}
-    names = list(dict.fromkeys(ends+[n.input[0] for n in nodes]))
-    got = dict(zip(names, map(torch.from_numpy, run(proto, feed, names))))
-    scale = constants(proto, list({n.input[1] for n in nodes}))
-    ints = [(float(scale[n.input[1]]),got[n.input[0]]) for n in nodes]
-    return ints,[got[k] for k in ends]
-
 # %% ../../nbs/export/04_verify.ipynb #07verf000014
-class ExportMismatch(RuntimeError): "The exported file does something else than the model it was made from"
-
 near_tie = .005 # Steps that arithmetic in another order can move a value by, and more
 
 @dataclass(frozen=True)
@@ -130,44 +87,72 @@ _other_site = "The file rounds other values than its simulation at {site!r}: not
 class _Given:
     "Integers from a file, to be matched with those of sites"
     def __init__(self, values): self.left,self.used = list(values)[::-1],[]
-    def match(self, site, x, step, own):
-        "How the integers of `site` differ from `own`, and they themselves: the next ones, or earlier ones where the file rounds a value once for two layers"
-        def fitting(s, q): return q.shape==own.shape and abs(s-step)<=1e-5*step
+    def match(self, site, x):
+        "How the integers of `site` differ from those that `x` is rounded to, they themselves, and the site that they are of: the next ones, or earlier ones where the file rounds a value once for two layers"
+        step = site.scale.item()
+        def fitting(o): return o.q.shape==x.shape and abs(o.scale.item()-step)<=1e-5*step and _zero_fits(site, x, o.zero)
         to_try = [*self.left[-1:],*self.used[::-1]]
-        fits = [q for s,q in to_try if fitting(s, q)]
-        if not fits: raise ExportMismatch(_other_site.format(site=site.title, step=step, shape=tuple(own.shape)))
-        found = [(difference(site, x, own, q),q) for q in fits]
-        d,q = found[0]
-        if not d.far<=near_tie: d,q = min(found, key=lambda o: o[0].far)
-        if self.left and q is self.left[-1][1]: self.used.append(self.left.pop())
-        return d,q
+        fits = [o for o in to_try if fitting(o)]
+        if not fits: raise ExportMismatch(_other_site.format(site=site.title, step=step, shape=tuple(x.shape)))
+        found = [_compared(site, x, o) for o in fits]
+        best = found[0]
+        if not best[0].far<=near_tie: best = min(found, key=lambda o: o[0].far)
+        if self.left and best[1] is self.left[-1].q: self.used.append(self.left.pop())
+        return best
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000062
 def _integers(site, x):
-    "The step of `site`, and the integers that `x` becomes there"
+    "What `x` becomes at `site`"
     s,grid = site.scale.detach(),site.spec.grid
-    return s.item(),quantize(x, s, site.zero_point.to(grid.dtype), grid)
+    z = site.zero_point.to(grid.dtype)
+    return Integers(quantize(x, s, z, grid), s, z if isinstance(site, DynamicSite) else None)
 
 def _floats(site, q): return dequantize(q, site.scale.detach(), site.zero_point.to(q.dtype))
 
+# %% ../../nbs/export/04_verify.ipynb #07verf000065
+def _zero_fits(site, x, zero):
+    "Whether `zero` is what means 0 at `site` for `x`, or was found there on the other side of a tie"
+    if not isinstance(site, DynamicSite) or zero is None: return zero is None and not isinstance(site, DynamicSite)
+    exact = (-x.amin().clamp(max=0)/site.scale).item()
+    return abs(zero.item()-min(exact, site.spec.grid.hi))<=.5+near_tie
+
+def _compared(site, x, theirs):
+    "How the integers `theirs` differ from those of `site`, they, and the site with their scale and zero point, if it found its own"
+    if theirs.zero is not None: site = site.having(theirs.scale, theirs.zero)
+    own = _integers(site, x).q
+    unrounded = x/site.scale.detach()+site.zero_point
+    return difference(site, unrounded, own, theirs.q),theirs.q,site
+
 # %% ../../nbs/export/04_verify.ipynb #07verf000018
+_lstm = "The LSTM {path!r} in the file computes something else than in its simulation: {db:.1f} dB apart, where ties leave 30 at least. Nothing was written. Leave it in float with exclude={path!r}, and please report the model."
+
+def _states_given(states):
+    "What puts those `states` in the place of what LSTMs compute, if that is near"
+    left = list(states)[::-1]
+    def at(path, out):
+        given = left.pop()
+        for a,b in zip(out, given):
+            if not alike(a, b, 30): raise ExportMismatch(_lstm.format(path=path, db=sqnr(a, b)))
+        return given
+    return at if states else None
+
 def replay(
     model:nn.Module, # A prepared model, converted or not
-    given,           # Pairs of scale and integers in the order of its sites
-    xb               # Inputs
+    given,           # `Integers` in the order of its sites
+    xb,              # Inputs
+    states=()        # What its LSTMs on integers are to have computed, in order
 )->tuple: # A `Difference` for each, and the model's outputs
     "Run `model` on the activations in `given`, and see what it would have made of each itself"
     r,found,given = fake_quant_of(model),[],_Given(given)
     def at(site, x):
-        step,own = _integers(site, x)
-        unrounded = x/site.scale.detach()+site.zero_point
-        d,q = given.match(site, unrounded, step, own)
+        d,q,site = given.match(site.on(x), x)
         found.append(d)
-        return _floats(site, q.to(own.dtype))
+        return _floats(site, q.to(site.spec.grid.dtype))
     r.how,r.moved,moved = at,set(),r.moved
+    r.after_lstm = _states_given(states)
     try:
         with evaluating(model): out = outputs_of(model, xb)
-    finally: r.moved = moved
+    finally: r.moved,r.after_lstm = moved,None
     if given.left: raise ExportMismatch(f"The file rounds {len(given.left)} values more than its simulation. Please report the model.")
     return found,out
 
@@ -179,10 +164,27 @@ def integers_of(
     "What the simulation computes at its sites, in order"
     found = []
     def at(site, x):
+        site = site.on(x)
         found.append(_integers(site, x))
-        return _floats(site, found[-1][1])
+        return _floats(site, found[-1].q)
     fake_quant_of(sim).how = at
     with evaluating(sim): sim(*xb)
+    return found
+
+# %% ../../nbs/export/04_verify.ipynb #07verflstm2
+def states_of(
+    sim:nn.Module, # From `convert`
+    xb             # Inputs
+)->list: # See `file_states`
+    "What the LSTMs of the simulation compute, in order"
+    r,found = fake_quant_of(sim),[]
+    def keep(path, out):
+        found.append(out)
+        return out
+    r.after_lstm = keep
+    try:
+        with evaluating(sim): sim(*xb)
+    finally: r.after_lstm = None
     return found
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000042
@@ -245,13 +247,13 @@ def gate(
     if (bad:=altered(sim, proto)): raise ExportMismatch(_altered.format(k=bad[0]))
     for what,who in ('exported file',run),('exported file, as it is written,',run_as_written):
         ints,outs = file_integers(proto, xb, who)
-        found,ours = replay(sim, ints, xb)
+        found,ours = replay(sim, ints, xb, file_states(proto, xb, who))
         check_same(what, 'simulation', found, ours, outs)
         if who is run: kept = outs
     with with_biases(sim, float_biases(sim, rounded)):
-        own = integers_of(sim, xb)
-        found,theirs = replay(rounded, own, xb)
-        check_same('converted model', 'model that rounds', found, replay(sim, own, xb)[1], theirs, 30, .5)
+        own,states = integers_of(sim, xb),states_of(sim, xb)
+        found,theirs = replay(rounded, own, xb, states)
+        check_same('converted model', 'model that rounds', found, replay(sim, own, xb, states)[1], theirs, 30, .5)
     return kept
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000040

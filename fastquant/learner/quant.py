@@ -25,6 +25,7 @@ from ..export.dims import *
 from ..export.halves import *
 from ..export.older import *
 from ..export.runnable import *
+from ..export.graph import *
 from ..export.onnx import *
 from ..export.engine import *
 from ..export.openvino import *
@@ -144,8 +145,9 @@ def _verified(learn, model, batches, trained, engine, **how):
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
     report = verify(float_, rounded, sim, data, given, trained, engine, says, others)
+    _check_finds_ranges(fake_quant_of(sim), report, proto, engine)
     next(steps, None)
-    return to_bytes(proto, report=asdict(report), **_said(learn, float_, xb, dynamic))
+    return to_bytes(proto, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
 
 _hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
 
@@ -161,6 +163,15 @@ def _say_if_noisy(report):
     for o in report.outputs:
         if o.sqnr_float<10 or o.sqnr_change is None or o.sqnr_change>=10: continue
         warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
+
+# %% ../../nbs/learner/01_quant.ipynb #22learlive2
+def _check_finds_ranges(r, report, proto, engine):
+    "Raise a `ValueError` if all layers that were to find ranges while they run are computed in float"
+    live = {r.owner[k] for k in r.live}
+    if not live or live-report.float_layers.keys(): return
+    ops = sorted({n.op_type for n in nodes_of(proto.graph, 'MatMulInteger', 'DynamicQuantizeLSTM')})
+    raise ValueError(f"{engine.__name__} computes {' and '.join(ops)} in float, and so each of {', '.join(sorted(live)[:5])}, whose ranges were to be found while it runs. "
+        "Use engine='onnxruntime', or a spec whose ranges are calibrated, like 'int8'.")
 
 # %% ../../nbs/learner/01_quant.ipynb #22learrunn2
 def _check_made(learn, model, made, batches):

@@ -75,7 +75,7 @@ def _convert_layer(r, path, sx, w, b, k):
     s = r.weight_scale[r.slices[path]]
     if not spec.by_channel: s = s[0]
     q,s,qb,sb = integer_weight(w, None if sx is None else b, sx, s, spec.grid, k, r.fit(path))
-    set_integers(m, 'weight', q, s)
+    set_integers(m, 'weight', *r.as_stored(path, q, s))
     if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
     elif b is not None: _set_float(m, 'bias', b)
 

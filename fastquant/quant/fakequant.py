@@ -22,6 +22,7 @@ from .plan import *
 from .half import *
 from .site import *
 from .weights import *
+from .live import *
 
 # %% auto #0
 __all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
@@ -46,7 +47,7 @@ class FakeQuant(Attachment, LayerWeights):
         self.lay_out()
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
-        self.folded,self.seen = set(),{}
+        self.folded,self.seen,self.after_lstm = set(),{},None
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
     @property
@@ -81,7 +82,7 @@ def set_sites(self:FakeQuant, plan):
     self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
     self.doors = {k:site[k] for k in plan.doors}
     self.layers = {k:at[vs[0]] if vs else None for k,vs in plan.layers.items()}|self.doors
-    own = [o.key for o in plan.tr.ops if o.own]
+    own = [o.key for o in plan.tr.ops if o.own or plan.is_lstm(o)]
     found = [*self.sites,*self.reads,*plan.norms.values(),*own]
     self.places,self.bare = places(plan.whole, found),plan.tr.bare
     clipped = plan.clipped()
@@ -200,6 +201,7 @@ class FakeQuantMode(Matching):
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, x, cap)
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
         elif layer is not None: out = self.layer(layer, name, func, args, kwargs)
+        elif name=='lstm' and key[0] in r.lstms: out = r.lstm(key[0], func, args)
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
         real = floats(out)
@@ -216,6 +218,7 @@ class FakeQuantMode(Matching):
         o = as_layer(*call, left=r.from_left(path))
         x,w,b = o.x,channels_first(o, o.w),o.b
         if path in r.doors: x = r.act(r.doors[path], x)
+        if path in r.live: return o.run(x, w, b, partial(r.linear, path))
         if r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
         return o.run(x, w, b)

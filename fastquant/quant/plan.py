@@ -11,6 +11,7 @@ from fastcore.all import patch
 from torch import nn
 from ..core.model import *
 from ..core.trace import *
+from .lstm import *
 from .spec import *
 
 # %% auto #0
@@ -18,7 +19,7 @@ __all__ = ['Plan', 'float_layers']
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac078733
 class Plan:
-    "What of a `Trace` runs in int8 under `spec`, of which layers only the weights are integers, and where values are rounded"
+    "What of a `Trace` runs in int8 under `spec`, which layers round what goes in by themselves, of which only the weights are integers, and where values are rounded"
     def __init__(self,
         tr:Trace, # What the model does
         spec:Spec # What is wanted
@@ -26,7 +27,7 @@ class Plan:
         self.whole,tr = tr,tr.needed()
         self.tr,self.spec = tr,spec
         self.norms,self.inner = {},set()
-        self.int8,self.stored,self.source,self.grid = set(),set(),{},{}
+        self.int8,self.live,self.stored,self.source,self.grid = set(),set(),set(),{},{}
         self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
         starts = [o for o in tr.ops if o.is_layer or o.kind=='arith']
         self.ends = {o.key:self.chain(o) for o in starts}
@@ -74,20 +75,34 @@ class Plan:
 # %% ../../nbs/quant/05_plan.ipynb #04tracchoos1
 @patch
 def choose(self:Plan):
-    "Find layers of which only the weights are integers, and what runs in int8: other layers, what something in int8 uses, and averages of what layers made"
+    "Find layers of which only the weights are integers, those that find ranges while they run, and what else runs in int8: other layers, what something in int8 uses, and averages of what layers made"
     specs = {o.key:self.at(o.layer) for o in self.tr.ops}
     self.stored = {o.key for o in self.tr.ops if (o.is_layer or o.kind=='lookup') and specs[o.key] and not specs[o.key].act}
-    asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act]
+    live = {k for k,s in specs.items() if s and s.act and s.act.dynamic}
+    self.lstms = {k:lstm_layers(k, m) for k,m in self.tr.lstms.items() if is_plain_lstm(m) and any(o.path==k for o in self.tr.ops if o.key in live)}
+    self.live = {o.key for o in self.tr.ops if o.key in live and (self.is_linear(o) or self.is_lstm(o))}
+    asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act and o.key not in live]
     made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
     def joins(o): return self.wanted(self.ends[o.key]) or averages(o)
     for o in reversed(asked):
         if o.is_layer or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
+@patch
+def is_linear(self:Plan, o)->bool:
+    "Whether an operation is a linear layer"
+    return o.is_layer and not o.name.startswith('conv')
+
+@patch
+def is_lstm(self:Plan, o)->bool:
+    "Whether an operation is an LSTM that runs on integers"
+    return o.name=='lstm' and o.path in self.lstms
+
+# %% ../../nbs/quant/05_plan.ipynb #04traclstm4
 @patch(as_prop=True)
 def with_integers(self:Plan)->list:
     "The layers with integer weights, and the embeddings, each as often as it runs"
-    keys = self.int8|self.stored
+    keys = self.int8|self.live|self.stored
     return [o for o in self.tr.ops if (o.is_layer or o.kind=='lookup') and o.key in keys]
 
 # %% ../../nbs/quant/05_plan.ipynb #04planloose2
@@ -120,7 +135,7 @@ def layers(self:Plan)->dict:
     "Paths of the layers with integer weights, with the values that go into each if it runs in int8"
     found = defaultdict(list)
     for o in self.with_integers: found[o.layer] += o.ins[:1] if o.key in self.int8 else ()
-    return dict(found)
+    return {**found, **{k:[] for k in self.parts}}
 
 @patch
 def share(self:Plan):
@@ -136,6 +151,17 @@ def regrids(self:Plan, path, vals)->bool:
     "Whether the layer at `path` wants another grid than one of its inputs `vals` has"
     own = self.at(path).act
     return any(self.tensor_spec(self.grid[v]).grid!=own.grid for v in vals)
+
+# %% ../../nbs/quant/05_plan.ipynb #04traclstm2
+@patch(as_prop=True)
+def parts(self:Plan)->dict:
+    "The weights of LSTMs on integers, as products of the model's own, by name"
+    return {k:p for o in self.lstms.values() for k,p in o.products().items()}
+
+@patch
+def owner(self:Plan, path)->str:
+    "The module that a layer is, or the LSTM that it is a weight of"
+    return next((k for k,o in self.lstms.items() if path in o.products()), path)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
 @patch
@@ -163,7 +189,7 @@ def stream(self:Plan, grid, users)->TensorSpec:
     "How the values of `grid` are rounded where they go into no layer: as who makes them says, or, if that rounds weights only, who uses them"
     source = self.source[grid]
     ways = [self.spec.at(source) or self.spec,self.at(source),*[self.at(c.layer) for c in users if c.key in self.int8]]
-    return next(s.stream or s.act for s in ways if s and s.act)
+    return next(s.stream or s.act for s in ways if s and s.act and not s.act.dynamic)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac12fd01
 @patch
@@ -211,14 +237,21 @@ def as_wholes(self:Plan, model)->set:
 @patch
 def outside(self:Plan, model)->dict:
     "Why weights stay in float that operations multiply with, and that are of no layer in float, by name"
-    floats = self.as_wholes(model).difference(self.layers)
+    floats = self.as_wholes(model).difference(self.layers, self.lstms)
     def named(name): return any(name.startswith(f'{k}.' if k else '') for k in floats)
     def why(o): return 'excluded' if o.own else o.why
-    keys = self.int8|self.stored
+    keys = self.int8|self.live|self.stored
     left = [o for o in self.tr.ops if o.macs and o.weight and o.key not in keys]
     return {o.layer if o.own else o.weight:why(o) for o in left if not named(o.weight)}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
+def _finds_no_range(plan, path, m):
+    "Why a module whose range was to be found while it runs stays in float, where that is for the sake of the range"
+    act = plan.at(path).act
+    if not act or not act.dynamic: return None
+    if isinstance(m, conv_layers): return 'convolutions have no kernel that finds ranges while it runs and is faster'
+    if type(m) is nn.LSTM: return 'an LSTM with projections, or with weights that are computed while it runs, has no integer kernel'
+
 def float_layers(
     model:nn.Module, # The model that was traced
     plan:Plan        # What is to run in int8
@@ -232,10 +265,10 @@ def float_layers(
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: return 'it never ran on the calibration batch, so nothing is known of its activations'
         if path in idle: return 'nothing that the model returns depends on it'
-        if user and user[1] in kinds and 'weight' in m._parameters: return 'nothing that goes into it depends on the batch'
-        if user and user[1] in kinds: return 'its weight is computed while it runs'
+        if (no:=_finds_no_range(plan, path, m)): return no
+        if user and user[1] in kinds: return 'nothing that goes into it depends on the batch' if 'weight' in m._parameters else 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
-    in_int8,others,wholes = plan.layers,plan.outside(model),plan.as_wholes(model)
+    in_int8,others,wholes = plan.layers|plan.lstms,plan.outside(model),plan.as_wholes(model)
     idle = {o.path for o in plan.whole.ops}-{o.path for o in plan.tr.ops}
     def counts(k, m): return k in wholes or isinstance(m, batchnorms) and k not in plan.tr.ran or bool(plan.stored) and isinstance(m, nn.Embedding)
     return {k:why(k, m) for k,m in model.named_modules() if counts(k, m) and k not in in_int8}|others

@@ -7,16 +7,18 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/site.html.md"""
 # %% ../../nbs/quant/05_site.ipynb #qsiteaedaba1
 from __future__ import annotations
 import math, torch, torch.distributed as dist
+from copy import copy
 from dataclasses import replace
 from fastcore.all import patch
 from torch import Tensor
 from ..core.recompute import in_backward
 from .grid import *
 from .lsq import *
+from .dynamic import *
 from .spec import *
 
 # %% auto #0
-__all__ = ['Site', 'distributed', 'GateSite', 'cap_of']
+__all__ = ['Site', 'distributed', 'GateSite', 'DynamicSite', 'cap_of']
 
 # %% ../../nbs/quant/05_site.ipynb #05prepc4ccca
 class Site:
@@ -44,11 +46,13 @@ class Site:
     def as_is(self, x): return x
     def watch(self, x):
         "Show `x` to the observer"
+        if self.spec.dynamic: return x
         if self.observer is None: self.observer = self.spec.watcher().to(x.device)
         self.observer(x.detach().as_subclass(Tensor).float().reshape(1,-1))
         return x
     def forward(self, x, cap=None):
         "`x` rounded; clipped at 0 and `cap` if that is given"
+        if self.spec.dynamic: return round_dynamic(x)
         s,z = self.numbers
         grid = self.spec.grid
         learned = self.scale if self.spec.learned and torch.is_grad_enabled() else None
@@ -71,7 +75,7 @@ def distributed()->bool:
 @patch
 def note(self:Site, x, cap=None):
     "Remember the extremes of `x`, and of values that will be a step's to learn also how large they are on average"
-    if in_backward(): return x # for the second time
+    if self.spec.dynamic or in_backward(): return x # in a backward pass it is for the second time
     t = x.detach().as_subclass(Tensor)
     hi = t.amax().float()
     if cap: lo,hi = torch.zeros((), device=x.device),hi.clamp(0, cap)
@@ -104,6 +108,44 @@ class GateSite(Site):
     @property
     def zero_point(self): return torch.zeros((), dtype=torch.int32, device=self.of.scale.device)
     def note(self, x, cap=None): return x
+
+# %% ../../nbs/quant/05_site.ipynb #06fqdyn0002
+class DynamicSite(Site):
+    "Where what goes into a layer is rounded over its own range"
+    def __init__(self,
+        of,              # As in `Site`
+        spec:TensorSpec, # As in `Site`
+        layer:str        # Path of the layer
+    ):
+        super().__init__(of, f'dynamic_{layer}', spec, layer, [layer])
+        self.scale_now,self.zero_now = torch.ones(()),torch.zeros((), dtype=torch.uint8)
+    @property
+    def numbers(self): return self.scale_now.item(),self.zero_now.item()
+    @property
+    def scale(self): return self.scale_now
+    @property
+    def zero_point(self): return self.zero_now.int()
+    def through_integers(self, x):
+        s,z = self.scale_now,self.zero_now
+        return dequantize(quantize(x, s, z, self.spec.grid), s, z)
+
+# %% ../../nbs/quant/05_site.ipynb #06fqdyn0003
+@patch
+def on(self:Site, x)->Site:
+    "This site as it is for `x`"
+    return self
+
+@patch
+def on(self:DynamicSite, x)->Site:
+    _,s,z = quantize_dynamic(x.detach().float())
+    return self.having(s, z)
+
+@patch
+def having(self:DynamicSite, scale, zero_point)->Site:
+    "This site with a scale and a zero point"
+    new = copy(self)
+    new.scale_now,new.zero_now = scale,zero_point.to(torch.uint8)
+    return new
 
 # %% ../../nbs/quant/05_site.ipynb #05prepca5545
 @patch

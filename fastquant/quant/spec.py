@@ -18,8 +18,8 @@ from .observe import *
 
 # %% auto #0
 __all__ = ['halves', 'granularities', 'specs', 'PerTensor', 'PerChannel', 'PerGroup', 'TensorSpec', 'Spec', 'int8',
-           'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec', 'check_lowered', 'spec_to_json',
-           'spec_from_json']
+           'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec', 'name_of', 'check_lowered',
+           'spec_to_json', 'spec_from_json']
 
 # %% ../../nbs/quant/04_spec.ipynb #03specgran1
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class Spec:
         if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
         if not self.weight.half and (not self.weight.grid.signed or self.weight.grid.whole): raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
         if self.act is None and self.stream: raise ValueError("stream: with act=None no activation is rounded. Leave `stream` out.")
+        if self.stream and (self.stream.dynamic or self.act.dynamic): raise ValueError("stream: where ranges are found while the model runs, nothing is rounded but what goes into a layer. Leave `stream` out.")
         if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
             raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
     def check_fields(self):
@@ -194,6 +195,12 @@ def bf16():
     "Weights in bfloat16; activations and arithmetic in float"
     return Spec(TensorSpec(torch.bfloat16), act=None)
 
+# %% ../../nbs/quant/04_spec.ipynb #03specdynam2
+@specs
+def dynamic():
+    "8 bits, ranges of activations found while it runs: linear layers and LSTMs, of transformers and of text models"
+    return Spec(act=TensorSpec(Grid(8, signed=False), dynamic=True))
+
 # %% ../../nbs/quant/04_spec.ipynb #03spec1b4c1d
 def find_spec(
     o # The name of a spec, a `Spec`, or a class or function that makes one
@@ -205,12 +212,22 @@ def find_spec(
     if isinstance(made, Spec): return made
     raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {quoted(o)}.")
 
+# %% ../../nbs/quant/04_spec.ipynb #03specname2
+def name_of(
+    spec:Spec # Any
+)->str:
+    "What `spec` is called, or what it says, as JSON"
+    def made(f): return f() if callable(f) else f
+    return next((k for k,f in specs.items() if made(f)==spec), None) or spec_to_json(spec)
+
 # %% ../../nbs/quant/04_spec.ipynb #03specyet02
+_live = Grid(8, signed=False) # what engines find ranges for
+
 def _not_yet(s):
     "What of `s` itself no engine is given yet"
     parts = [o for o in (s.weight,s.act,s.stream) if o]
     if s.weight.by_group and s.act: yield 'PerGroup beside rounded activations'
-    if any(o.dynamic for o in parts): yield 'dynamic=True'
+    if any(o.dynamic and o.grid!=_live for o in parts): yield 'dynamic=True on another grid than Grid(8, signed=False)'
     if any(o.half for o in parts[1:]): yield 'arithmetic in half precision'
     elif s.weight.half and s.act: yield 'weights in half precision beside rounded activations'
 

@@ -45,12 +45,15 @@ class LayerWeights:
     "What `FakeQuant` knows of the weights of its `layers`"
     def set_layers(self, plan):
         "Say how the weight of each layer is rounded, and what goes with it"
-        spec = {k:plan.at(k) for k in self.layers}
+        self.lstms,self.owner = plan.lstms,{k:plan.owner(k) for k in self.layers}
+        spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
         self.weights_only = {k for k,s in spec.items() if s.act is None}
-        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only}
+        live = [k for k,s in spec.items() if s.act and s.act.dynamic]
+        self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
+        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only or k in self.live}
         ran = plan.with_integers
-        self.products = {o.layer:o.own for o in ran if o.own}
+        self.products = {o.layer:o.own for o in ran if o.own}|plan.parts
         self.called = {o.key:o.layer for o in ran if o.own}
         self.modules = [k for k in self.layers if k not in self.products]
         def used(k): return plan.tr.elsewhere.intersection((f'{k}.weight'.lstrip('.'),f'{k}.bias'.lstrip('.')))
@@ -111,12 +114,16 @@ def fit(self:LayerWeights,
     return fit_pairs if path in self.paired else None
 
 @patch
+def rounds_weight(self:LayerWeights, path)->bool:
+    "Whether it is time to round the weight of the layer at `path`"
+    if self.only is not None: return path in self.only
+    return self.ready and self.act not in (Site.as_is, Site.watch)
+
+@patch
 def round_weight(self:LayerWeights, path, w):
     "The weight `w` of the layer at `path`, rounded if it is time to"
     spec,fit = self.weights[path],self.fit(path)
-    if self.only is not None: now = path in self.only
-    else: now = self.ready and self.act not in (Site.as_is, Site.watch)
-    if not now:
+    if not self.rounds_weight(path):
         tie = self.act is Site.follow and spec.learned and distributed()
         return w+0*self.weight_scale.sum() if tie else w
     if spec.half: return round_half(w, spec.grid)
@@ -129,6 +136,15 @@ def round_weight(self:LayerWeights, path, w):
     learned = s[0] if spec.learned else None
     return round_tensor(w, s.item(), 0, spec.grid, learned, k, fit=fit)
 
+# %% ../../nbs/quant/05_weights.ipynb #05weigdyn02
+@patch
+def as_stored(self:LayerWeights, path, q, s)->tuple:
+    "The integers `q` of a weight, and their scales, as the operator that computes with them wants them"
+    if path not in self.live: return q,s
+    if self.owner[path]==path: return q.t().contiguous(),s
+    dirs = self.lstms[self.owner[path]].dirs
+    return q.view(dirs, -1, q.shape[1]).mT.contiguous(),s.expand(len(q)).reshape(dirs, -1)
+
 # %% ../../nbs/quant/05_weights.ipynb #05weiggrou2
 @patch
 def as_floats(self:LayerWeights, path)->tuple:
@@ -138,7 +154,9 @@ def as_floats(self:LayerWeights, path)->tuple:
         q = getattr(m, k, None) # an embedding has no bias
         if q is None or q.is_floating_point(): return q
         if path in self.shapes and k=='weight': return self.grouped(path, m)
-        return dequantize(q, getattr(m, k+'_scale'), getattr(m, k+'_zero_point'))
+        s,z = getattr(m, k+'_scale'),getattr(m, k+'_zero_point')
+        if k=='weight' and path in self.live: q,s,z = q.mT.flatten(0, -2),*(t.flatten() if t.ndim else t for t in (s,z))
+        return dequantize(q, s, z)
     return of('weight'),of('bias')
 
 @patch

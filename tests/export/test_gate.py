@@ -97,7 +97,7 @@ def told(message):
 def changes(file, bad):
     "Does any integer, or an output, come out otherwise?"
     (a,x),(b,y) = (file_integers(p, file.xb, run_as_written) for p in (file.proto,bad))
-    return any(not q.equal(r) for (_,q),(_,r) in zip(a, b)) or any(not o.equal(p) for o,p in zip(x, y))
+    return any(not q.q.equal(r.q) for q,r in zip(a, b)) or any(not o.equal(p) for o,p in zip(x, y))
 
 def some(file, fault, n, seed=0):
     "`n` files with the fault, with where it is, that compute something else than `file`"

@@ -21,6 +21,7 @@ def evaluate(
     for n in proto.graph.node:
         if all(o in known for o in n.output): continue
         if is_layer(n, made, known): found[n.output[0]] = layer(n, made, found, saturate, order)
+        elif n.op_type=='MatMulInteger': found[n.output[0]] = product(n, found, order if saturate else 'exact')
         else: found.update(run(proto, [n], {i:found[i] for i in n.input if i}))
     return found
 
@@ -45,7 +46,7 @@ def integer_layers(
     "Names of the nodes that `evaluate` computes in integers"
     proto = loaded(model)
     known,made = constants(proto),makers(proto)
-    return [n.name for n in proto.graph.node if is_layer(n, made, known)]
+    return [n.name for n in proto.graph.node if is_layer(n, made, known) or n.op_type=='MatMulInteger']
 
 # The graph
 
@@ -130,6 +131,14 @@ def layer(n, made, found, saturate, order):
     acc = convolve(unsigned(rows), w, window(a, dims), order if saturate else 'exact')
     if n.op_type!='Conv': acc = acc.reshape(*x.q.shape[:-1], len(w.q))
     return dequantized(acc, x, w, bias(n, made, found, dims), dims)
+
+def product(n, found, how):
+    "Sums of products of integers, as `MatMulInteger` gives them"
+    x,w,*zeros = (torch.tensor(found[i]) for i in n.input)
+    if len(zeros)!=1: raise NotImplementedError(f"{n.name!r} has a zero point for its weight. Teach `product` what that does.")
+    rows = x.flatten(0, -2).t()[None,None]
+    acc = corrected(rows, zeros[0].item(), w.t()[None,:,None], torch.zeros(1, w.shape[1], 1, dtype=torch.long), how)
+    return acc[0].t().reshape(*x.shape[:-1], w.shape[1]).int().numpy()
 
 def refuse(n, a, x, w):
     "Raise `NotImplementedError` if `n` is a layer that is not known here"

@@ -4,6 +4,7 @@ from fastai.text.all import (AWD_LSTM, BaseTokenizer, RegressionBlock, TextDataL
     language_model_learner, load_learner, pad_chunk, set_seed, text_classifier_learner)
 from torch import nn
 from fastquant.all import *
+from fastquant.export.engine import layer_kernels
 from fastquant.export.runnable import made_runnable, has_other
 import pandas as pd
 from tests.helpers.learners import quiet
@@ -120,3 +121,19 @@ def test_recurrent_layers_take_any_length(kind):
         x = torch.randn(shape)
         with torch.no_grad(): assert torch.allclose(run(file, x), net(x), atol=1e-5)
     assert not hasattr(net.rnn, 'packed')
+
+def test_on_integers_with_ranges_found_while_it_runs(tmp_path):
+    "The LSTMs too, of any batch and length, within what 8 bits do; the Learner is left as it is"
+    learn = classifier(tmp_path, **whole['both ways'])
+    q = learn.quantize('dynamic', timed=False)
+    report = q.model.report
+    assert report.n_int8==report.n_layers and 'DynamicQuantizeLSTM' in layer_kernels(q.model.data).values() and q.model.metadata['spec']=='dynamic'
+    for x in padded(5),padded(50),padded(37,36,14,2): assert sqnr(predicted(learn, x), q.model(x))>25
+    assert not fake_quant_of(learn.model)
+
+def test_training_it_rounds_the_head(tmp_path):
+    "The LSTMs of AWD_LSTM drop weights in training, so they stay in float there, by name"
+    learn = classifier(tmp_path)
+    learn.fit(1, 1e-3, cbs=QuantAwareCallback('dynamic'))
+    report = learn.quantize(timed=False).model.report
+    assert report.trained and report.float_layers.keys()=={'0.module.rnns.0.module','0.module.rnns.1.module'} and report.agrees_rounded==1
