@@ -64,8 +64,7 @@ class Matching(Where):
         for i,m in enumerate(self.marks(frame)):
             if isinstance(node, tuple): break
             line = line or m[0]
-            if i%2 and m and m not in node and all(isinstance(t, int) for t in m):
-                raise ValueError(_unseen(self.root, place, line, m[0]))
+            if i%2 and m and m not in node and all(isinstance(t, int) for t in m): raise ValueError(_unseen(self.root, place, line, m[0]))
             node = node.get(m) or like(node, m)
         if len(node)>1: self.lines[node] = line
         return node if isinstance(node, tuple) else ()

@@ -46,7 +46,8 @@ def _dequantize(q, scale, zero_point, axis:int=0): return op.DequantizeLinear(q,
 def _from_groups(q, scale, n:int): return op.DequantizeLinear(q, scale, axis=1) # see `keep_groups`
 
 _ours = torch.ops.fastquant
-translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups, **dynamic_translation, **recurrent_translation}
+translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups,
+    **dynamic_translation, **recurrent_translation}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoff6e1e
 def _adaptive_max_pool2d(x, output_size:Sequence[int]):
@@ -111,6 +112,7 @@ def _check_real(model, xb):
     for does,o in (('takes',xb),('returns',model(*xb))):
         if any(t.is_complex() for t in tensors(o)): raise ValueError(f"{type(model).__name__} {does} complex numbers, which a file does not have: pass `torch.view_as_real(x)` in their place.")
 
+# %% ../../nbs/export/00_onnx.ipynb #07expofre02
 def _free(xb, dims):
     "What is free in each tensor of `xb`, as `torch.export` is told"
     dim = torch.export.Dim
@@ -193,6 +195,7 @@ def tidy(
     for path,n in layers.items(): n.name = path
     return proto
 
+# %% ../../nbs/export/00_onnx.ipynb #07expolay02
 def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
 )->dict:
@@ -213,11 +216,14 @@ def layer_nodes(
     computed = {k:list(filter(None, us)) for k,us in of.items() if any(us)} # one that the model returns computes nothing
     def fits(o, n, more): return n.op_type in _alone or all(o in x for x in more)
     found = {k:[n for o,n in first.items() if fits(o, n, more)] for k,(first,*more) in computed.items()}
-    for k in [k for k in users if k in const and k.endswith('.bias')]: # which tells layers of one weight apart
-        path = k.removesuffix('.bias')
-        mine = [n for n in uses(k).values() if path not in found or any(n is o for o in found[path])]
-        if mine: found[path] = mine
+    biases = {k.removesuffix('.bias'):uses(k).values() for k in users if k in const and k.endswith('.bias')}
+    found.update(_with_bias(found, biases))
     return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits','Gather',*_alone)}
+
+def _with_bias(found, biases):
+    "Of layers of one weight those that a bias tells apart"
+    def mine(k, ns): return [n for n in ns if k not in found or any(n is o for o in found[k])]
+    return {k:own for k,ns in biases.items() if (own:=mine(k, ns))}
 
 _alone = 'MatMulInteger','DynamicQuantizeLSTM' # whose weights go in as they are
 

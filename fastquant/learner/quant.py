@@ -14,6 +14,7 @@ from ..core.basics import *
 from ..core.model import *
 from ..core.outputs import *
 from ..quant.spec import *
+from ..quant.written import *
 from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.train import *

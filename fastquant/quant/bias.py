@@ -41,7 +41,7 @@ def _mendable(model, xb):
     def plain(k): return k not in r.products and not parametrize.is_parametrized(model.get_submodule(k), 'bias')
     paths = [k for k in r.layers if plain(k)]
     with _hooked(model, paths, lambda k,m,y: runs.append(k)): plain_outputs(model, [xb])
-    shared = [id(p) for m in model.modules() for p in m._parameters.values()]
+    shared = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     def own(k): return shared.count(id(model.get_submodule(k).bias))==1 or model.get_submodule(k).bias is None
     return [k for k in paths if runs.count(k)==1 and own(k)]
 

@@ -75,7 +75,7 @@ class _Finder:
         with unrounded(model): self.tr = trace(model, *first_items(xb, 2)).needed()
         self.gone = {path for path,*_ in self.r.folded}
         self.runs = [o.path for o in self.tr.ops if o.kind=='layer' or o.name in _normalizing]
-        self.held = [id(p) for m in model.modules() for p in m._parameters.values()]
+        self.held = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     def own(self, path):
         "Whether the module at `path` runs once, with a weight that nobody else has, and that is not computed"
         m = self.model.get_submodule(path)

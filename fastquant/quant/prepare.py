@@ -20,6 +20,7 @@ from ..core.attach import *
 from .grid import *
 from .pairs import *
 from .spec import *
+from .written import *
 from .plan import *
 from .site import Site
 from .fakequant import *

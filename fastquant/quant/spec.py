@@ -6,20 +6,18 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/spec.html.md"""
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec6bbd29
 from __future__ import annotations
-import math, re, torch, torch.nn.functional as F
-from dataclasses import InitVar, dataclass, fields, replace
+import math, torch, torch.nn.functional as F
+from dataclasses import InitVar, dataclass, replace
 from fastcore.all import *
 from torch import Tensor
 from ..core.arguments import *
 from ..core.basics import *
-from ..core.plain import *
 from .grid import *
 from .observe import *
 
 # %% auto #0
 __all__ = ['halves', 'granularities', 'specs', 'PerTensor', 'PerChannel', 'PerGroup', 'TensorSpec', 'Spec', 'int8',
-           'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec', 'name_of', 'check_lowered',
-           'spec_to_json', 'spec_from_json']
+           'int8_per_tensor', 'int8_full', 'int8_symmetric', 'low_bits', 'find_spec', 'check_lowered']
 
 # %% ../../nbs/quant/04_spec.ipynb #03specgran1
 @dataclass(frozen=True)
@@ -212,14 +210,6 @@ def find_spec(
     if isinstance(made, Spec): return made
     raise TypeError(f"A spec is a name ({', '.join(specs)}) or a `Spec`, not {quoted(o)}.")
 
-# %% ../../nbs/quant/04_spec.ipynb #03specname2
-def name_of(
-    spec:Spec # Any
-)->str:
-    "What `spec` is called, or what it says, as JSON"
-    def made(f): return f() if callable(f) else f
-    return next((k for k,f in specs.items() if made(f)==spec), None) or spec_to_json(spec)
-
 # %% ../../nbs/quant/04_spec.ipynb #03specyet02
 _live = Grid(8, signed=False) # what engines find ranges for
 
@@ -238,71 +228,3 @@ def check_lowered(
     others = [spec.ends,*(o for _,o in spec.overrides)]
     for s in [spec,*filter(None, others)]:
         if (found:=list(_not_yet(s))): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8', 'w4a8', 'w4' or 'fp16', or leave layers in float with `exclude`.")
-
-# %% ../../nbs/quant/04_spec.ipynb #03specd76979
-def _in_words(o):
-    "What of a spec JSON has no word for: a granularity, a type, an observer"
-    if isinstance(o, PerGroup): return f'per_group {o.n}'
-    if isinstance(o, granularities): return camel2snake(type(o).__name__)
-    if isinstance(o, torch.dtype): return str(o).removeprefix('torch.')
-    return camel2snake(getattr(o, '__name__', repr(o)))
-
-def _plain(o):
-    if isinstance(o, (Spec,TensorSpec,Grid)): return {f.name:_plain(getattr(o, f.name)) for f in fields(o)}
-    return [_plain(v) for v in o] if isinstance(o, tuple) else o
-
-def spec_to_json(spec:Spec)->str:
-    "`spec` as JSON"
-    return to_text(_plain(spec), default=_in_words)
-
-# %% ../../nbs/quant/04_spec.ipynb #03specd76s09
-_before_pairs = dict(portable=False, float_bias=False) # what specs from before these fields meant
-_halves = {str(t).removeprefix('torch.'):t for t in halves}
-
-def _granularity(word, what):
-    fits = isinstance(word, str) and re.fullmatch(r'per_tensor|per_channel|per_group \d{1,9}', word)
-    check_field(fits, f'{what}: granularity', word, "'per_tensor', 'per_channel', or 'per_group' and a number")
-    name,_,n = word.partition(' ')
-    return PerGroup(int(n)) if n else PerChannel() if name=='per_channel' else PerTensor()
-
-def _grid(d, what):
-    if isinstance(d, str) and d in _halves: return _halves[d]
-    check_fields(d, Grid, f'{what}: grid', optional=['whole'])
-    return Grid(**d)
-
-def _tensor_spec(d, what):
-    if d is None: return None
-    check_field(isinstance(d, dict), what, d, 'an object')
-    older = d.get('per_channel') # before granularity was a value
-    d = {k:v for k,v in d.items() if k!='per_channel'}
-    check_fields(d, TensorSpec, what, optional=['dynamic'] if older is None else ['dynamic','granularity'])
-    check_field(type(older) in (bool,type(None)), f'{what}: per_channel', older, 'true or false')
-    check_field(isinstance(d['observer'], str), f'{what}: observer', d['observer'], 'the name of an observer')
-    word = d.get('granularity', 'per_channel' if older else 'per_tensor')
-    return TensorSpec(**{**d, 'granularity':_granularity(word, what), 'grid':_grid(d['grid'], what)})
-
-# %% ../../nbs/quant/04_spec.ipynb #03specback02
-def _override(o, what):
-    pair = isinstance(o, list) and len(o)==2 and isinstance(o[0], str)
-    check_field(pair, f'{what}: one of overrides', o, 'a pattern, and a spec or null')
-    return o[0],_spec(o[1], f'{what}: {o[0]!r}')
-
-def _spec(d, what):
-    if d is None: return None
-    check_fields(d, Spec, what, optional=_before_pairs)
-    check_field(d['weight'] is not None, f'{what}: weight', None, 'an object')
-    parts = {k:_tensor_spec(d[k], f'{what}: {k}') for k in ('weight','act','stream')}
-    parts['ends'] = _spec(d['ends'], f'{what}: ends')
-    parts['overrides'] = tuple(_override(o, what) for o in d['overrides'])
-    return Spec(**{**_before_pairs, **d, **parts})
-
-def _whole_spec(d):
-    check_field(isinstance(d, dict), 'The spec', d, 'an object')
-    return _spec(d, 'The spec')
-
-# %% ../../nbs/quant/04_spec.ipynb #03specd76s19
-def spec_from_json(
-    text:str # From `spec_to_json`, of this version or an older one
-)->Spec:
-    "The spec that was written; raises `ValueError` that says which field is wrong, as an observer is that is not registered here"
-    return from_text(text, 'The spec', _whole_spec)

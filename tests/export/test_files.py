@@ -16,7 +16,8 @@ from fastquant.prune.mask import set_mask
 from fastquant.prune.recipe import Recipe, recipe_from_json
 from fastquant.quant.convert import convert
 from fastquant.quant.prepare import prepare
-from fastquant.quant.spec import low_bits, spec_from_json, spec_to_json
+from fastquant.quant.spec import low_bits
+from fastquant.quant.written import spec_from_json, spec_to_json
 from tests.helpers.files import rounds
 
 torch.manual_seed(0)

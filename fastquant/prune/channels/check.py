@@ -244,8 +244,7 @@ def _found(model, xb, tr):
         else:
             why[g.name] = _no_group(g, model, ends, shared)
             if not why[g.name]: found.append(g)
-    order = [k for k,_ in model.named_modules()]
-    found.sort(key=lambda g: order.index(g.name))
+    found.sort(key=lambda g, order=list(dict(model.named_modules())): order.index(g.name))
     return _disjoint(found, why),why
 
 # %% ../../../nbs/prune/channels/01_check.ipynb #17prunf04c3c
