@@ -79,7 +79,7 @@ def at_other_sizes(
             found.append(new)
         except shape_errors as e: why = why or str(e).splitlines()[0]
     if any(dims) and not found:
-        raise ValueError(f"{type(model).__name__} runs on no other sizes in dimensions {dims}: {why}. Leave `dynamic` out, and the file takes those of {item_sizes(xb)}; or pass fewer dimensions.")
+        raise ValueError(f"{type(model).__name__} runs on no other sizes in dimensions {dims}: {why}. Leave `dynamic=` out, and the file takes those of {item_sizes(xb)}; or pass fewer dimensions.")
     return found
 
 # %% ../../nbs/export/00_dims.ipynb #01modlen002

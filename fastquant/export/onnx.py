@@ -129,7 +129,7 @@ def to_onnx(
     dynamic=None,    # Dimensions that are free besides the batch, see `free_dims`
     opset:int=None   # Version of ONNX, from 13 to 21; what PyTorch writes if None
 )->onnx.ModelProto:
-    "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done, and `ValueError` if it cannot for `dynamic` or `opset`"
+    "`model` in evaluation mode as ONNX with a free batch dimension; raises `RuntimeError` if that cannot be done, and `ValueError` if it cannot for `dynamic=` or `opset`"
     check_model(model)
     check_batch(xb)
     check_opset(opset)
@@ -174,7 +174,7 @@ def _not_exported(model, xb, dims, e):
     "What to say if `_exported` raised `e`"
     name,why = type(model).__name__,_root_of(e)
     if any(dims):
-        return ValueError(f"{name} cannot take inputs of any size in dimensions {dims}: {why}. Leave `dynamic` out, and the file takes those of {item_sizes(xb)}; or pass fewer dimensions.")
+        return ValueError(f"{name} cannot take inputs of any size in dimensions {dims}: {why}. Leave `dynamic=` out, and the file takes those of {item_sizes(xb)}; or pass fewer dimensions.")
     return RuntimeError(f"{name} cannot be exported to ONNX by torch {torch.__version__}: {why}. "
         "The usual cause is a forward pass that depends on the values in a batch, or on its size.")
 
