@@ -12,6 +12,7 @@ from ..core.model import *
 from ..core.outputs import *
 from .engine import *
 from .verify import *
+from .integers import *
 from .verify import alike
 
 # %% auto #0

@@ -200,7 +200,8 @@ def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
 )->dict:
     "The node that computes with the weight of each module, by the module's path"
-    users,const = {},{i.name for i in proto.graph.initializer}
+    given = {i.name for i in proto.graph.initializer}
+    users,const = {},set(given)
     for n in proto.graph.node:
         for i in n.input: users.setdefault(i, []).append(n)
         if const.issuperset(n.input): const.update(n.output)
@@ -218,7 +219,7 @@ def layer_nodes(
     found = {k:[n for o,n in first.items() if fits(o, n, more)] for k,(first,*more) in computed.items()}
     biases = {k.removesuffix('.bias'):uses(k).values() for k in users if k in const and k.endswith('.bias')}
     found.update(_with_bias(found, biases))
-    return {k:ns[0] for k,ns in found.items() if ns and ns[0].op_type in ('Conv','Gemm','MatMul','MatMulNBits','Gather',*_alone)}
+    return {k:ns[0] for k,ns in found.items() if ns and (ns[0].op_type in _layers or ns[0].op_type=='Gather' and ns[0].input[0] not in given)}
 
 def _with_bias(found, biases):
     "Of layers of one weight those that a bias tells apart"
@@ -226,6 +227,7 @@ def _with_bias(found, biases):
     return {k:own for k,ns in biases.items() if (own:=mine(k, ns))}
 
 _alone = 'MatMulInteger','DynamicQuantizeLSTM' # whose weights go in as they are
+_layers = 'Conv','Gemm','MatMul','MatMulNBits',*_alone # and a lookup, if it is of integers
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(

@@ -173,7 +173,6 @@ def equalize(
     alpha:float=.5   # How much of the burden goes from activations to the weights that read them, from 0 to 1
 )->str|None: # Why nothing was done; None if something was
     "Scale channels so that activations and the weights that read them are equally hard to round; the float model stays what it was (Nagel et al. 2019; Xiao et al. 2023)"
-    if not prepared(model).all: return 'activations stay in float'
     found = links(model, *batches[0])
     if not found: return 'there are no channels that only layers read'
     peaks = _peaks(model, found, batches)

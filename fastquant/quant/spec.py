@@ -74,6 +74,7 @@ def rows(self:TensorSpec,
     w:Tensor # A weight, output channels first
 )->Tensor:
     "`w` as a matrix, with a row for each scale"
+    check_tensors(w=w)
     if self.granularity==PerTensor(): return w.reshape(1,-1)
     flat = w.flatten(1)
     if not self.by_group: return flat
@@ -86,6 +87,8 @@ def from_rows(self:TensorSpec,
     shape        # Of the weight
 )->Tensor:
     "The weight that was made into rows"
+    check_tensors(rows=rows)
+    check_kind('shape', shape, (tuple,list), 'pass the shape of the weight.')
     if not self.by_group: return rows.reshape(shape)
     return rows.reshape(shape[0], -1)[:,:math.prod(shape[1:])].reshape(shape)
 

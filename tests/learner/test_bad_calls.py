@@ -140,6 +140,8 @@ methods = {
     'Sensitivity.plot':call(lambda l, o: dict(self=Sensitivity(table(), .9, 'accuracy')), ax=(3,'ax')),
     'RankSensitivity.suggest':call(lambda l, o: dict(self=RankSensitivity(table(), {}, .9, 'accuracy')), change=(*number,-1)),
     'Spec.at':call(lambda l, o: dict(self=Spec()), path=name), 'Spec.excluding':call(lambda l, o: dict(self=Spec()), patterns=names),
+    'TensorSpec.rows':call(lambda l, o: dict(self=TensorSpec()), w=tensor),
+    'TensorSpec.from_rows':call(lambda l, o: dict(self=TensorSpec(), rows=torch.ones(1,6), shape=(2,3)), rows=tensor, shape=(3,None,'x')),
     'TensorSpec.watcher':call(lambda l, o: dict(self=TensorSpec()), n=count),
     'Match.pairs':call(lambda l, o: dict(self=Match('0'), student=l.model, teacher=l.model), student=module, teacher=module),
     'NM.__call__':call(lambda l, o: dict(self=NM(), w=x()), w=tensor),

@@ -73,6 +73,14 @@ def test_what_cannot_be_held_brings_the_best_file(dls):
     best,t = e.value.best,e.value.table
     assert abs(best.validate()[1]-(t['accuracy']['float']-t['drop'].iloc[1:].min()))<1e-6 and best.ladder.equals(t)
 
+@pytest.mark.parametrize('spec,helps,n', [('dynamic',True,6),('w4a8',True,6),('w8',True,0),('fp16',False,0)])
+def test_other_specs(learn, spec, helps, n):
+    "Ranges that are found while it runs suffer likewise, and weights alone as well"
+    q = learn.quantize(spec, max_drop=.01, timed=False)
+    t = q.ladder
+    assert t['drop'].iloc[1:].dropna().min()<=.01 and ('with what helps' in t.index)==helps and q.model.metadata['spec']==spec
+    assert q.model.report.n_int8==n
+
 def test_a_rung_of_ones_own(learn):
     def nothing(model, batches): return 'it is Sunday'
     def ruins(model, batches):
