@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 from fastcore.basics import GetAttr
 from functools import lru_cache
+from importlib import import_module
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from torch import nn
-from torch.onnx._internal.exporter import _registration
 from unittest.mock import patch
 from ..core.arguments import *
 from ..core.model import *
@@ -83,9 +83,11 @@ def quiet():
 @lru_cache
 def _operators(read): return read()
 
+def _exporter(): return import_module('torch.onnx._internal.exporter._registration') # which only who exports needs
+
 def _read_once():
     "A context in which PyTorch remembers the operators that it can translate"
-    apis = _registration.onnxscript_apis
+    apis = _exporter().onnxscript_apis
     read = apis.get_torchlib_ops
     return patch.object(apis, 'get_torchlib_ops', lambda: _operators(read))
 

@@ -29,7 +29,8 @@ def altered(
     "Paths of layers of which only the weights are integers, or that hide their integers, and whose weights in the file are other ones"
     r,nodes = fake_quant_of(sim),layer_nodes(proto)
     names = {k:n.input[n.op_type!='Gather'] for k,n in nodes.items() if k in r.weights_only}
-    found,halves = constants(proto, list(set(names.values()))),_in_halves(proto)
+    found = constants(proto, list(set(names.values())))
+    halves = _in_halves(proto) if any(r.weights[k].half for k in r.weights_only) else {}
     def there(k, shape):
         if r.weights[k].half: return halves.get(shape, [])
         if k in nodes and nodes[k].op_type=='MatMulNBits': return [torch.tensor(nbits_weight(proto.graph, nodes[k]))]

@@ -75,7 +75,7 @@ class Promise:
         self.name,self.place = _metric(learn, metric)
         if comp not in (None,np.less,np.greater): raise ValueError(f"comp={quoted(comp)}: pass np.greater, np.less, or None.")
         self.sign = 1 if (comp or better_of(self.name)) is np.less else -1
-        self.learn,self.rows,self.best,self.said = learn,[],None,None
+        self.rows,self.best,self.said = [],None,None
         self.dl,self.item = _labelled(learn, valid)
         self.measure('rounded' if fake_quant_of(learn.model) else 'float', twin_of(learn, learn.model))
         v = self.rows[0][self.name]

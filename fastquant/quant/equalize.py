@@ -96,7 +96,7 @@ class _Finder:
         "Whether the operation `o` makes channels that may be divided"
         m = self.model.get_submodule(o.path)
         norm = o.name in _normalizing and isinstance(m, _norms) and o.path not in self.gone
-        return (o.kind=='layer' and o.own is None or norm) and self.own(o.path) and m.weight.ndim==(1 if norm else m.weight.ndim)
+        return (o.kind=='layer' and o.own is None or norm) and self.own(o.path) and (not norm or m.weight.ndim==1)
 
 # %% ../../nbs/quant/11_equalize.ipynb #11equala0d1d
 def _takes(m, n):

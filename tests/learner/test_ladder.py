@@ -32,6 +32,7 @@ def huge(net, size=32):
 
 @pytest.fixture(scope='module')
 def dls():
+    set_seed(0) # which data loaders draw their own seed from
     digits = load_digits()
     items = list(zip(torch.tensor(digits.images/16-.5).float().flatten(1), torch.tensor(digits.target)))
     return DataLoaders.from_dsets(items[:600], items[600:1000], bs=64, device='cpu', num_workers=0)
