@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('MALLOC_ARENA_MAX', '2') # threads of engines leave little behind that nobody can use
 os.environ['MPLBACKEND'] = 'agg'
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1') # tests compare to the bit; tests/test_device.py looks for a GPU by itself
 
 import pytest
 from nbdev.config import get_config

@@ -134,7 +134,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     "The file's bytes for the rounded `model`, made as `to_onnx` is told to, and checked on `batches`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
-    rounded = copy_model(model).cpu()
+    rounded = copy_model(model:=model.cpu())
     sim = convert(model)
     _say_if_beyond(sim)
     (xb,yb),*_ = batches = to_device(batches, 'cpu')

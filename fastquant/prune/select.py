@@ -149,7 +149,7 @@ def score(
     for o in names:
         if path not in watched.get(o, ()): raise Unwatched(f"The criterion {criterion!r} needs {statistics[o]}, and {path!r} has none: it did not run, or is frozen. Exclude it, or use a criterion like 'magnitude'.")
     w = cut(m, m.weight.detach(), structure)
-    more = [cut(m, watched[o][path].detach(), structure) for o in names]
+    more = [cut(m, watched[o][path].detach().to(w.device), structure) for o in names]
     rows = [wide(t.reshape(-1, t.shape[-1])) for t in (w,*more)]
     s = criteria.find(criterion)(*rows)
     return check_scores(s, len(rows[0]), path, criterion).view(w.shape[:-1])
