@@ -17,6 +17,7 @@ pytest.register_assert_rewrite('tests.helpers')
 def run_nb(path, kwargs):
     "Whether the notebook ran, and what it wrote to standard error"
     from nbdev.test import test_nb
+    mp.set_start_method('fork', force=True) # workers of DataLoaders start at once, as they do in a notebook; from the server they take seconds
     sys.__stderr__ = err = io.StringIO()
     ok,_ = test_nb(path, **kwargs)
     return ok,err.getvalue()
@@ -26,8 +27,8 @@ def pytest_addoption(parser):
     parser.addoption('--write-support', action='store_true', help='write tests/support.json, which the docs show, instead of comparing with it')
 
 def pytest_configure(config):
-    # The server imports fastai once; every notebook starts as a fork of it, so that none leans on what another did.
-    mp.set_forkserver_preload(['fastai.vision.all', 'nbdev.test'])
+    # The server imports what takes long once; every notebook starts as a fork of it, so that none leans on what another did.
+    mp.set_forkserver_preload('fastai.vision.all nbdev.test onnxscript onnxruntime torch._dynamo torch.onnx sklearn.datasets'.split())
     config.nb_context = mp.get_context('forkserver')
 
 def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')

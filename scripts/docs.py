@@ -7,7 +7,7 @@ nbdev-docs and nbdev-readme do the same with Quarto where it is installed. Quart
 so pandoc (the pypandoc_binary package) reads these pages as Quarto does, heading ids included.
 The pages ask nothing of other hosts: one that would fails the build as a broken link does.
 """
-import base64, html, html.parser, itertools, json, os, re, shutil, sys
+import base64, gc, html, html.parser, itertools, json, os, re, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
@@ -147,7 +147,8 @@ def build():
     proc,site,url = cfg.config_path/'_proc',cfg.doc_path.resolve(),cfg.doc_url.rstrip('/')
     sections = yaml.safe_load((cfg.nbs_path/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     for d in (proc, site): shutil.rmtree(d, ignore_errors=True)
-    proc_nbs(n_workers=1)
+    proc_nbs(n_workers=0)
+    gc.freeze() # each notebook's shell looks for garbage at exit, one after the other
     shutil.copytree(here, site, ignore=shutil.ignore_patterns('page.html'))
     for f in proc.rglob('*.*'): # pictures and files that the pages show or link to
         if f.suffix in ('.png','.jpg','.gif','.svg','.csv','.json'):

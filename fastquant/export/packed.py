@@ -40,8 +40,8 @@ def deflate(
     data:bytes # Anything
 )->bytes: # `data` itself, if it cannot be made smaller
     "`data` compressed with Zstandard"
-    small = zstandard.ZstdCompressor(level=19, write_checksum=False, write_content_size=True).compress(data)
-    return small if len(small)<len(data) else data
+    ways = (zstandard.ZstdCompressor(level=l, write_checksum=False, write_content_size=True).compress(data) for l in (1,9))
+    return min((data,*ways), key=len)
 
 def inflate(
     data:bytes, # From `deflate`
@@ -74,7 +74,7 @@ def encode(
     vals,bits = _ranks(b[left], size),np.packbits(left).tobytes()
     gaps = deltas(left.nonzero()[0]).tobytes()
     ways = dict(dense=[_ranks(b, size)], bitmask=[bits,vals], deltas=[gaps,vals])
-    small = {k:[deflate(p) for p in parts] for k,parts in ways.items()}
+    small = {k:[deflate(p) for p in parts] for k,parts in ways.items() if k=='dense' or not left.all()}
     how = min(small, key=lambda k: sum(map(len, small[k])))
     sizes = [[len(p),len(s)] for p,s in zip(ways[how], small[how])]
     dtype,shape = str(t.dtype).removeprefix('torch.'),list(t.shape)
