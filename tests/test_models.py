@@ -3,13 +3,14 @@ import json
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
-import openvino as ov, pytest, torch
+import onnx, openvino as ov, pytest, torch
 from fastai.callback.training import ShortEpochCallback
 from torch import nn
 from fastquant.all import *
 from fastquant.core.basics import write_whole
 from fastquant.export.engine import optimized
 from fastquant.callback.data import inputs
+from tests.helpers.integers import assert_saturates_nowhere
 from tests.helpers.learners import check_owned
 from tests.helpers.models import learner_of, models
 from tests.helpers.nets import same, state
@@ -36,10 +37,15 @@ def supports(request, name):
         else: assert said.get(name, {}).get(column)==what, f'{column} of {name} is {what!r}, and tests/support.json says otherwise: pytest tests/test_models.py --write-support'
     return note
 
-def test_model(name, supports):
+@pytest.fixture(scope='module')
+def quantized(name):
+    "A Learner, what its model held, and the Learner in int8"
     learn = learner_of(name)
     before = state(learn.model)
-    with learn.no_bar(): qlearn = learn.quantize(n_batches=2, timed=False)
+    with learn.no_bar(): return before,learn,learn.quantize(n_batches=2, timed=False)
+
+def test_model(name, quantized, supports):
+    before,learn,qlearn = quantized
     report = qlearn.model.report
     print(f'{name}: {report}, {report.sqnr:.1f} dB from its simulation, {report.sqnr_float:.1f} dB from float')
     assert set(report.float_layers)==set(in_float.get(name, []))
@@ -55,6 +61,13 @@ def test_model(name, supports):
     theirs, = ov.Core().compile_model(ov.Core().read_model(qlearn.model.data))([x.numpy() for x in xb]).values()
     assert sqnr(ours, torch.from_numpy(theirs))>10
     supports('OpenVINO')
+
+def test_saturating_equals_exact(quantized):
+    "All integers and outputs of the file are the same to the bit where products are added in 16 bits"
+    _,learn,qlearn = quantized
+    proto,xb = onnx.load_from_string(qlearn.model.data),inputs(learn, learn.dls.valid, 1)[0]
+    feeds = {i.name:x[:2 if xb[0].shape[-1]<96 else 1].numpy() for i,x in zip(proto.graph.input, xb)}
+    assert_saturates_nowhere(proto, feeds)
 
 def test_prune_model(name, supports):
     "A fit that prunes leaves as many zeros as it was told to"

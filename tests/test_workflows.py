@@ -68,7 +68,7 @@ def test_unet_learner():
     assert (a==b).float().mean()>.97
 
 def test_regression():
-    data = pictures(240, RegressionBlock(), number)
+    data = pictures(160, RegressionBlock(), number)
     learn = fitted(vision_learner(data, resnet18, pretrained=False, n_out=1, y_range=(0,9), metrics=mae), 3)
     with learn.no_bar(): q = learn.quantize()
     with q.no_bar(), learn.no_bar(): compared = learn.compare(q, n=3)
@@ -169,10 +169,11 @@ def test_progress(monkeypatch):
         shown.clear()
 
 @pytest.mark.parametrize('int8,in_float,says', [(1.25,1.,True),(1.,1.25,False),(.02,.01,False)])
-def test_says_if_int8_is_not_faster(vision, monkeypatch, recwarn, int8, in_float, says):
+def test_says_if_int8_is_not_faster(monkeypatch, recwarn, int8, in_float, says):
     "What it takes in float in the same engine decides; where a call takes longer than the net, nothing is said, nor if nobody asks"
     ms = pd.DataFrame(dict(median=[int8,in_float], spread=[.001,.001]), index=['int8','float'])
     monkeypatch.setattr('fastquant.learner.quant.against_float', lambda *args, **kwargs: ms)
-    with vision.no_bar():
-        for timed in True,False: vision.quantize(n_batches=1, timed=timed)
+    learn = tiny()
+    with learn.no_bar():
+        for timed in True,False: learn.quantize(n_batches=1, timed=timed)
     assert ['not faster than float in the same engine: 1.25 ms' in str(w.message) for w in recwarn]==[True]*says

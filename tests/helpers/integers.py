@@ -5,7 +5,9 @@ import math, numpy as np, onnx, onnxruntime as ort, torch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from torch import Tensor
+from fastquant.export.onnx import layer_nodes
 from fastquant.export.portable import session
+from fastquant.export.verify import activations
 
 def evaluate(
     model,           # An ONNX file's content, or the model in it
@@ -220,3 +222,17 @@ def saturated(x:Tensor, w:Tensor, order:str)->Tensor:
 def even(x, dim):
     "`x` with a 0 at the end of an odd dimension"
     return torch.cat([x, torch.zeros_like(x.narrow(dim, 0, 1))], dim) if x.shape[dim]%2 else x
+
+# Neighbours in 16 bits
+
+def different(a, b):
+    "Names of what differs between the values `a` and `b` of a graph"
+    return [k for k,v in a.items() if not np.array_equal(v, b[k])]
+
+def assert_saturates_nowhere(proto, feeds):
+    "Assert that every value in the graph is what it is in exact integers, whichever neighbours are added in 16 bits"
+    assert set(integer_layers(proto))==set(layer_nodes(proto))
+    whole = evaluate(proto, feeds)
+    assert {n.input[0] for n in activations(proto)}|{o.name for o in proto.graph.output}<=set(whole)
+    for order in ('flat','block'):
+        assert not different(whole, evaluate(proto, feeds, saturate=True, order=order)), order
