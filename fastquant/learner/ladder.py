@@ -141,9 +141,9 @@ def ms(self:Promise, model)->float:
     return latency({'':run}, n=9, warmup=2, seconds=.5)['median'].item()
 
 @patch
-def remark(self:Promise, step, note):
-    "Add a row for a step that came to nothing that could be measured"
-    self.rows.append(dict(step=step, note=note))
+def remark(self:Promise, step, note, seconds):
+    "Add a row for a step of which nothing was measured on the validation set"
+    self.rows.append(dict(step=step, note=note, seconds=seconds))
 
 @patch(as_prop=True)
 def table(self:Promise)->pd.DataFrame:
@@ -182,20 +182,20 @@ def _fewest(orders, holds):
 @no_random(reproducible=False)
 def keep(
     promise:Promise, # What may be lost
-    make,            # Has `prepared`, of what is to stay in float, which gives a prepared model with ranges; `file`, of such a model that it may change, which gives a Learner; `batches`; and `settled` if there is nothing to choose
+    make,            # Has `prepared`, of what is to stay in float, which gives a prepared model with ranges; `file`, of such a model that it may change, which gives a Learner; `batches`; `through`, a progress bar for lists; and `settled` if there is nothing to choose
     ladder           # Rungs, see `find_rungs`
 )->Learner: # The smallest file that was found to hold it, with the `ladder` as a table
     "Climb only as far as the promise wants; raises `MaxDropExceeded` if that is not enough"
     start,model = time.perf_counter(),make.prepared()
     if promise.measure('as trained' if make.settled else 'calibrated', make.file(clean_copy(model)), start) or make.settled: return _kept(promise)
     start = time.perf_counter()
-    best,said = climb(model, make.batches, ladder)
-    for k,v in said.items(): promise.remark(k, v if isinstance(v, str) else f'{v:.1f} dB')
+    best,said = climb(model, make.batches, ladder, make.through)
+    for k,tried in said.items(): promise.remark(k, str(tried), tried.seconds)
     if best is not model and promise.measure('with what helps', make.file(clean_copy(best)), start): return _kept(promise)
-    orders = _orders(rounding_errors(best, *make.batches[0]), fake_quant_of(best).layers)
+    orders = _orders(rounding_errors(best, *spread_items(make.batches)), fake_quant_of(best).layers)
     def holds(exclude):
         start = time.perf_counter()
-        trial,_ = climb(make.prepared(exclude), make.batches, ladder)
+        trial,_ = climb(make.prepared(exclude), make.batches, ladder, make.through)
         return promise.measure(f'{len(exclude)} in float', make.file(trial), start, ', '.join(exclude))
     _fewest(orders, holds)
     return _kept(promise)

@@ -22,6 +22,7 @@ from ..quant.convert import *
 from ..quant.rungs import *
 from ..quant.equalize import *
 from ..quant.bias import *
+from ..quant.adaround import *
 from ..export.dims import *
 from ..export.halves import *
 from ..export.older import *
@@ -60,7 +61,7 @@ def quantize(self:Learner,
     metric=None,     # What is measured for that, as in `Promise`
     comp=None,       # Which of two values is better, as in `Promise`
     valid=None,      # Data to measure on; the validation set if None
-    ladder=('mse','equalize','bias') # Rungs to climb if too much is lost, in order
+    ladder=('mse','equalize','bias') # Rungs to climb if too much is lost, in order; `adaround` takes longer, and is for few bits
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
     check_flags(timed=timed)
@@ -68,16 +69,15 @@ def quantize(self:Learner,
     find_rungs(ladder)
     runs = _who_runs(self, engine)
     if fname is not None: fname = check_writable(file_in(self.path, fname))
-    (model,wanted),cast = _rounding_copy(self, spec, exclude),bool(other_precision(self.model))
+    model,wanted = _rounding_copy(self, spec, exclude)
     dynamic = any_length(model, dynamic)
     trained = fake_quant_of(model) is not None
     check_modes(self)
     promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
     with calibration_dl(self, dl, n_batches) as dl:
-        batches = _batches(self, model, dl, dynamic)
-        if not trained and not promise: _calibrate(self, model, wanted, batches, dl, cast)
-    files = _Files(self, wanted, batches, trained, runs, dict(dynamic=dynamic, opset=opset))
-    new = keep(promise, files, ladder) if promise else files.file(model)
+        files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
+        files.given = _batches(self, model, dl, dynamic, None if promise else 2)
+        new = keep(promise, files, ladder) if promise else files.file(files.prepared())
     if fname: write_whole(fname, new.model.data)
     if timed: _say_if_slow(new.model, files.batches[0])
     _say_if_noisy(new.model.report)
@@ -113,9 +113,9 @@ def _check_sizes(model, batches, dynamic):
     if dynamic or not others: return
     raise ValueError(f"Batches have different sizes, {item_sizes(first)} and {item_sizes(others[0])}, and a file takes one if nothing else is said. Pass dynamic=True if the model takes others, or a `dl` with batches of one size.")
 
-def _batches(learn, model, dl, dynamic):
-    "The batches that `model`, a copy, is verified on; raises `ValueError` if the file could not be"
-    batches = batches_of(learn, dl)
+def _batches(learn, model, dl, dynamic, n):
+    "The first `n` batches that `model`, a copy, gets; raises `ValueError` if a file could not be verified on them"
+    batches = batches_of(learn, dl, n)
     whole = model if has_other(learn.model) else learn.model
     few = first_items(batches[0][0], 8)
     check_evaluates(whole, few)
@@ -189,25 +189,23 @@ def _float_copy(learn, batches):
     return made
 
 # %% ../../nbs/learner/01_quant.ipynb #22learfil02
-def _calibrate(learn, model, spec, batches, dl, cast):
-    "Prepare `model`, and give it ranges in a pass over `dl`"
-    prepare(model, spec, *batches[0][0], fold=True)
-    twin_of(learn, model).validate(dl=dl, cbs=[PTQCalibrate(len(batches)), *[Float32Callback()]*cast])
-
 class _Files:
     "Makes files of `learn`, for `keep` to choose from; they are settled if its model rounds already"
-    def __init__(self, learn, spec, given, settled, engine, how):
+    def __init__(self, learn, spec, dl, settled, engine, how):
         store_attr()
-        self.batches = [xb for xb,_ in given]
+        self.through = partial(with_bar, learn)
+    @property
+    def batches(self): return [xb for xb,_ in self.given]
     def prepared(self, exclude=()):
         model,spec = _rounding_copy(self.learn, None if self.settled else self.spec, list(exclude))
         if self.settled: return model
         prepare(model, spec, *self.batches[0], fold=True)
-        recalibrate(model, self.batches)
+        cast = [Float32Callback()]*bool(other_precision(self.learn.model))
+        twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
         return model
     def file(self, model):
         "`model`, which is changed, as a Learner that runs a file"
-        data = _verified(self.learn, model, self.given, self.settled, self.engine, **self.how)
+        data = _verified(self.learn, model, self.given[:2], self.settled, self.engine, **self.how)
         return twin_of(self.learn, self.engine(data))
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f

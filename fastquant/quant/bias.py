@@ -7,10 +7,9 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/bias.html.md"""
 # %% ../../nbs/quant/12_bias.ipynb #12biascf337c
 from __future__ import annotations
 import torch
-from contextlib import contextmanager
 from torch import nn
-from torch.nn.utils import parametrize
 from ..core.model import *
+from .grid import *
 from .fakequant import *
 from .prepare import *
 from .rungs import *
@@ -19,49 +18,37 @@ from .rungs import *
 __all__ = ['bias']
 
 # %% ../../nbs/quant/12_bias.ipynb #12biascce6c8
-def _axis(m, y): return y.ndim-1 if isinstance(m, nn.Linear) else 1
-
 def _means(m, y):
     "The mean of each channel of `y`, which the layer `m` made"
-    return y.mean([i for i in range(y.ndim) if i!=_axis(m, y)])
-
-@contextmanager
-def _hooked(model, paths, f):
-    "`f`, of a path, a layer and its output, after each layer at `paths` has run"
-    def at(k): return lambda m,args,y: f(k, m, y)
-    hooks = [model.get_submodule(k).register_forward_hook(at(k)) for k in paths]
-    try: yield
-    finally:
-        for h in hooks: h.remove()
+    return y.mean([i for i in range(y.ndim) if i!=channel_axis(m, y)])
 
 # %% ../../nbs/quant/12_bias.ipynb #12biasmenc
 def _mendable(model, xb):
-    "Paths of layers that run once, and whose bias is their own"
-    r,runs = prepared(model),[]
-    def plain(k): return k not in r.products and not parametrize.is_parametrized(model.get_submodule(k), 'bias')
-    paths = [k for k in r.layers if plain(k)]
-    with _hooked(model, paths, lambda k,m,y: runs.append(k)): plain_outputs(model, [xb])
-    shared = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
-    def own(k): return shared.count(id(model.get_submodule(k).bias))==1 or model.get_submodule(k).bias is None
-    return [k for k in paths if runs.count(k)==1 and own(k)]
+    "Paths of layers that run once, and whose bias is their own, with the means of what they put out without rounding"
+    r,found = prepared(model),{}
+    mine = [k for k in r.layers if k not in r.products and isinstance(model.get_submodule(k), (nn.Linear,conv_layers)) and owns(model, k, 'bias')]
+    def note(k, o):
+        y = o.run(o.x, o.w, o.b)
+        if k in mine: found.setdefault(k, []).append(_means(model.get_submodule(k), y))
+        return y
+    with visiting(model, note): plain_outputs(model, [xb])
+    return {k:means[0] for k,means in found.items() if len(means)==1}
 
 # %% ../../nbs/quant/12_bias.ipynb #12biasc9c908
 @rungs
 @torch.no_grad()
 def bias(
     model:nn.Module, # A prepared model with ranges, changed in place
-    batches:list     # Tuples of inputs, of which the first is looked at
+    batches:list     # Tuples of inputs
 )->str|None: # Why nothing was done; None if something was
     "Add to each layer's bias what rounding takes from its output on average"
-    xb,plain = batches[0],{}
-    paths = _mendable(model, xb)
-    if not paths: return 'no layer has a bias that is its own'
-    def note(k, m, y): plain[k] = _means(m, y)
-    def mend(k, m, y):
+    xb = spread_items(batches)
+    plain = _mendable(model, xb)
+    if not plain: return 'no layer has a bias that is its own'
+    def correct(k, o):
+        y,m = o.run(o.x, o.w, o.b),model.get_submodule(k)
+        if k not in plain: return y
         d = plain[k]-_means(m, y)
-        m.bias = nn.Parameter(d if m.bias is None else m.bias+d)
-        shape = [1]*y.ndim
-        shape[_axis(m, y)] = -1
-        return y+d.view(shape)
-    with _hooked(model, paths, note): plain_outputs(model, [xb])
-    with _hooked(model, paths, mend), evaluating(model): model(*xb)
+        mend(model, k, bias=d if m.bias is None else m.bias+d)
+        return y+along(d, y, channel_axis(m, y))
+    with visiting(model, correct), evaluating(model): model(*xb)

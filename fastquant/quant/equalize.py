@@ -75,12 +75,10 @@ class _Finder:
         with unrounded(model): self.tr = trace(model, *first_items(xb, 2)).needed()
         self.gone = {path for path,*_ in self.r.folded}
         self.runs = [o.path for o in self.tr.ops if o.kind=='layer' or o.name in _normalizing]
-        self.held = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
     def own(self, path):
         "Whether the module at `path` runs once, with a weight that nobody else has, and that is not computed"
         m = self.model.get_submodule(path)
-        w = own_weight(m)
-        return w is not None and not parametrize.is_parametrized(m) and self.runs.count(path)==1 and self.held.count(id(w))==1
+        return own_weight(m) is not None and not parametrize.is_parametrized(m) and self.runs.count(path)==1 and owns(self.model, path, 'weight')
     def readers(self, v):
         "Paths of the layers that read the value `v`; None if something else does"
         if v in self.tr.outputs or v in self.tr.reread: return None
@@ -134,8 +132,7 @@ def _peaks(model, found, batches):
     def see(link):
         def hook(m, args):
             x = args[0].detach().abs()
-            d = x.ndim-1 if isinstance(m, nn.Linear) else 1
-            a = x.amax([i for i in range(x.ndim) if i!=d])
+            a = x.amax([i for i in range(x.ndim) if i!=channel_axis(m, x)])
             most[link] = torch.maximum(a, most.get(link, a))
         return hook
     hooks = [model.get_submodule(o.readers[0]).register_forward_pre_hook(see(o)) for o in found]
@@ -173,6 +170,7 @@ def equalize(
     alpha:float=.5   # How much of the burden goes from activations to the weights that read them, from 0 to 1
 )->str|None: # Why nothing was done; None if something was
     "Scale channels so that activations and the weights that read them are equally hard to round; the float model stays what it was (Nagel et al. 2019; Xiao et al. 2023)"
+    unmend(model)
     found = links(model, *batches[0])
     if not found: return 'there are no channels that only layers read'
     peaks = _peaks(model, found, batches)

@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
 import itertools, torch
+from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
 from torch import nn, Tensor
@@ -48,6 +49,7 @@ class FakeQuant(Attachment, LayerWeights):
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
         self.folded,self.seen,self.after_lstm = set(),{},None
+        self.visit,self.unmended = None,{} # see `quant.rungs`
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
     @property
@@ -218,10 +220,10 @@ class FakeQuantMode(Matching):
         o = as_layer(*call, left=r.from_left(path))
         x,w,b = o.x,channels_first(o, o.w),o.b
         if path in r.doors: x = r.act(r.doors[path], x)
-        if path in r.live: return o.run(x, w, b, partial(r.linear, path))
-        if r.converted: w,b = r.as_floats(path)
+        if path in r.live: o = replace(o, run=partial(o.run, linear=partial(r.linear, path)))
+        elif r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
-        return o.run(x, w, b)
+        return r.visit(path, replace(o, x=x, w=w, b=b)) if r.visit else o.run(x, w, b)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep56d4c9
 @patch

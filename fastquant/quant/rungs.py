@@ -6,8 +6,11 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/rungs.html.md"""
 
 # %% ../../nbs/quant/10_rungs.ipynb #10rungdba5da
 from __future__ import annotations
-import torch
-from torch import nn
+import inspect, math, time, torch
+from contextlib import contextmanager
+from dataclasses import dataclass
+from torch import nn, Tensor
+from torch.nn.utils import parametrize
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
@@ -18,7 +21,8 @@ from .fakequant import *
 from .prepare import *
 
 # %% auto #0
-__all__ = ['rungs', 'recalibrate', 'mse', 'plain_outputs', 'nearness', 'find_rungs', 'climb']
+__all__ = ['rungs', 'recalibrate', 'mend', 'unmend', 'mse', 'plain_outputs', 'nearness', 'spread_items', 'visiting', 'owns',
+           'channel_axis', 'find_rungs', 'Tried', 'climb']
 
 # %% ../../nbs/quant/10_rungs.ipynb #10rung7ad643
 rungs = Registry('rung')
@@ -28,8 +32,33 @@ def recalibrate(
     batches:list     # Tuples of inputs
 ):
     "Set all ranges of `model` to what goes through it now"
+    unmend(model)
     for xb in batches: watch(model, *xb)
     set_ranges(model)
+
+# %% ../../nbs/quant/10_rungs.ipynb #10rungmen02
+def mend(
+    model:nn.Module, # A prepared model, changed in place
+    path:str,        # Of a layer
+    **new            # Its parameters, by name
+):
+    "Give a layer parameters that are right for its grids as they are"
+    m,kept = model.get_submodule(path),prepared(model).unmended
+    for k,v in new.items():
+        kept.setdefault((path,k), getattr(m, k))
+        setattr(m, k, nn.Parameter(v))
+
+def unmend(
+    model:nn.Module # A prepared model, changed in place
+)->list: # What was taken off: paths, names and parameters
+    "Give all layers the parameters back that they had before they were mended"
+    kept,found = prepared(model).unmended,[]
+    for (path,k),was in kept.items():
+        m = model.get_submodule(path)
+        found.append((path, k, getattr(m, k)))
+        setattr(m, k, was)
+    kept.clear()
+    return found
 
 # %% ../../nbs/quant/10_rungs.ipynb #10rungc11b3c
 @rungs
@@ -45,16 +74,24 @@ def mse(
     recalibrate(model, batches)
 
 # %% ../../nbs/quant/10_rungs.ipynb #10runge31d8b
+@contextmanager
+def _unmended(model):
+    "`model` as it was before it was mended"
+    mends = unmend(model)
+    try: yield
+    finally:
+        for path,k,v in mends: mend(model, path, **{k:v})
+
 @torch.no_grad()
 def plain_outputs(
     model:nn.Module, # A prepared model
     batches:list     # Tuples of inputs
 )->list: # For each batch a list of tensors
-    "What `model` puts out without rounding"
+    "What `model` puts out without rounding, and without what makes up for it"
     def run(xb):
         prepared(model).how = Site.as_is
         return floats(model(*xb))
-    with evaluating(model): return [run(xb) for xb in batches]
+    with _unmended(model), evaluating(model): return [run(xb) for xb in batches]
 
 @torch.no_grad()
 def nearness(
@@ -67,6 +104,49 @@ def nearness(
     def joined(outs): return [torch.cat([t.flatten() for t in ts]) for ts in zip(*outs)]
     return min(map(sqnr, joined(plain), joined(got)))
 
+# %% ../../nbs/quant/10_rungs.ipynb #10rungspr02
+def spread_items(
+    batches:list, # Tuples of inputs
+    n:int=256     # Items
+)->tuple: # A batch
+    "About `n` items, as many of each batch; of those only that have items as large as the first has"
+    like = [xb for xb in batches if item_sizes(xb)==item_sizes(batches[0])]
+    parts = [first_items(xb, -(-n//len(like))) for xb in like]
+    rows = has_rows(parts[0])
+    columns = zip(*map(tensors, parts))
+    new = iter([torch.cat(ts) if several else ts[0] for ts,several in zip(columns, rows)])
+    return map_tensors(lambda _: next(new), parts[0])
+
+# %% ../../nbs/quant/10_rungs.ipynb #10runglay02
+@contextmanager
+def visiting(
+    model:nn.Module, # A prepared model
+    f                # A function of the path of a layer, and of a `Product` with what it computes with, which gives the result
+):
+    "Let `f` compute the layers of `model`, of which weights are rounded"
+    r = prepared(model)
+    r.visit = f
+    try: yield
+    finally: r.visit = None
+
+def owns(
+    model:nn.Module, # Any model
+    path:str,        # Of a layer
+    *names           # Of parameters
+)->bool:
+    "Whether a layer has these parameters, or none, for itself, and nothing computes them"
+    m = model.get_submodule(path)
+    held = [id(p) for o in model.modules() for p in o.parameters(recurse=False)]
+    mine = [getattr(m, k) for k in names]
+    return not any(parametrize.is_parametrized(m, k) for k in names) and all(p is None or held.count(id(p))==1 for p in mine)
+
+def channel_axis(
+    m:nn.Module, # A convolution or linear layer
+    x:Tensor     # What goes in, or comes out
+)->int:
+    "The dimension of `x` that channels lie along"
+    return x.ndim-m.weight.ndim+1
+
 # %% ../../nbs/quant/10_rungs.ipynb #10rung492e64
 def find_rungs(
     ladder # Names of rungs, or functions of your own, in order
@@ -77,18 +157,29 @@ def find_rungs(
     for f in found: check_function('ladder', f, 2, 'a rung is a function of a prepared model and a list of batches.')
     return {getattr(f, '__name__', repr(f)):f for f in found}
 
+@dataclass(frozen=True)
+class Tried:
+    "What a rung came to"
+    db:float      # How far above the noise of rounding the outputs were; NaN if nothing was done
+    why:str|None  # Why nothing was done
+    seconds:float # How long it took
+    def __str__(self): return self.why or f'{self.db:.1f} dB'
+
 def climb(
     model:nn.Module, # A prepared model with ranges, left as it is
     batches:list,    # Tuples of inputs, for calibration
-    ladder           # As in `find_rungs`
-)->tuple: # The best model, and by rung the dB it reached, or why it did nothing
+    ladder,          # As in `find_rungs`
+    through=iter     # What rungs that take long go through their layers with: a progress bar
+)->tuple: # The best model, and by rung what it came to, each `Tried`
     "Try one rung after the other on copies of `model`, and keep what brings the outputs nearer to those without rounding"
-    few = batches[:2]
+    few = [spread_items(batches)]
     plain = plain_outputs(model, few)
     best,said = nearness(model, few, plain),{}
     for name,rung in find_rungs(ladder).items():
-        trial = clean_copy(model)
-        why = rung(trial, batches)
-        said[name] = why or nearness(trial, few, plain)
-        if not why and said[name]>best: model,best = trial,said[name]
+        start,trial = time.perf_counter(),clean_copy(model)
+        slow = 'through' in inspect.signature(rung).parameters
+        why = rung(trial, batches, **dict(through=through) if slow else {})
+        db = math.nan if why else nearness(trial, few, plain)
+        said[name] = Tried(db, why, time.perf_counter()-start)
+        if db>best: model,best = trial,db
     return model,said

@@ -9,6 +9,7 @@ from fastquant.all import *
 from fastquant.core.model import copy_model
 from fastquant.core.outputs import sqnr
 from fastquant.learner.ladder import Promise
+from fastquant.quant.adaround import adaround
 from fastquant.quant.bias import bias
 from fastquant.quant.grid import Grid
 from fastquant.quant.equalize import equalize, links
@@ -81,6 +82,35 @@ def test_other_specs(learn, spec, helps, n):
     t = q.ladder
     assert t['drop'].iloc[1:].dropna().min()<=.01 and ('with what helps' in t.index)==helps and q.model.metadata['spec']==spec
     assert q.model.report.n_int8==n
+
+def test_all_of_the_data_is_seen(learn):
+    "However few batches the file is verified on"
+    late = [(x+2*(i==7),y) for i,(x,y) in enumerate(learn.dls.train)][:8]
+    def file(**kwargs): return learn.quantize(dl=late, timed=False, **kwargs).model.data
+    assert file()==file(max_drop=.9, metric='valid_loss') and file()!=file(n_batches=7)
+
+def test_sorted_data_does_no_harm(learn):
+    "A batch of a single class says little"
+    items = sorted(learn.dls.train_ds, key=lambda o: o[1].item())
+    batches = [(torch.stack([x for x,_ in items[i:i+60]]),) for i in range(0, 600, 60)]
+    made = prepare(copy_model(learn.model), 'w4a8', *batches[0], fold=True)
+    recalibrate(made, batches)
+    all_ = [(torch.cat([x for x, in batches]),)]
+    plain = plain_outputs(made, all_)
+    before = nearness(made, all_, plain)
+    best,said = climb(made, batches, ['equalize','bias','adaround'])
+    assert said['adaround'].db>before+8 and nearness(best, all_, plain)>before+6
+
+def test_what_mends_one_rounding_goes_with_it(learn):
+    "The model in float stays what it was, whatever comes after a bias or a weight that was made for a grid"
+    x = torch.stack([a for a,_ in learn.dls.valid_ds])[:128]
+    made = prepare(copy_model(learn.model), 'w4a8', x, fold=True)
+    recalibrate(made, [(x,)])
+    plain = plain_outputs(made, [(x,)])[0][0]
+    for k in 'bias','adaround','bias','equalize','adaround','mse':
+        rungs[k](made, [(x,)])
+        assert sqnr(plain, plain_outputs(made, [(x,)])[0][0])>80, k
+    assert not fake_quant_of(made).unmended or rungs['equalize'](made, [(x,)]) is None
 
 def test_a_rung_of_ones_own(learn):
     def nothing(model, batches): return 'it is Sunday'
@@ -186,5 +216,5 @@ def test_climbing_leaves_the_model(learn):
     recalibrate(made, [(x,)])
     before = {k:v.clone() for k,v in made.state_dict().items()}
     best,said = climb(made, [(x,)], list(rungs))
-    assert said['equalize']>nearness(made, [(x,)], plain_outputs(made, [(x,)]))+15 and best is not made
+    assert said['equalize'].db>nearness(made, [(x,)], plain_outputs(made, [(x,)]))+15 and best is not made
     assert all(v.nan_to_num(7).equal(before[k].nan_to_num(7)) for k,v in made.state_dict().items())
