@@ -38,7 +38,7 @@ names = dict(public())
 parts = '''agree as_float check_facts check_fit check_fits check_free check_parts check_portable create_opt cut_tensor find_rungs first_scale first_scales check_scores
     from_graph gamma_of group_pools head_group inner_graphs is_attention is_in kind_name make_ready MaskPlan naming new_names Obstacle own_outputs
     opened_by_openvino plot_channels put_all reason rename replace_layers rows_of set_constants set_integers shape_of sound_groups stay_inside steps_in take_out Tracer
-    rounding_errors try_first Tried unrounded Unwatched Gather visiting wants with_torch'''.split()
+    rounding_errors try_first Tried which_metric unrounded Unwatched Gather visiting warn_if_slow wants with_torch'''.split()
 
 def test_there_are_names(): assert len(names)>100
 

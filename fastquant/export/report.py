@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/report.html.md"""
 # %% ../../nbs/export/05_report.ipynb #08repo386e3e
 from __future__ import annotations
 import matplotlib.pyplot as plt, pandas as pd
+from warnings import warn
 from torch import nn
 from ..core.arguments import *
 from ..core.model import *
@@ -20,7 +21,7 @@ from .engine import *
 from .verify import *
 
 # %% auto #0
-__all__ = ['against_float', 'capture', 'rounding_errors', 'site_errors', 'alone', 'plot_errors', 'ranges']
+__all__ = ['against_float', 'warn_if_slow', 'capture', 'rounding_errors', 'site_errors', 'alone', 'plot_errors', 'ranges']
 
 # %% ../../nbs/export/05_report.ipynb #08repoflt002
 def against_float(
@@ -32,6 +33,17 @@ def against_float(
     item = first_items(xb, 1)
     alone = type(engine)(in_float(engine.data))
     return latency({'int8':lambda: engine(*item), 'float':lambda: alone(*item)}, **kwargs)
+
+def warn_if_slow(
+    engine:Engine, # Runs a file
+    xb             # Inputs
+):
+    "Warn if the file is int8, and not faster here than float in the same engine"
+    if engine.report.kind!='int8': return # nobody said that it would be faster
+    ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
+    int8,float_ = ms['median']
+    if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself
+    warn(f"On this machine int8 is not faster than float in the same engine: {int8:.3g} ms an item, and {float_:.3g} ms in float. The file is smaller all the same. Measure again where it will run; timed=False leaves this out.")
 
 # %% ../../nbs/export/05_report.ipynb #08repo24d552
 def capture(

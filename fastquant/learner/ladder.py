@@ -21,7 +21,7 @@ from .text import *
 from .core import *
 
 # %% auto #0
-__all__ = ['better_of', 'Gather', 'Promise', 'promised', 'MaxDropExceeded', 'keep']
+__all__ = ['better_of', 'Gather', 'Promise', 'which_metric', 'promised', 'MaxDropExceeded', 'keep']
 
 # %% ../../nbs/learner/00_ladder.ipynb #22laddefba9f
 _less = set('loss error mse rmse mae msle rmspe perplexity'.split())
@@ -72,7 +72,7 @@ class Promise:
         valid=None      # Data to measure on; the validation set if None
     ):
         self.max_drop = as_number('max_drop', max_drop, 'pass what may be lost of the metric, 0 or more: .005 is half a percent of an accuracy.', least=0, below=math.inf)
-        self.name,self.place = _metric(learn, metric)
+        self.name,self.place = which_metric(learn, metric)
         if comp not in (None,np.less,np.greater): raise ValueError(f"comp={quoted(comp)}: pass np.greater, np.less, or None.")
         self.sign = 1 if (comp or better_of(self.name)) is np.less else -1
         self.rows,self.best,self.said = [],None,None
@@ -83,8 +83,11 @@ class Promise:
         if 0<=v<=1<=max_drop: raise ValueError(f"max_drop={max_drop}: {self.name} is {v:.3f}, and all of it could be lost. Pass a share, like .01 for a percent.")
 
 # %% ../../nbs/learner/00_ladder.ipynb #22lademetc
-def _metric(learn, metric):
-    "Name of a metric, and its place in what `validate` returns"
+def which_metric(
+    learn:Learner, # Whose
+    metric         # One of its metrics, its name, `'valid_loss'`, or None for the first
+)->tuple: # Its name, and its place in what `validate` returns
+    "The metric that is meant; raises `ValueError` if the Learner has none such"
     names = ['valid_loss',*learn.metrics.attrgot('name')]
     if metric is None: i = 1 if len(names)>1 else 0
     else:

@@ -41,6 +41,7 @@ from ..callback.quant import *
 from .text import *
 from .core import *
 from .ladder import *
+from .sensitivity import *
 
 # %% auto #0
 __all__ = []
@@ -61,12 +62,14 @@ def quantize(self:Learner,
     metric=None,     # What is measured for that, as in `Promise`
     comp=None,       # Which of two values is better, as in `Promise`
     valid=None,      # Data to measure on; the validation set if None
-    ladder=('mse','equalize','bias') # Rungs to climb if too much is lost, in order; `adaround` takes longer, and is for few bits
+    ladder=('mse','equalize','bias'), # Rungs to climb if too much is lost, in order; `adaround` takes longer, and is for few bits
+    target:dict=None # A budget in place of bits in the spec: a share of the bytes of the float model, `{'bytes':.15}`, or bits of a weight on average, `{'bits':4}`
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
     check_flags(timed=timed)
     check_opset(opset)
     find_rungs(ladder)
+    check_target(target, max_drop=max_drop)
     runs = _who_runs(self, engine)
     if fname is not None: fname = check_writable(file_in(self.path, fname))
     model,wanted = _rounding_copy(self, spec, exclude)
@@ -77,9 +80,10 @@ def quantize(self:Learner,
     with calibration_dl(self, dl, n_batches) as dl:
         files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
         files.given = _batches(self, model, dl, dynamic, None if promise else 2)
-        new = keep(promise, files, ladder) if promise else files.file(files.prepared())
+        if target: new = within(self, files, target)
+        else: new = keep(promise, files, ladder) if promise else files.file(files.prepared())
     if fname: write_whole(fname, new.model.data)
-    if timed: _say_if_slow(new.model, files.batches[0])
+    if timed: warn_if_slow(new.model, files.batches[0])
     _say_if_noisy(new.model.report)
     return new
 
@@ -209,13 +213,6 @@ class _Files:
         return twin_of(self.learn, self.engine(data))
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f
-def _say_if_slow(engine, xb):
-    if engine.report.kind!='int8': return # nobody said that it would be faster
-    ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
-    int8,float_ = ms['median']
-    if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself
-    warn(f"On this machine int8 is not faster than float in the same engine: {int8:.3g} ms an item, and {float_:.3g} ms in float. The file is smaller all the same. Measure again where it will run; timed=False leaves this out.")
-
 def _rounding_copy(learn, spec, exclude):
     "A copy of the model, which rounds if it is ready to, and the spec to prepare it with if not; raises if it rounds in another way"
     model,wanted = made_runnable(float32_copy(learn.model)[0]),find_spec(ifnone(spec, 'int8')).excluding(exclude)

@@ -154,7 +154,9 @@ def verb(good=lambda l, o: {}, **bad): return lambda l, o: dict(self=l, **good(l
 verbs = dict(
     quantize=verb(lambda l, o: dict(max_drop=.5), spec=spec, dl=data, n_batches=count, exclude=(*names,'head'), fname=fname, timed=flag, engine=(*choice,len,None),
         dynamic=free, opset=version, max_drop=('.5',nan,inf,True,[.5],Own(),-1,2), metric=(*choice,Own(),'acuracy'), comp=('less',max,3,True), valid=data,
-        ladder=(*choice,None,lambda: 1,nan)),
+        ladder=(*choice,None,lambda: 1,nan), target=(.5,'bytes',[.5],{},{'bytes':50},{'bytes':nan},{'bits':'x'},{'bits':0},{'byte':.1},{3:.5})),
+    quant_sensitivity=verb(bits=('x',[],[1],[9],[nan],['a'],None,True), spec=spec, metric=(*choice,Own(),'acuracy'), dl=data, n_batches=count,
+        exclude=(*names,'head'), show_plot=flag),
     remove_quant=verb(), export_onnx=verb(fname=(*fname,None), dynamic=free, opset=version), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
         engine=(*choice,len,None)),
     prune=verb(lambda l, o: dict(amount=.5), **{k:v for k,v in selection().items() if k!='target'}, dl=data, n_batches=count, fname=fname),
