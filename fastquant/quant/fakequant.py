@@ -48,7 +48,7 @@ class FakeQuant(Attachment, LayerWeights):
         self.lay_out()
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
-        self.folded,self.seen,self.after_lstm = set(),{},None
+        self.folded,self.seen,self.around_lstm = set(),{},None
         self.visit,self.unmended = None,{} # see `quant.rungs`
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale

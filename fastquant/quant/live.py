@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/live.html.md"""
 # %% ../../nbs/quant/05_live.ipynb #05live0004
 from __future__ import annotations
 import torch, torch.nn.functional as F
+from functools import partial
 from fastcore.all import patch
 from torch import Tensor
 from .dynamic import *
@@ -43,24 +44,23 @@ def lstm(self:LayerWeights, path, func, args)->tuple:
     x,states,batch_first,dropout = _called(args)
     x,found = x.transpose(0, 1) if batch_first else x,[]
     for l in range(o.n):
-        out = self.lstm_layer(o.names(l), x, [s[l*o.dirs:(l+1)*o.dirs] for s in states])
-        if self.after_lstm: out = self.after_lstm(path, out)
-        x,*end = out
+        run = partial(self.lstm_layer, o.names(l), x, [s[l*o.dirs:(l+1)*o.dirs] for s in states])
+        x,*end = self.around_lstm(path, run) if self.around_lstm else run()
         found.append(end)
         if dropout and l<o.n-1: x = F.dropout(x, dropout)
     return x.transpose(0, 1) if batch_first else x,*map(torch.cat, zip(*found))
 
 # %% ../../nbs/quant/05_live.ipynb #05live0014
 @patch
-def lstm_layer(self:LayerWeights, names, x, states)->tuple:
-    "What a layer of an LSTM, whose weights have these `names`, makes of `x` and its states"
+def lstm_layer(self:LayerWeights, names, x, states, given=None)->tuple:
+    "What a layer of an LSTM, whose weights have these `names`, makes of `x` and its states; each step goes on from what is `given` for the one before, if anything is"
     if self.converted:
         w,r = map(self.home, names)
-        return lstm_dynamic(x, w, r, w.bias, states)
+        return lstm_dynamic(x, w, r, w.bias, states, given)
     ws = [self.round_weight(k, self.weight_of(k)) for k in names]
     dirs = self.lstms[self.owner[names[0]]].dirs
     def through(w):
         rows = w.chunk(dirs)
         return lambda d,x: F.linear(round_dynamic(x), rows[d])
     start = states or [x.new_zeros(dirs, x.shape[1], ws[1].shape[1])]*2
-    return run_lstm_layer(x, *map(through, ws), self.bias_of(names[0]), *start)
+    return run_lstm_layer(x, *map(through, ws), self.bias_of(names[0]), *start, given)

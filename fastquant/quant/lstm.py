@@ -76,14 +76,15 @@ def lstm_layers(
     return LSTMLayers(path, m.num_layers, 1+m.bidirectional, m.bias)
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0012
-def _direction(gates, back, h, c):
+def _direction(gates, back, h, c, given=None):
     hs = []
-    for g in gates:
+    for t,g in enumerate(gates):
         i,o,f,new = (g+back(h)).chunk(4, -1)
         c = f.sigmoid()*c+i.sigmoid()*new.tanh()
         h = o.sigmoid()*c.tanh()
         hs.append(h)
-    return torch.stack(hs),h,c
+        if given is not None: h = given[t]
+    return torch.stack(hs),hs[-1],c
 
 def run_lstm_layer(
     x:Tensor,      # Steps, batch, inputs
@@ -91,27 +92,33 @@ def run_lstm_layer(
     back,          # The same for its state
     b:Tensor|None, # From `gate_biases`
     h:Tensor,      # State to begin with: directions, batch, hidden
-    c:Tensor       # And the other
+    c:Tensor,      # And the other
+    given:Tensor|None=None # What came of each step, for the next to go on from, as it is returned
 )->tuple: # Steps, batch, directions times hidden; states at the end
     "One layer of an LSTM, in all its directions"
     ends = []
+    givens = [None]*len(h) if given is None else given.chunk(len(h), -1)
+    def turned(d, x): return x.flip(0) if d and x is not None else x
     for d in range(len(h)):
         gates = into(d, x)
         if b is not None: gates = gates+b[d].view(2, -1).sum(0)
-        y,*end = _direction(gates.flip(0) if d else gates, partial(back, d), h[d], c[d])
-        ends.append((y.flip(0) if d else y,*end))
+        y,*end = _direction(turned(d, gates), partial(back, d), h[d], c[d], turned(d, givens[d]))
+        ends.append((turned(d, y),*end))
     ys,hs,cs = zip(*ends)
     return torch.cat(ys, -1),torch.stack(hs),torch.stack(cs)
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0016
 _of_weight = 'weight','weight_scale','weight_zero_point'
 
-@torch.library.custom_op('fastquant::lstm_dynamic', mutates_args=())
-def _lstm_dynamic(x:Tensor, w:list[Tensor], r:list[Tensor], b:Tensor|None, states:list[Tensor])->tuple[Tensor,Tensor,Tensor]:
+def _on_integers(x, w, r, b, states, given=None):
     def on(q, scale, zero_point): return lambda d,x: integer_linear(*quantize_dynamic(x), q[d], scale[d])
     dirs,hidden,_ = r[0].shape
     h,c = states or [x.new_zeros(dirs, x.shape[1], hidden)]*2
-    return run_lstm_layer(x, on(*w), on(*r), b, h, c)
+    return run_lstm_layer(x, on(*w), on(*r), b, h, c, given)
+
+@torch.library.custom_op('fastquant::lstm_dynamic', mutates_args=())
+def _lstm_dynamic(x:Tensor, w:list[Tensor], r:list[Tensor], b:Tensor|None, states:list[Tensor])->tuple[Tensor,Tensor,Tensor]:
+    return _on_integers(x, w, r, b, states)
 
 @_lstm_dynamic.register_fake
 def _(x, w, r, b, states):
@@ -125,8 +132,10 @@ def lstm_dynamic(
     w:nn.Module,   # Has `weight`, directions by inputs by gates, with its scales and zero points
     r:nn.Module,   # The same for the state
     b:Tensor|None, # From `gate_biases`
-    states         # None of these, or two: directions, batch, hidden
+    states,        # None of these, or two: directions, batch, hidden
+    given:Tensor|None=None # As in `run_lstm_layer`
 )->tuple: # As from `run_lstm_layer`
     "One layer of an LSTM on integers, as ONNX Runtime's `DynamicQuantizeLSTM` computes it"
     w,r = ([getattr(m, k) for k in _of_weight] for m in (w,r))
+    if given is not None: return _on_integers(x, w, r, b, list(states), given)
     return torch.ops.fastquant.lstm_dynamic(x, w, r, b, list(states))

@@ -7,8 +7,10 @@ from fastquant.all import *
 from fastquant.export.dynamic import dynamic_layers
 from fastquant.export.engine import layer_kernels, optimized
 from fastquant.export.portable import misfits, unsigned
+from fastquant.export.integers import file_states, run_file
 from fastquant.export.verify import Integers, file_integers, replay, verify
 from fastquant.quant.dynamic import quantize_dynamic
+from fastquant.quant.lstm import lstm_dynamic
 from fastquant.quant.pairs import fit_pairs
 from fastquant.quant.spec import find_spec
 from tests.helpers.data import gray, loaders, noise, pictures
@@ -182,6 +184,20 @@ def test_states_that_are_given():
     f = of_net(net, x, dynamic)
     f.gate()
     assert sqnr(f.sim(x), Engine(f.data)(x))>80 and sqnr(net(x), f.sim(x))>30
+
+def test_what_breaks_ties_is_no_fault():
+    "An LSTM with large weights remembers each tie that a file breaks otherwise: it is asked for each step, from the state that the file has"
+    net = Reads().eval()
+    torch.manual_seed(1)
+    net.rnn,net.out,x = nn.LSTM(8, 128, batch_first=True),nn.Linear(128, 3),torch.randn(6,200,8)
+    with torch.no_grad():
+        for p in net.rnn.parameters(): p.mul_(4)
+    f = of_net(net, x, dynamic)
+    (y,*_), = file_states(f.proto, [x], run_file)
+    w,r = map(fake_quant_of(f.sim).home, ('rnn.weight_ih_l0','rnn.weight_hh_l0'))
+    steps = x.transpose(0, 1)
+    assert sqnr(y, lstm_dynamic(steps, w, r, w.bias, ())[0])<60 and sqnr(y, lstm_dynamic(steps, w, r, w.bias, (), y)[0])>100
+    replay(f.sim, file_integers(f.proto, [x])[0], [x], file_states(f.proto, [x], run_file))
 
 def test_a_fault_in_an_lstm_is_seen():
     "A weight, a scale, a zero point, a bias; by name"
