@@ -6,6 +6,7 @@ from torch import nn
 from fastquant.all import *
 from fastquant.export.engine import layer_kernels
 from fastquant.export.verify import verify
+from fastquant.quant.spec import find_spec
 from tests.helpers.data import loaders, noise
 from tests.helpers.files import of_net, rounds
 from tests.helpers.learners import check_owned, classifier, every_parameter_moves
@@ -214,6 +215,18 @@ def test_embeddings(tied, spec):
     report = verify(net, f.rounded, f.sim, f.data, [(x,)])
     assert list(report.weights_only)==['emb','hid','out'] and not report.float_layers
     assert Engine(f.data).n_params in (n_params(net),n_params(net)+2000*tied)
+
+@pytest.mark.parametrize('spec', ['int8','dynamic'])
+def test_beside_integers_a_table_has_8_bits(spec):
+    "Nothing is rounded on its way into an embedding, and its rows are floats"
+    torch.manual_seed(0)
+    net,x = Words(tied=True).eval(),torch.randint(0, 50, (4,6))
+    f = of_net(net, x, spec)
+    w,s = net.emb.weight,net.emb.weight.abs().amax(1, keepdim=True).clamp(min=1e-6)/127
+    with torch.no_grad(): assert torch.allclose(fake_quant_of(f.sim).as_floats('emb')[0], (w/s).round()*s, atol=1e-6)
+    report = verify(net, f.rounded, f.sim, f.data, [(x,)])
+    assert report.weights_only=={'emb':8} and report.n_int8==2 and not report.float_layers and report.sqnr>60
+    assert len(f.data)<len(of_net(net, x, find_spec(spec).excluding('emb')).data)
 
 def test_an_embedding_is_trained_through(tmp_path):
     learn = classifier(loaders([(t,int(t[0])) for t in torch.randint(0, 50, (48,6))], bs=8), nn.Sequential(Words(), nn.Flatten(), nn.Linear(300, 50)), tmp_path)
