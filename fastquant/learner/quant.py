@@ -23,6 +23,7 @@ from ..quant.rungs import *
 from ..quant.equalize import *
 from ..quant.bias import *
 from ..quant.adaround import *
+from ..quant.gptq import *
 from ..export.dims import *
 from ..export.halves import *
 from ..export.older import *
@@ -206,7 +207,7 @@ class _Files:
         prepare(model, spec, *self.batches[0], fold=True)
         cast = [Float32Callback()]*bool(other_precision(self.learn.model))
         twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
-        return model
+        return compensate(model, self.batches)
     def file(self, model):
         "`model`, which is changed, as a Learner that runs a file"
         data = _verified(self.learn, model, self.given[:2], self.settled, self.engine, **self.how)

@@ -103,11 +103,13 @@ class Spec:
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
+    compensate:bool=False # Where only weights are rounded: let those of a linear layer make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb))
     def __post_init__(self):
         self.check_fields()
         if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
         if not self.weight.half and (not self.weight.grid.signed or self.weight.grid.whole): raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
         if self.act is None and self.stream: raise ValueError("stream: with act=None no activation is rounded. Leave `stream` out.")
+        if self.compensate and (self.act or self.weight.half): raise ValueError("compensate: weights make up for each other where they alone are rounded, and to integers. Use act=None and a Grid, or leave `compensate` out.")
         if self.stream and (self.stream.dynamic or self.act.dynamic): raise ValueError("stream: where ranges are found while the model runs, nothing is rounded but what goes into a layer. Leave `stream` out.")
         if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
             raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
@@ -122,7 +124,7 @@ class Spec:
             if not isinstance(o, tuple) or len(o)!=2: raise ValueError(f"overrides={quoted(self.overrides)}: {say}")
             check_kind('overrides', o[0], str, say)
             check_kind('overrides', o[1], (Spec,type(None)), say)
-        check_flags(portable=self.portable, float_bias=self.float_bias)
+        check_flags(portable=self.portable, float_bias=self.float_bias, compensate=self.compensate)
     def at(self,
         path:str # Module path
     )->Spec|None: # None: leave it in float
@@ -183,7 +185,7 @@ def w8():
 @specs
 def w4():
     "Weights in 4 bits, a scale for each 32 along the input; activations and arithmetic in float"
-    return Spec(TensorSpec(Grid(4), 'search', PerGroup(32)), act=None)
+    return Spec(TensorSpec(Grid(4), 'search', PerGroup(32)), act=None, compensate=True)
 
 # %% ../../nbs/quant/04_spec.ipynb #03spechalf02
 @specs
