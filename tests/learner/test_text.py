@@ -7,7 +7,8 @@ from fastquant.all import *
 from fastquant.export.engine import layer_kernels
 from fastquant.export.runnable import made_runnable, has_other
 import pandas as pd
-from tests.helpers.learners import quiet
+from tests.helpers.data import loaders
+from tests.helpers.learners import check_owned, classifier as plain_classifier, quiet
 
 small = dict(emb_sz=8, n_hid=12, n_layers=2)
 
@@ -121,6 +122,51 @@ def test_recurrent_layers_take_any_length(kind):
         x = torch.randn(shape)
         with torch.no_grad(): assert torch.allclose(run(file, x), net(x), atol=1e-5)
     assert not hasattr(net.rnn, 'packed')
+
+class Transformer(nn.Module):
+    "With positions for twelve tokens"
+    def __init__(self):
+        super().__init__()
+        self.word,self.place = nn.Embedding(30, 16),nn.Embedding(12, 16)
+        self.body,self.head = nn.TransformerEncoderLayer(16, 2, 32, 0., batch_first=True),nn.Linear(16, 3)
+    def forward(self, x): return self.head(self.body(self.word(x)+self.place.weight[:x.shape[1]]).mean(1))
+
+def tokens(n):
+    x = torch.randint(0, 30, (48,n))
+    return loaders([(a,int(a[0]%3)) for a in x], bs=8)
+
+def test_as_many_tokens_as_there_are_positions(tmp_path):
+    "Texts that have as many leave shorter ones free, and more, or none, are refused in words"
+    torch.manual_seed(0)
+    learn = plain_classifier(tokens(12), Transformer(), tmp_path)
+    q = learn.quantize('dynamic', dynamic=True, timed=False)
+    x = torch.randint(0, 30, (2,12))
+    for n in 1,5,12: assert sqnr(learn.model.eval()(x[:,:n]), q.model(x[:,:n]))>20
+    with pytest.raises(ValueError, match=r'\(2, 13\).*as many tokens as it has'): q.model(torch.randint(0, 30, (2,13)))
+    with pytest.raises(ValueError, match='one token at least'): q.model(x[:,:0])
+
+@pytest.mark.parametrize('way', [lambda: QuantAwareCallback('dynamic'), lambda: PruneScheduleCallback(.5), lambda: DistillCallback(Transformer())], ids=['dynamic','pruned','taught'])
+def test_a_fit_of_a_transformer(tmp_path, way):
+    learn = plain_classifier(tokens(6), Transformer(), tmp_path)
+    learn.fit(1, 1e-3, cbs=way())
+    check_owned(learn)
+    if fake_quant_of(learn.model): assert learn.quantize(timed=False).model.report.agrees_rounded==1
+
+def test_a_transformer_of_low_rank(tmp_path):
+    learn = plain_classifier(tokens(6), Transformer(), tmp_path)
+    few = learn.decompose(.5)
+    assert n_params(few.model)<n_params(learn.model)
+    few.fit(1, 1e-3)
+    check_owned(few)
+
+def test_a_table_that_groups_do_not_divide(tmp_path):
+    "Rows are filled up; a group has to be a number of neighbours"
+    learn = plain_classifier(tokens(6), Transformer(), tmp_path)
+    spec = Spec(TensorSpec(Grid(4), 'search', PerGroup(24)), act=None, compensate=True)
+    q = learn.quantize(spec, timed=False)
+    x = torch.randint(0, 30, (2,6))
+    assert sqnr(learn.model.eval()(x), q.model(x))>10
+    with pytest.raises(ValueError, match='n=1: pass how many weights share a scale'): PerGroup(1)
 
 def test_on_integers_with_ranges_found_while_it_runs(tmp_path):
     "The LSTMs too, of any batch and length, within what 8 bits do; the Learner is left as it is"
