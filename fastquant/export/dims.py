@@ -60,10 +60,7 @@ def resized(
     return map_tensors(one, xb)
 
 # %% ../../nbs/export/00_dims.ipynb #00graph0037
-def _longer(n, first): return 2*n if first else n+n//2
-def _double(n, first): return 2*n
-def _one_more(n, first): return n+1
-def _half(n, first): return (n+1)//2
+_sizes = dict(longer=lambda n,first: 2*n if first else n+n//2, double=lambda n,first: 2*n, one_more=lambda n,first: n+1, half=lambda n,first: (n+1)//2)
 
 # %% ../../nbs/export/00_dims.ipynb #00graph0041
 def at_other_sizes(
@@ -73,9 +70,9 @@ def at_other_sizes(
 )->list: # Inputs
     "The batches of other sizes that `model` runs on; raises `ValueError` if there are none"
     found,why = [],None
-    for f in (_longer,_double,_one_more,_half) if any(dims) else ():
+    for k,f in _sizes.items() if any(dims) else ():
         new = resized(first_items(xb, 2), dims, f)
-        if f is _half and (found or item_sizes(new)==item_sizes(xb)): break
+        if k=='half' and (found or item_sizes(new)==item_sizes(xb)): break
         try:
             with evaluating(model): model(*new)
             found.append(new)

@@ -29,6 +29,7 @@ def _nearest(w, s, grid): return (w/s).round().clamp(grid.lo, grid.hi)*s
 
 def _error(w, q, h): return (((w-q)@h)*(w-q)).sum()
 
+# %% ../../nbs/quant/13_gptq.ipynb #13gptq0102
 @torch.no_grad()
 def compensated(
     w:Tensor,       # A weight, a row for each output

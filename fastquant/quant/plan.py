@@ -12,6 +12,7 @@ from fastcore.all import patch
 from torch import nn
 from ..core.model import *
 from ..core.trace import *
+from .grid import Grid
 from .lstm import *
 from .spec import *
 
@@ -27,8 +28,7 @@ class Plan:
     ):
         self.whole,tr = tr,tr.needed()
         self.tr,self.spec = tr,spec
-        self.norms,self.inner = {},set()
-        self.tables = {o.layer for o in tr.ops if o.kind=='lookup'}
+        self.norms,self.inner,self.tables = {},set(),{o.layer for o in tr.ops if o.kind=='lookup'}
         self.int8,self.live,self.stored,self.source,self.grid = set(),set(),set(),{},{}
         self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
         starts = [o for o in tr.ops if o.is_layer or o.kind=='arith']
@@ -166,13 +166,11 @@ def owner(self:Plan, path)->str:
     return next((k for k,o in self.lstms.items() if path in o.products()), path)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
-def _is_8_bits(w): return not w.half and w.grid.bits==8 and not w.learned
-
 @patch
 def at(self:Plan, path)->Spec|None:
     "The spec for the layer at `path`, None to leave it in float"
     s = self.spec.at(path)
-    if s and path in self.tables and _is_8_bits(s.weight): return replace(s, act=None, stream=None) # nobody multiplies with it
+    if s and path in self.tables and not s.weight.learned and s.weight.grid==Grid(8): return replace(s, act=None, stream=None) # nobody multiplies with it
     return s.ends if s and s.ends and path in self.outer else s
 
 @patch
