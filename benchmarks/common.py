@@ -27,6 +27,7 @@ class Options:
     quick:bool=False # Small subsets, to see that everything runs
     packages:Path|None=None # Where packages with trained nets are installed
     busy:bool=False  # Do others use the machine too? See `clock`
+    most:int|None=None # Items of a test set, where a section takes fewer than all
     def some(self,
         n:int,    # A number of images, epochs or rounds
         few:int=0 # Instead of it if `quick`
@@ -295,12 +296,13 @@ def run(
     p.add_argument('--cache', type=Path, default=Path.home()/'.cache'/'fastquant-benchmarks', help='where nets trained here are kept (%(default)s)')
     p.add_argument('--packages', type=Path, help='a folder with packages that carry trained nets, for sections that want them')
     p.add_argument('--busy', action='store_true', help='others use the machine: in latencies count the time this process computes, not the time that passes')
+    p.add_argument('--most', type=int, help='at most so many texts of the test set, evenly spread, in sections that run long over all of them')
     p.add_argument('--only', nargs='+', choices=sections, default=list(sections), help='sections to run; the others stay as they are in the results')
     p.add_argument('--quick', action='store_true', help='small subsets, to see that everything runs; writes no results')
     a = p.parse_args()
     torch.set_num_threads(1)
     for section in progress_bar(a.only):
-        rows,targets = sections[section](Options(a.data, a.cache, a.quick, a.packages, a.busy))
+        rows,targets = sections[section](Options(a.data, a.cache, a.quick, a.packages, a.busy, a.most))
         show(section, rows, targets)
         made = made_by(f'benchmarks.{name}')
         where = kept_as(sections[section], section, made['int8_flags'])

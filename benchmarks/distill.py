@@ -47,7 +47,7 @@ def time(o):
     ways = {'alone':[], 'soft targets':[DistillCallback(teacher)], 'soft targets and attention':[DistillCallback(teacher, features=Match('layer*', loss='attention'))]}
     learns = {k:learn() for k in ways}
     fns = {k:lambda k=k: learns[k].fit(steps, 1e-4, cbs=ways[k]) for k in ways}
-    ms = in_turns(fns, o.some(8, 1), warmup=1, seconds=3600)/steps
+    ms = in_turns(fns, o.some(8, 1), warmup=1, seconds=600)/steps
     base = ms['median']['alone']
     rows = [dict(way=k, median_ms=r['median'].round(1), spread_ms=r['spread'].round(1), ratio=(r['median']/base).round(3)) for k,r in ms.iterrows()]
     return rows,[target('distillation step against plain step, ResNet-18', ms['median']['soft targets']/base, 1.35, 1.29)]

@@ -161,7 +161,7 @@ def timed(
     fns:dict  # Functions that run it, as from `runners`
 )->tuple: # Rows, and medians by name
     "How long `fns` take in turns, against eager float and against float in the engine"
-    with torch.inference_mode(), clock(o): ms = in_turns(fns, o.some(50, 5), seconds=3600).round(3)
+    with torch.inference_mode(), clock(o): ms = in_turns(fns, o.some(50, 5), seconds=600).round(3)
     found = ms['median']
     against = lambda v: dict(speedup=round(found['eager float']/v, 3), against_float_engine=round(v/found['float, ONNX Runtime'], 3))
     return [dict(net=name, by=k, median_ms=r['median'], spread_ms=r['spread'], **against(r['median'])) for k,r in ms.iterrows()],found
@@ -193,7 +193,7 @@ def calibration_times(o, threads):
     watching = [prepare(copy_model(model), 'int8', batches[0], fold=True) for _ in range(3)]
     fns = {'float':lambda: [forward(model, x) for x in batches], 'calibration':lambda: calibrate(watching.pop(), batches)}
     forward(model, batches[0])
-    ms = in_turns(fns, len(watching), warmup=0, seconds=3600).round(3)['median']
+    ms = in_turns(fns, len(watching), warmup=0, seconds=600).round(3)['median']
     return dict(net='resnet18', threads=threads, float_ms=ms['float'], calibration_ms=ms['calibration'], ratio=round(ms['calibration']/ms['float'], 3))
 
 @sections

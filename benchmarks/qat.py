@@ -153,7 +153,7 @@ def time(o):
     rows,targets = [],[]
     for net,goal in ((models.resnet18,(1.6,1.25)), (models.mobilenet_v2,(2.2,1.5))):
         fns = {k:f for k in ways if (f:=step(net, k))}
-        ms = in_turns(fns, o.some(15, 2), warmup=2, seconds=3600).round(3)
+        ms = in_turns(fns, o.some(15, 2), warmup=2, seconds=600).round(3)
         name,base = net.__name__,ms['median']['float']
         rows += [dict(net=name, way=k, median_ms=r['median'], spread_ms=r['spread'], ratio=round(r['median']/base, 3)) for k,r in ms.iterrows()]
         targets.append(target(f'{name}: int8 step against float step', ms['median']['int8, ranges follow']/base, *goal))
