@@ -172,7 +172,7 @@ def test_progress(monkeypatch):
 def test_says_if_int8_is_not_faster(monkeypatch, recwarn, int8, in_float, says):
     "What it takes in float in the same engine decides; where a call takes longer than the net, nothing is said, nor if nobody asks"
     ms = pd.DataFrame(dict(median=[int8,in_float], spread=[.001,.001]), index=['int8','float'])
-    monkeypatch.setattr('fastquant.learner.quant.against_float', lambda *args, **kwargs: ms)
+    monkeypatch.setattr('fastquant.export.report.against_float', lambda *args, **kwargs: ms)
     learn = tiny()
     with learn.no_bar():
         for timed in True,False: learn.quantize(n_batches=1, timed=timed)

@@ -28,6 +28,7 @@ from .graph import *
 from .groups import *
 from .halves import *
 from .lowbit import *
+from .tables import *
 from .dynamic import *
 from .older import *
 from .recurrent import *
@@ -154,7 +155,7 @@ def _stored(proto, r, opset):
     grids = {k:w.grid for k,w in r.weights.items() if not w.half and k not in groups}
     halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups)]
     proto = keep_groups(proto, groups, opset)
-    proto = pack(keep_float(proto, r.weights_only&set(grids)), grids, opset)
+    proto = keep_tables(pack(keep_float(proto, r.weights_only&set(grids)), grids, opset))
     return keep_halves(proto, dict.fromkeys(halves))
 
 def _exported(model, xb, free, opset):

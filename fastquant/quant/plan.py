@@ -28,7 +28,7 @@ class Plan:
     ):
         self.whole,tr = tr,tr.needed()
         self.tr,self.spec = tr,spec
-        self.norms,self.inner,self.tables = {},set(),{o.layer for o in tr.ops if o.kind=='lookup'}
+        self.norms,self.inner,self.tables = {},set(),self.find_tables()
         self.int8,self.live,self.stored,self.source,self.grid = set(),set(),set(),{},{}
         self.outer = self.first(tr.ops, 'ins', 'outs')|self.first(tr.ops[::-1], 'outs', 'ins')
         starts = [o for o in tr.ops if o.is_layer or o.kind=='arith']
@@ -166,6 +166,14 @@ def owner(self:Plan, path)->str:
     return next((k for k,o in self.lstms.items() if path in o.products()), path)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
+_few = 512 # numbers, which are hardly larger than what it takes to make floats of them
+
+@patch
+def find_tables(self:Plan)->set:
+    "Paths of the embeddings that are smaller in 8 bits"
+    large = {key for t,key in self.tr.users.items() if t.is_floating_point() and t.numel()>=_few}
+    return {o.layer for o in self.tr.ops if o.kind=='lookup' and o.key in large}
+
 @patch
 def at(self:Plan, path)->Spec|None:
     "The spec for the layer at `path`, None to leave it in float"
@@ -173,6 +181,7 @@ def at(self:Plan, path)->Spec|None:
     if s and path in self.tables and not s.weight.learned and s.weight.grid==Grid(8): return replace(s, act=None, stream=None) # nobody multiplies with it
     return s.ends if s and s.ends and path in self.outer else s
 
+# %% ../../nbs/quant/05_plan.ipynb #04tracatsp2
 @patch
 def tensor_spec(self:Plan, grid)->TensorSpec:
     "How the values of `grid` are rounded"

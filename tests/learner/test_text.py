@@ -173,8 +173,8 @@ def test_on_integers_with_ranges_found_while_it_runs(tmp_path):
     learn = classifier(tmp_path, **whole['both ways'])
     q = learn.quantize('dynamic', timed=False)
     report = q.model.report
-    assert report.n_int8==report.n_layers-1 and report.weights_only=={'0.module.encoder':8} and 'DynamicQuantizeLSTM' in layer_kernels(q.model.data).values() and q.model.metadata['spec']=='dynamic'
-    for x in padded(5),padded(50),padded(37,36,14,2): assert sqnr(predicted(learn, x), q.model(x))>20
+    assert report.n_int8==report.n_layers and 'DynamicQuantizeLSTM' in layer_kernels(q.model.data).values() and q.model.metadata['spec']=='dynamic'
+    for x in padded(5),padded(50),padded(37,36,14,2): assert sqnr(predicted(learn, x), q.model(x))>25
     assert not fake_quant_of(learn.model)
 
 def test_training_it_rounds_the_head(tmp_path):
