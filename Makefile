@@ -16,8 +16,8 @@ help: ## Show this list
 demo: $(VENV)/.demo ## Quantize a small digits classifier, and compare what comes out
 	@$(py) examples/digits.py
 
-test: $(VENV)/.dev ## Run every test, in one process more than there are processors, up to four: all notebooks, and tests/
-	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(py) -m pytest -q -n $$($(py) -c 'import os; print(1+os.cpu_count())') --maxprocesses 4 --dist loadfile $(ARGS)
+test: $(VENV)/.dev ## Run every test, in a process for each processor, up to four: all notebooks, and tests/
+	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(py) -m pytest -q -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## What CI checks besides the tests: everything generated is in step, style, docs
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
