@@ -11,8 +11,8 @@ from ..quant.weights import beside
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'constant_node',
-           'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs', 'name_values',
-           'name_dims']
+           'replace_nodes', 'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs',
+           'name_values', 'name_dims']
 
 # %% ../../nbs/export/00_graph.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -46,6 +46,16 @@ def constant_node(
     a = np.array(value)
     t = onnx.helper.make_tensor(name, dtype, a.shape, a.flatten().tolist())
     return onnx.helper.make_node('Constant', [], [name], value=t)
+
+# %% ../../nbs/export/00_graph.ipynb #00graphrep2
+def replace_nodes(
+    g:onnx.GraphProto, # Changed in place
+    new:dict           # By the id of a node: those in its place
+):
+    "Put other nodes in the place of some"
+    nodes = [m for n in g.node for m in new.get(id(n), [n])]
+    del g.node[:]
+    g.node.extend(nodes)
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0052
 _moves = set('Reshape Transpose Flatten Squeeze Unsqueeze Slice Split Gather Expand Identity MaxPool'.split())

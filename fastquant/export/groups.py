@@ -87,7 +87,8 @@ def keep_groups(
 )->onnx.ModelProto: # `proto`
     "Store integers in groups in as few bytes as they take, and let a kernel multiply with them if there is one"
     g,found,new = proto.graph,{},{}
-    nodes,ini,taken = list(g.node),{i.name:i for i in g.initializer},set(values_of(g))
+    ini,taken = {i.name:i for i in g.initializer},set(values_of(g))
+    nodes = [*g.node] # ids are those of nodes as long as somebody holds them
     for d in nodes_of(g, 'DequantizeLinear'):
         if d.input[0] in ini and d.input[1] in ini and len(ini[d.input[1]].dims)==2: found.setdefault((*d.input[:2],), []).append(d)
     for (q,scale),(first,*again) in found.items():
@@ -97,9 +98,7 @@ def keep_groups(
             del d.input[:]
         spec = specs.get(path_of(scale)) or specs[path_of(q)]
         new.update(_kept(g, first, _own(g, first, ini[q], taken), spec, taken, opset))
-    replaced = [m for n in nodes for m in new.get(id(n), [n])]
-    del g.node[:]
-    g.node.extend(replaced)
+    replace_nodes(g, new)
     if nodes_of(g, 'MatMulNBits'): proto.opset_import.append(onnx.helper.make_opsetid(nbits_domain, 1))
     return proto
 

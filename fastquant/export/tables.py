@@ -27,13 +27,11 @@ def keep_tables(
     "Let engines make floats of tables when they open the file, instead of for each batch"
     g,ini = proto.graph,{i.name:i for i in proto.graph.initializer}
     made,taken = _from_constants(g, ini),set(values_of(g))
-    new,found = {},_looked_up(g, made, ini)
-    for n in found: new[id(n)] = _as_floats(n, taken)
-    nodes = [m for n in g.node for m in new.get(id(n), [n])]
-    del g.node[:]
-    g.node.extend(nodes)
+    found = _looked_up(g, made, ini)
+    zeros = [k for n in found for k in n.input[2:]]
+    replace_nodes(g, {id(n):_as_floats(n, taken) for n in found})
     used = {k for n in g.node for k in n.input}
-    for i in [i for n in found for k in n.input[2:] if k not in used and (i:=ini.pop(k, None))]: g.initializer.remove(i)
+    for i in [i for k in zeros if k not in used and (i:=ini.pop(k, None))]: g.initializer.remove(i)
     return proto
 
 # %% ../../nbs/export/00_tables.ipynb #00tabl0008
