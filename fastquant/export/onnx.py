@@ -29,6 +29,7 @@ from .groups import *
 from .halves import *
 from .lowbit import *
 from .tables import *
+from .traced import *
 from .dynamic import *
 from .older import *
 from .recurrent import *
@@ -79,18 +80,6 @@ def quiet():
             warnings.simplefilter('ignore')
             yield
     finally: logging.disable(was)
-
-# %% ../../nbs/export/00_onnx.ipynb #00onnxon2
-@lru_cache
-def _operators(read): return read()
-
-def _exporter(): return import_module('torch.onnx._internal.exporter._registration') # which only who exports needs
-
-def _read_once():
-    "A context in which PyTorch remembers the operators that it can translate"
-    apis = _exporter().onnxscript_apis
-    read = apis.get_torchlib_ops
-    return patch.object(apis, 'get_torchlib_ops', lambda: _operators(read))
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo77ea52
 class _Plain(nn.Module):
@@ -161,9 +150,9 @@ def _stored(proto, r, opset):
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
-    with quiet(), _read_once(), as_operators(model):
+    with quiet(), reads_once(), as_operators(model):
         plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
-        program = torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False)
+        program = traced_once(torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False), translation)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)
         return done.model_proto
 

@@ -23,8 +23,8 @@ from .stored import *
 from .integers import *
 
 # %% auto #0
-__all__ = ['near_tie', 'outputs_of', 'ties', 'Difference', 'difference', 'replay', 'integers_of', 'states_of', 'float_biases',
-           'gate', 'verify']
+__all__ = ['near_tie', 'outputs_of', 'ties', 'Difference', 'difference', 'replay', 'integers_of', 'float_biases', 'gate',
+           'verify']
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000008
 def outputs_of(
@@ -68,18 +68,19 @@ class Difference:
 
 def difference(
     site,         # Whose integers they are
-    x:Tensor,     # What they are made of, in steps from 0 of the grid
+    x:Tensor,     # The floats that they are made of
     own:Tensor,   # Integers that `x` is rounded to
     theirs:Tensor # Others, of the same shape
 )->Difference:
     "How `theirs` differ from `own`"
-    own,theirs = own.double(),theirs.double()
-    apart = own!=theirs
-    tie = (own+theirs)/2
-    far = torch.where(apart, x.double()-tie, 0.).abs().max().item()
+    n,apart = own.numel(),(own!=theirs).flatten().nonzero().squeeze(1)
+    x,own,theirs = (t.flatten()[apart].double() for t in (x,own,theirs))
+    unrounded = x/site.scale.detach()+site.zero_point
+    far,steps = _most(unrounded-(own+theirs)/2),_most(own-theirs)
     exclude = site.source if site.source in site.of.layers else site.touching
-    others,steps = int(apart.sum()),int((own-theirs).abs().max())
-    return Difference(site.title, exclude, own.numel(), others, steps, far)
+    return Difference(site.title, exclude, n, len(x), int(steps), far)
+
+def _most(x): return x.abs().max().item() if len(x) else 0.
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000050
 _other_site = "The file rounds other values than its simulation at {site!r}: nothing in it has a step of {step:.4g} and the shape {shape}. Please report the model."
@@ -94,9 +95,8 @@ class _Given:
         to_try = [*self.left[-1:],*self.used[::-1]]
         fits = [o for o in to_try if fitting(o)]
         if not fits: raise ExportMismatch(_other_site.format(site=site.title, step=step, shape=tuple(x.shape)))
-        found = [_compared(site, x, o) for o in fits]
-        best = found[0]
-        if not best[0].far<=near_tie: best = min(found, key=lambda o: o[0].far)
+        best = _compared(site, x, fits[0])
+        if not best[0].far<=near_tie: best = min([best, *(_compared(site, x, o) for o in fits[1:])], key=lambda o: o[0].far)
         if self.left and best[1] is self.left[-1].q: self.used.append(self.left.pop())
         return best
 
@@ -120,8 +120,7 @@ def _compared(site, x, theirs):
     "How the integers `theirs` differ from those of `site`, they, and the site with their scale and zero point, if it found its own"
     if theirs.zero is not None: site = site.having(theirs.scale, theirs.zero)
     own = _integers(site, x).q
-    unrounded = x/site.scale.detach()+site.zero_point
-    return difference(site, unrounded, own, theirs.q),theirs.q,site
+    return difference(site, x, own, theirs.q),theirs.q,site
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000018
 _lstm = "The LSTM {path!r} in the file computes something else than in its simulation: {db:.1f} dB apart, each step from the same state, where 60 are the least. Nothing was written. Leave it in float with exclude={path!r}, and please report the model."
@@ -160,32 +159,20 @@ def replay(
 def integers_of(
     sim:nn.Module, # From `convert`
     xb             # Inputs
-)->list: # See `file_integers`
-    "What the simulation computes at its sites, in order"
-    found = []
+)->tuple: # As `file_integers` and `file_states` say: integers, what LSTMs computed, and outputs
+    "What the simulation computes at its sites and in its LSTMs on integers, in order"
+    r,found,states = fake_quant_of(sim),[],[]
     def at(site, x):
         site = site.on(x)
         found.append(_integers(site, x))
         return _floats(site, found[-1].q)
-    fake_quant_of(sim).how = at
-    with evaluating(sim): sim(*xb)
-    return found
-
-# %% ../../nbs/export/04_verify.ipynb #07verflstm2
-def states_of(
-    sim:nn.Module, # From `convert`
-    xb             # Inputs
-)->list: # See `file_states`
-    "What the LSTMs of the simulation compute, in order"
-    r,found = fake_quant_of(sim),[]
     def keep(path, run):
-        found.append(run())
-        return found[-1]
-    r.around_lstm = keep
+        states.append(run())
+        return states[-1]
+    r.how,r.around_lstm = at,keep
     try:
-        with evaluating(sim): sim(*xb)
+        with evaluating(sim): return found,states,outputs_of(sim, xb)
     finally: r.around_lstm = None
-    return found
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000042
 _parted = """The {what} and its {of} part at {d.source!r}: {d}, on the same input, where {allowed:.3g} is explained.
@@ -251,9 +238,9 @@ def gate(
         check_same(what, 'simulation', found, ours, outs)
         if who is run: kept = outs
     with with_biases(sim, float_biases(sim, rounded)):
-        own,states = integers_of(sim, xb),states_of(sim, xb)
+        own,states,ours = integers_of(sim, xb)
         found,theirs = replay(rounded, own, xb, states)
-        check_same('converted model', 'model that rounds', found, replay(sim, own, xb, states)[1], theirs, 30, .5)
+        check_same('converted model', 'model that rounds', found, ours, theirs, 30, .5)
     return kept
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000040
