@@ -11,12 +11,9 @@ import onnx, torch
 from collections.abc import Sequence
 from contextlib import contextmanager, redirect_stderr
 from fastcore.basics import GetAttr
-from functools import lru_cache
-from importlib import import_module
 from google.protobuf.message import DecodeError
 from onnxscript import opset20 as op
 from torch import nn
-from unittest.mock import patch
 from ..core.arguments import *
 from ..core.model import *
 from ..core.script import *

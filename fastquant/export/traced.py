@@ -27,10 +27,6 @@ def reads_once():
     read = apis.get_torchlib_ops
     return patch.object(apis, 'get_torchlib_ops', lambda: _operators(read))
 
-@lru_cache
-def _translated():
-    with reads_once(): return _exporter().ONNXRegistry.from_torchlib()
-
 # %% ../../nbs/export/00_traced.ipynb #00trc00010
 def _storage(n):
     "What the tensor that the node `n` computes lies in, None if it is none"
@@ -74,9 +70,10 @@ def _normalized(program, n):
 def _simplified(program, n):
     "What is in the place of the node `n` now"
     op,args = n.target,n.args
+    to_one = op is _aten.adaptive_avg_pool2d.default and all(type(s) is int and s==1 for s in args[1])
     if op in (_aten.dropout.default,_aten.dropout_.default) and args[2] is False and args[0].op!='placeholder': return _replace(program, n, args[0])
     if op is _aten.batch_norm.default and args[5] is False and None not in args[3:5]: return _normalized(program, n)
-    if op is _aten.adaptive_avg_pool2d.default and all(type(s) is int and s==1 for s in args[1]): return _put(program, n, _aten.mean.dim, (args[0],[-1,-2],True))
+    if to_one: return _put(program, n, _aten.mean.dim, (args[0],[-1,-2],True))
     return n
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00016
@@ -94,6 +91,10 @@ def simplify(
     program.graph_module.recompile()
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00018
+@lru_cache
+def _translated():
+    with reads_once(): return _exporter().ONNXRegistry.from_torchlib()
+
 _notes = 'aten._assert_tensor_metadata.default','aten._assert_scalar.default' # which PyTorch takes out itself
 
 def _can_stay(n, known):
