@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/prune/recipe.html.md"""
 from __future__ import annotations
 from dataclasses import dataclass
 from fastcore.all import patch
+from operator import lt
 from ..core.plain import *
 from ..core.attach import *
 
@@ -36,8 +37,8 @@ class Recipe:
 
 def _rises(idx):
     "Whether `idx` are positions in order, at least one"
-    if not len(idx) or not all(map(is_size, idx)): return False
-    return list(idx)==sorted(set(idx))
+    if set(map(type, idx))!={int} or idx[0]<0: return False
+    return all(map(lt, idx, idx[1:]))
 
 def _check_positions(name, dim, idx, shape, rising):
     check_field(all(map(is_size, shape)), f'The shape of {name!r} in the recipe', shape, 'a list of sizes')
