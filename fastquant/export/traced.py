@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from unittest.mock import patch
 
 # %% auto #0
-__all__ = ['reads_once', 'simplify', 'traced_once']
+__all__ = ['reads_once', 'notes_no_lines', 'simplify', 'traced_once']
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00008
 @lru_cache
@@ -26,6 +26,11 @@ def reads_once():
     apis = _exporter().onnxscript_apis
     read = apis.get_torchlib_ops
     return patch.object(apis, 'get_torchlib_ops', lambda: _operators(read))
+
+# %% ../../nbs/export/00_traced.ipynb #00trc00031
+def notes_no_lines():
+    "A context in which PyTorch does not note where in Python an operation comes from"
+    return patch.object(torch.fx.config, 'do_not_emit_stack_traces', True, create=True)
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00010
 def _storage(n):
