@@ -16,7 +16,7 @@ from ..quant.lstm import *
 from .graph import *
 
 # %% auto #0
-__all__ = ['dynamic_translation', 'DynamicLayer', 'dynamic_layers', 'without_ranges']
+__all__ = ['dynamic_translation', 'pad_biases', 'DynamicLayer', 'dynamic_layers', 'without_ranges']
 
 # %% ../../nbs/export/00_dynamic.ipynb #00dynx0006
 def _quantize_dynamic(x): return op.DynamicQuantizeLinear(x)
@@ -48,6 +48,22 @@ def _lstm_dynamic(x, w:Sequence, r:Sequence, b, states:Sequence):
 # %% ../../nbs/export/00_dynamic.ipynb #00dynx0022
 _ours = torch.ops.fastquant
 dynamic_translation = {_ours.quantize_dynamic.default:_quantize_dynamic, _ours.integer_linear.default:_integer_linear, _ours.lstm_dynamic.default:_lstm_dynamic}
+
+# %% ../../nbs/export/00_dynamic.ipynb #00dynx0302
+def pad_biases(
+    proto:onnx.ModelProto # Changed in place
+)->onnx.ModelProto: # `proto`
+    "Give LSTMs on integers two biases, of which the second is 0"
+    g,new = proto.graph,{}
+    sizes,taken = {i.name:i.dims[-1] for i in g.initializer if i.dims},set(values_of(g))
+    for i,n in enumerate(g.node):
+        if n.op_type!='DynamicQuantizeLSTM' or n.input[3] not in sizes: continue
+        by,both = (free_name(f'{n.input[3]}_{k}_of_{i}', taken) for k in ('room','both'))
+        room = constant_node(by, INT64, [0,0,0,sizes[n.input[3]]])
+        new[i] = [room,onnx.helper.make_node('Pad', [n.input[3],by], [both])]
+        n.input[3] = both
+    put_before(g, new)
+    return proto
 
 # %% ../../nbs/export/00_dynamic.ipynb #00dynx0008
 @dataclass(frozen=True)

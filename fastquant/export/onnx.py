@@ -140,7 +140,7 @@ def _stored(proto, r, opset):
     groups = {k:w for k,w in r.weights.items() if w.by_group}
     grids = {k:w.grid for k,w in r.weights.items() if not w.half and k not in groups}
     halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups)]
-    proto = keep_groups(proto, groups, opset)
+    proto = keep_groups(pad_biases(proto), groups, opset)
     proto = keep_tables(pack(keep_float(proto, r.weights_only&set(grids)), grids, opset))
     return keep_halves(proto, dict.fromkeys(halves))
 

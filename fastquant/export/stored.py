@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/stored.html.md"""
 # %% ../../nbs/export/03_stored.ipynb #03stor0004
 from __future__ import annotations
 import onnx, torch
+import torch.nn.functional as F
 from torch import nn
 from ..quant.grid import *
 from ..quant.half import *
@@ -41,13 +42,17 @@ def altered(
         return any(o.equal(w) for o in there(k, want.shape) for w in ways)
     return [k for k in r.layers if k in r.weights_only and not same(k)]+_altered_lstms(r, proto, nodes)
 
+def _both_biases(m):
+    "Those of an LSTM, as the operator takes them: one for what comes in, and one for the state"
+    return [m.bias if m.bias is None else F.pad(m.bias, (0,m.bias.shape[1]))]
+
 def _altered_lstms(r, proto, nodes):
     "Weights of LSTMs of which something in the file is another one"
     def of(k, node):
         i,s = (1,8) if '.weight_ih_l' in f'.{k}' else (2,10)
         m,names = r.home(k),[node.input[i],node.input[s],node.input[s+1]]
         if i==1: names.append(node.input[3])
-        got,want = constants(proto, [*filter(None, names)]),[m.weight,m.weight_scale,m.weight_zero_point,*[m.bias][:i==1]]
+        got,want = constants(proto, [*filter(None, names)]),[m.weight,m.weight_scale,m.weight_zero_point,*_both_biases(m)[:i==1]]
         return all(w is None if not k else w.equal(torch.tensor(got[k])) for k,w in zip(names, want))
     return [k for k,o in r.owner.items() if o!=k and not (k in nodes and of(k, nodes[k]))]
 

@@ -124,6 +124,7 @@ def convert(
     for k,dtype in r.halves.items():
         p = model.get_parameter(k)
         p.data = _halved(r, k, p.data, dtype)
+    r.keep_features()
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
     r.converted = True
     return model.eval()

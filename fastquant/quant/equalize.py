@@ -15,6 +15,7 @@ from ..core.model import *
 from ..core.outputs import *
 from ..core.trace import *
 from .grid import *
+from .features import *
 from .fakequant import *
 from .prepare import *
 from .rungs import *
@@ -157,10 +158,7 @@ def _factors(model, link, peaks, alpha):
     n = len(m.weight)
     a = _together(first, n, link.last, peaks) if isinstance(first, nn.Linear) else peaks
     w = torch.stack([_columns(model.get_submodule(k), n, link.last) for k in link.readers]).amax(0)
-    used = (a>0)&(w>0)
-    f = torch.where(used, a**alpha/w.clamp(min=1e-30)**(1-alpha), 1.)
-    middle = f[used].log().mean().exp() if used.any() else 1.
-    return torch.where(used, f/middle, 1.).clamp(1e-4, 1e4)
+    return shared_burden(a, w, alpha)
 
 @rungs
 @torch.no_grad()

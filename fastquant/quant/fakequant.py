@@ -19,6 +19,7 @@ from ..core.match import *
 from ..core.attach import *
 from ..core.recompute import *
 from .spec import *
+from .features import features_to_rows
 from .plan import *
 from .half import *
 from .site import *
@@ -113,6 +114,7 @@ def blank(
     new['fake_quant_range'] = fill((n,3), torch.nan)
     new['fake_quant_weight_scale'] = fill((m,), 1.)
     new['fake_quant_batches'] = fill((), 0.)
+    if r.widths: new['fake_quant_features'] = torch.cat([features_to_rows(None, n).flatten() for n in r.widths.values()]).to(device)
     return new
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prepf4bea2
@@ -122,6 +124,7 @@ def refresh(self:FakeQuant):
     zeros = self.zero_point.tolist()
     self.numbers = [(max(s, 1e-30),round(z)) for s,z in zip(self.scale.tolist(), zeros)]
     self.ready = min(map(round, zeros))>=0
+    self.read_features()
 
 @patch
 def check_range(self:FakeQuant, site, lo, hi, where):

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 from .fakequant import *
 from .grid import *
 from .groups import *
+from .lstm import *
+from .pairs import *
 from .prepare import *
 from .rungs import *
 from .spec import *
@@ -25,7 +27,15 @@ def _factor(h, damp):
     h = h+torch.diag(torch.where(d>0, damp*d.mean(), 1.))
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
 
-def _nearest(w, s, grid): return (w/s).round().clamp(grid.lo, grid.hi)*s
+def _nearest(w, s, grid, fit=None):
+    q = (w/s).round().clamp(grid.lo, grid.hi)
+    return (fit(q) if fit else q)*s
+
+def _column(w, s, grid, before):
+    "A column rounded to the nearest that fits beside the one before it, if it has to"
+    if before is None: return _nearest(w, s, grid)
+    most,left = pair_limit,(before/s).round()
+    return torch.minimum(torch.maximum((w/s).round().clamp(grid.lo, grid.hi), -most-left), most-left)*s
 
 def _error(w, q, h): return (((w-q)@h)*(w-q)).sum()
 
@@ -37,7 +47,8 @@ def compensated(
     h:Tensor,       # The sum of products of each two inputs
     grid:Grid,      # The integers to use
     damp:float=.01, # Share of the mean of the diagonal of `h` that is added to it
-    block:int=64    # Columns, after which those behind are moved
+    block:int=64,   # Columns, after which those behind are moved
+    fit=None        # See `FakeQuant.fit`
 )->Tensor: # Shaped like `w`, each an integer times its scale
     "`w` rounded column by column, where each makes up for those before (GPTQ, Frantar et al. 2023); or to the nearest, if that is better"
     u,left,q = _factor(h, damp),w.clone(),torch.zeros_like(w)
@@ -45,11 +56,11 @@ def compensated(
         b = min(a+block, w.shape[1])
         errs = torch.zeros_like(w[:,a:b])
         for i in range(a, b):
-            q[:,i] = _nearest(left[:,i], s[:,i], grid)
+            q[:,i] = _column(left[:,i], s[:,i], grid, q[:,i-1] if fit and i%2 else None)
             errs[:,i-a] = e = (left[:,i]-q[:,i])/u[i,i]
             left[:,i:b] -= e[:,None]*u[i,i:b]
         left[:,b:] -= errs@u[a:b,b:]
-    near = _nearest(w, s, grid)
+    near = _nearest(w, s, grid, fit)
     return q if _error(w, q, h)<_error(w, near, h) else near
 
 # %% ../../nbs/quant/13_gptq.ipynb #13gptq0011
@@ -62,19 +73,41 @@ def _alone(model, r):
     mods = {k:model.get_submodule(k) for k in r.modules if k in r.compensated}
     return {k:m for k,m in mods.items() if may(k, m)}
 
-def _products(model, mods, batches):
-    "What goes into each of `mods`: the sum of products of each two features"
+def _of_lstms(model, r):
+    "The weights of LSTMs that may be moved, by name: a parameter for each direction"
+    def parts(k): return [model.get_parameter(k+d) for d in ('','_reverse')[:r.lstms[r.owner[k]].dirs]]
+    held = [id(p) for m in model.modules() for p in m.parameters(recurse=False)]
+    found = {k:parts(k) for k in r.compensated if r.owner[k] in r.lstms and not r.splits(k)}
+    return {k:ps for k,ps in found.items() if all(held.count(id(p))==1 for p in ps)}
+
+# %% ../../nbs/quant/13_gptq.ipynb #13gptq0202
+def _hooked(mods, add):
+    def see(k): return lambda m,args: add((k,0), args[0])
+    return [m.register_forward_pre_hook(see(k)) for k,m in mods.items()]
+
+def _products(model, r, mods, lstms, batches):
+    "What goes into each of `mods`, and into each direction of `lstms`: the sum of products of each two features"
     found = {}
-    def see(k):
-        def hook(m, args):
-            x = args[0].detach().flatten(0, -2)
-            found[k] = found.get(k, 0)+x.T@x
-        return hook
-    hooks = [m.register_forward_pre_hook(see(k)) for k,m in mods.items()]
+    def add(k, x): found[k] = found.get(k, 0)+(x:=x.detach().flatten(0, -2)).T@x
+    def layer(path, run):
+        (ins,states),x,_ = run.args
+        out = run()
+        for d,h in enumerate(out[0].chunk(r.lstms[path].dirs, -1)):
+            if ins in lstms: add((ins,d), r.features_of(ins, x))
+            if states in lstms: add((states,d), h)
+        return out
+    hooks,r.around_lstm = _hooked(mods, add),layer if lstms else None
     try: plain_outputs(model, batches)
     finally:
+        r.around_lstm = None
         for h in hooks: h.remove()
     return found
+
+def _each_scale(r, k, w):
+    "The scale of each number of the weight `w` of a layer"
+    spec,s = r.weights[k],r.weight_scale[r.slices[k]]
+    if spec.by_group: s = group_scale(s)
+    return spec.from_rows(s[:,None].expand_as(spec.rows(w)), w.shape)
 
 @torch.no_grad()
 def compensate(
@@ -83,11 +116,16 @@ def compensate(
 )->nn.Module: # `model`
     "Let weights make up for each other's rounding in the layers of `model` whose spec says so"
     r = prepared(model)
-    mods = _alone(model, r)
-    for k,h in _products(model, mods, batches).items() if mods else ():
-        spec,w = r.weights[k],mods[k].weight
-        s = r.weight_scale[r.slices[k]]
-        if spec.by_group: s = group_scale(s)
-        each = s[:,None].expand_as(spec.rows(w))
-        w.copy_(compensated(w, spec.from_rows(each, w.shape), h, spec.grid))
+    mods,lstms = _alone(model, r),_of_lstms(model, r)
+    if not mods and not lstms: return model
+    h = _products(model, r, mods, lstms, batches)
+    def moved(k, dirs):
+        w,grid,fit = r.weight_of(k),r.weights[k].grid,r.fit(k)
+        parts = zip(w.chunk(dirs), _each_scale(r, k, w).chunk(dirs))
+        return [compensated(*o, h[k,d], grid, fit=fit) for d,o in enumerate(parts)]
+    for k,m in mods.items():
+        if (k,0) in h: m.weight.copy_(*moved(k, 1))
+    for k,ps in lstms.items():
+        new = r.own_weight(k, torch.cat(moved(k, len(ps)))) if (k,0) in h else None
+        for p,v in zip(ps, () if new is None else from_gate_rows(new, len(ps))): p.copy_(v)
     return model

@@ -6,11 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/live.html.md"""
 
 # %% ../../nbs/quant/05_live.ipynb #05live0004
 from __future__ import annotations
-import torch, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from functools import partial
 from fastcore.all import patch
 from torch import Tensor
 from .dynamic import *
+from .features import *
+from .features import features_from_rows, features_to_rows
 from .lstm import *
 from .site import *
 from .weights import *
@@ -29,6 +31,67 @@ def linear(self:LayerWeights, path, x, w, b)->Tensor:
     w,b = self.as_floats(path) if self.converted else (self.round_weight(path, w),b)
     return F.linear(self.act(site, x), w, b)
 
+# %% ../../nbs/quant/05_live.ipynb #05live0102
+_most_heard = 512,16 # rows of a batch, and batches
+
+@patch
+def hear(self:LayerWeights, name, x):
+    "Remember some of what goes into the LSTM whose first weight is `name`"
+    if self.act is Site.watch or not self.ready and self.act in (Site.follow,Site.note):
+        rows,kept = x.detach().float().flatten(0, -2),self.heard.setdefault(name, [])
+        if len(kept)<_most_heard[1]: kept.append(rows[::-(-len(rows)//_most_heard[0])])
+
+@patch
+def set_features(self:LayerWeights):
+    "Choose what becomes of inputs of LSTMs, after some have been heard"
+    heard,self.heard = self.heard,{}
+    for k,where in self.feature_rows.items():
+        if k not in heard: continue
+        self.features.pop(k, None)
+        o = find_features(torch.cat(heard[k]), self.weight_of(k), self.weights[k].grid)
+        where.copy_(features_to_rows(o, self.widths[k]))
+        if distributed(): dist.broadcast(where, 0)
+    self.read_features()
+
+# %% ../../nbs/quant/05_live.ipynb #05live0103
+@patch(as_prop=True)
+def feature_rows(self:LayerWeights)->dict:
+    "Where the model has the numbers of features, by weight"
+    numbers = getattr(self.model, 'fake_quant_features', None)
+    if numbers is None: return {}
+    parts = numbers.split([3*n for n in self.widths.values()])
+    return {k:rows.view(3, -1) for k,rows in zip(self.widths, parts)}
+
+@patch
+def read_features(self:LayerWeights):
+    "See what the model's tensors say of features"
+    found = {k:features_from_rows(rows) for k,rows in self.feature_rows.items()}
+    self.features = {k:o for k,o in found.items() if o}
+
+@patch
+def features_of(self:LayerWeights, name, x)->Tensor:
+    "What `x` becomes for the LSTM layer whose first weight is `name`"
+    if not self.converted: return self.features[name].of(x) if name in self.features else x
+    m = self.home(name)
+    return Features(m.input_scale, getattr(m, 'input_limit', None)).of(x) if hasattr(m, 'input_scale') else x
+
+@patch
+def splits(self:LayerWeights, name)->bool:
+    "Whether large inputs of the weight `name` are features of their own"
+    return name in self.features and self.features[name].limit is not None
+
+@patch
+def own_weight(self:LayerWeights, name, w)->Tensor:
+    "What `weight_of` would have made `w` of"
+    return self.features[name].own_weight(w) if name in self.features else w
+
+@patch
+def keep_features(self:LayerWeights):
+    "Put features where the integers of weights are"
+    for k,o in self.features.items():
+        for name,v in (('input_scale',o.scale),('input_limit',o.limit)):
+            if v is not None: self.home(k).register_buffer(name, v.clone())
+
 # %% ../../nbs/quant/05_live.ipynb #05live0012
 def _called(args):
     "What an LSTM was called with: inputs, states, whether the batch comes first, and its dropout"
@@ -40,8 +103,10 @@ def _called(args):
 def lstm(self:LayerWeights, path, func, args)->tuple:
     "What the LSTM at `path` makes of what it was called with"
     o = self.lstms[path]
-    if not self.rounds_weight(o.names(0)[0]): return func(*args)
     x,states,batch_first,dropout = _called(args)
+    if not self.rounds_weight(o.names(0)[0]):
+        self.hear(o.names(0)[0], x)
+        if not self.around_lstm: return func(*args)
     x,found = x.transpose(0, 1) if batch_first else x,[]
     for l in range(o.n):
         run = partial(self.lstm_layer, o.names(l), x, [s[l*o.dirs:(l+1)*o.dirs] for s in states])
@@ -54,13 +119,14 @@ def lstm(self:LayerWeights, path, func, args)->tuple:
 @patch
 def lstm_layer(self:LayerWeights, names, x, states, given=None)->tuple:
     "What a layer of an LSTM, whose weights have these `names`, makes of `x` and its states; each step goes on from what is `given` for the one before, if anything is"
+    x = self.features_of(names[0], x)
     if self.converted:
         w,r = map(self.home, names)
         return lstm_dynamic(x, w, r, w.bias, states, given)
     ws = [self.round_weight(k, self.weight_of(k)) for k in names]
-    dirs = self.lstms[self.owner[names[0]]].dirs
+    dirs,rounds = self.lstms[self.owner[names[0]]].dirs,self.rounds_weight(names[0])
     def through(w):
         rows = w.chunk(dirs)
-        return lambda d,x: F.linear(round_dynamic(x), rows[d])
+        return lambda d,x: F.linear(round_dynamic(x) if rounds else x, rows[d])
     start = states or [x.new_zeros(dirs, x.shape[1], ws[1].shape[1])]*2
     return run_lstm_layer(x, *map(through, ws), self.bias_of(names[0]), *start, given)

@@ -15,7 +15,8 @@ from ..core.product import *
 from .dynamic import *
 
 # %% auto #0
-__all__ = ['gate_rows', 'gate_biases', 'is_plain_lstm', 'LSTMLayers', 'lstm_layers', 'run_lstm_layer', 'lstm_dynamic']
+__all__ = ['gate_rows', 'from_gate_rows', 'gate_biases', 'is_plain_lstm', 'LSTMLayers', 'lstm_layers', 'run_lstm_layer',
+           'lstm_dynamic']
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0007
 _gates = 0,3,1,2 # ONNX has them in this order of those of PyTorch
@@ -28,11 +29,19 @@ def gate_rows(
     "A weight of an LSTM with its rows as ONNX has them"
     return torch.cat([_ordered(w) for w in ws])
 
+def from_gate_rows(
+    w:Tensor, # From `gate_rows`
+    dirs:int  # Directions
+)->list: # A weight of each
+    "The weights as PyTorch has them"
+    def back(w): return torch.cat([w.chunk(4)[_gates.index(i)] for i in range(4)])
+    return list(map(back, w.chunk(dirs)))
+
 def gate_biases(
     *bs:Tensor # Of each direction the input's and the state's
-)->Tensor: # Directions, and 8 times hidden
-    "Biases of an LSTM as ONNX has them"
-    return torch.cat([_ordered(b) for b in bs]).view(len(bs)//2, -1)
+)->Tensor: # Directions, and 4 times hidden
+    "What the two biases of an LSTM add up to, as ONNX has them"
+    return torch.cat([_ordered(b) for b in bs]).view(len(bs)//2, 2, -1).sum(1)
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0009
 def is_plain_lstm(
@@ -101,7 +110,7 @@ def run_lstm_layer(
     def turned(d, x): return x.flip(0) if d and x is not None else x
     for d in range(len(h)):
         gates = into(d, x)
-        if b is not None: gates = gates+b[d].view(2, -1).sum(0)
+        if b is not None: gates = gates+b[d]
         y,*end = _direction(turned(d, gates), partial(back, d), h[d], c[d], turned(d, givens[d]))
         ends.append((turned(d, y),*end))
     ys,hs,cs = zip(*ends)

@@ -189,6 +189,7 @@ def set_ranges(
     seen = torch.full_like(r.range, torch.nan)
     for row,ends in zip(seen, found): row[:2] = torch.stack(ends)
     lo,hi,_ = seen.T
+    r.set_features()
     weights = torch.cat([weight_range(*o) for o in r.each_weight()])
     set_qparams(r, lo, hi, seen, weights)
 

@@ -103,13 +103,13 @@ class Spec:
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
-    compensate:bool=False # Where only weights are rounded: let those of a linear layer make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb))
+    compensate:bool=False # Let weights of a linear layer, or of an LSTM, make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb)); where only weights are rounded, or ranges are found while the model runs
     def __post_init__(self):
         self.check_fields()
         if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
         if not self.weight.half and (not self.weight.grid.signed or self.weight.grid.whole): raise ValueError("weight: integer kernels want weights centred on 0. Use Grid(signed=True).")
         if self.act is None and self.stream: raise ValueError("stream: with act=None no activation is rounded. Leave `stream` out.")
-        if self.compensate and (self.act or self.weight.half): raise ValueError("compensate: weights make up for each other where they alone are rounded, and to integers. Use act=None and a Grid, or leave `compensate` out.")
+        if self.compensate and (self.weight.half or self.act and not self.act.dynamic): raise ValueError("compensate: weights make up for each other where they alone are rounded, or ranges are found while the model runs, and to integers. Use act=None and a Grid, or leave `compensate` out.")
         if self.stream and (self.stream.dynamic or self.act.dynamic): raise ValueError("stream: where ranges are found while the model runs, nothing is rounded but what goes into a layer. Leave `stream` out.")
         if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
             raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
@@ -202,7 +202,7 @@ def bf16():
 @specs
 def dynamic():
     "8 bits, ranges of activations found while it runs: linear layers and LSTMs, of transformers and of text models"
-    return Spec(act=TensorSpec(Grid(8, signed=False), dynamic=True))
+    return Spec(act=TensorSpec(Grid(8, signed=False), dynamic=True), compensate=True)
 
 # %% ../../nbs/quant/04_spec.ipynb #03spec1b4c1d
 def find_spec(

@@ -153,6 +153,7 @@ def start(
     r.refresh()
     if r.ready or unseen(model): return
     lo,hi,mean = r.range.T
+    r.set_features()
     set_qparams(r, lo, hi, r.range.clone(), first_scales(model))
     for g,rows in by_grid(r).items():
         rows = [i for i in rows if r.all[i].spec.learned]

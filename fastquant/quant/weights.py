@@ -46,6 +46,8 @@ class LayerWeights:
     def set_layers(self, plan):
         "Say how the weight of each layer is rounded, and what goes with it"
         self.lstms,self.owner = plan.lstms,{k:plan.owner(k) for k in self.layers}
+        self.widths = {o.names(0)[0]:self.model.get_submodule(k).input_size for k,o in self.lstms.items()}
+        self.features,self.heard = {},{} # see `quant.live`
         spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
         self.weights_only = {k for k,s in spec.items() if s.act is None}
@@ -85,9 +87,10 @@ class LayerWeights:
 # %% ../../nbs/quant/05_weights.ipynb #05weig00011
 @patch
 def weight_of(self:LayerWeights, path)->Tensor:
-    "The weight of a layer as it is now, output channels first"
+    "The weight of a layer as it is now, output channels first, for the features that its inputs become"
     o = self.products.get(path)
-    return remade(o.weight, self.model) if o else self.model.get_submodule(path).weight
+    w = remade(o.weight, self.model) if o else self.model.get_submodule(path).weight
+    return self.features[path].weight(w) if path in self.features else w
 
 @patch
 def bias_of(self:LayerWeights, path)->Tensor|None:

@@ -1,8 +1,10 @@
 "Ranges found while a model runs: from the spec to a file that is held against rounding by hand"
 import copy, numpy as np, onnx, onnxruntime as ort, pytest, torch
 import torch.nn.functional as F
-from fastai.vision.all import ImageBlock, PILImageBW, load_learner, set_seed
+from dataclasses import replace
+from fastai.vision.all import DataLoaders, ImageBlock, PILImageBW, load_learner, set_seed
 from torch import nn
+from torch.utils.data import TensorDataset
 from fastquant.all import *
 from fastquant.export.dynamic import dynamic_layers
 from fastquant.export.engine import layer_kernels, optimized
@@ -10,6 +12,7 @@ from fastquant.export.portable import misfits, unsigned
 from fastquant.export.integers import file_states, run_file
 from fastquant.export.verify import Integers, file_integers, replay, verify
 from fastquant.quant.dynamic import quantize_dynamic
+from fastquant.quant.gptq import compensate
 from fastquant.quant.lstm import lstm_dynamic
 from fastquant.quant.pairs import fit_pairs
 from fastquant.quant.spec import find_spec
@@ -255,6 +258,85 @@ def test_training_an_lstm(tmp_path):
     learn.remove_quant()
     errors = learn.layer_errors('dynamic', show_plot=False)
     assert set(errors.layer)=={'rnn','out'} and errors.output.min()>15
+
+# Features of LSTMs
+
+def bands(n, steps=20, k=8):
+    "Powers in bands of very different loudness, that come and go"
+    torch.manual_seed(2)
+    return torch.randn(n,steps,k).exp()**2*torch.logspace(-4, 0, k)
+
+class HearsBands(Reads):
+    "Weighs soft bands as much as loud ones"
+    def __init__(self, n_out=3, k=8, **kwargs):
+        super().__init__(n_out, **kwargs)
+        with torch.no_grad(): self.rnn.weight_ih_l0.div_(bands(64, k=k).mean((0,1)).sqrt())
+    def forward(self, x): return super().forward(x.squeeze(1))[0]
+
+@pytest.fixture
+def hears(tmp_path):
+    "A Learner that hears bands"
+    data = TensorDataset(bands(64)[:,None], torch.randint(3, (64,)))
+    torch.manual_seed(0)
+    dls = DataLoaders.from_dsets(data, data, bs=16, num_workers=0, device='cpu')
+    return classifier(dls, HearsBands(num_layers=2), tmp_path)
+
+def test_bands_are_scaled_and_large_values_put_apart(hears, monkeypatch):
+    "Which the file says, computes as its simulation does, and loses less"
+    q,x = hears.quantize('dynamic', timed=False),bands(16)[:,None]
+    kinds = [n.op_type for n in onnx.load_from_string(q.model.data).graph.node]
+    assert kinds[:kinds.index('DynamicQuantizeLSTM')].count('Clip')==1 and q.model.report.n_int8==2
+    monkeypatch.setattr('fastquant.quant.live.find_features', lambda *args: None)
+    left,want = hears.quantize('dynamic', timed=False),hears.model.eval()(x)
+    assert 'Clip' not in [n.op_type for n in onnx.load_from_string(left.model.data).graph.node]
+    assert sqnr(want, q.model(x))>sqnr(want, left.model(x))+5
+
+def test_features_come_back(hears, tmp_path):
+    "With a checkpoint, into a model that is prepared or not; without rounding they change nothing"
+    hears.validate(cbs=PTQCalibrate(spec='dynamic'))
+    r,want = fake_quant_of(hears.model),hears.get_preds()[0]
+    assert r.features['rnn.weight_ih_l0'].limit is not None
+    hears.save('here')
+    fresh = classifier(hears.dls, HearsBands(num_layers=2), tmp_path)
+    assert fresh.load('here').get_preds()[0].equal(want)
+    plain = hears.remove_quant().get_preds()[0]
+    assert not torch.allclose(plain, want) and not any('fake_quant' in k for k in hears.model.state_dict())
+
+def test_features_in_training(hears):
+    "They are chosen before anything is rounded, stay, and every parameter moves"
+    hears.fit(1, 1e-3, cbs=QuantAwareCallback('dynamic', start=.5))
+    r = fake_quant_of(hears.model)
+    chosen = r.features['rnn.weight_ih_l0']
+    check_owned(hears)
+    every_parameter_moves(hears)
+    hears.fit(1, 1e-3, cbs=QuantAwareCallback('dynamic'))
+    assert r.features['rnn.weight_ih_l0'].scale.equal(chosen.scale)
+    q = hears.quantize(timed=False)
+    assert q.model.report.trained and q.model.report.agrees_rounded==1
+
+def test_a_fault_in_features_is_seen(hears):
+    "In a factor, and in a limit"
+    hears.validate(cbs=PTQCalibrate(spec='dynamic'))
+    f = of_net(hears.model, bands(6)[:,None], dynamic)
+    f.gate()
+    for k in 'input_scale','input_limit':
+        proto = copy.deepcopy(f.proto)
+        i = next(i for i in proto.graph.initializer if i.name.endswith(k))
+        i.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(i)*np.float32(1.1), i.name))
+        with pytest.raises(ExportMismatch): f.gate(proto)
+
+def test_weights_of_an_lstm_make_up_for_each_other():
+    "In both directions; a model whose spec does not say so keeps its weights"
+    torch.manual_seed(0)
+    net,x = Reads(num_layers=2, bidirectional=True).eval(),torch.randn(32,9,3)@torch.randn(3,8)
+    def lost(spec):
+        made = rounds(copy.deepcopy(net), spec, x)
+        compensate(made, [(x,)])
+        return made,sqnr(net(x)[0], made(x)[0])
+    alone,together = lost(four),lost(replace(four, compensate=True))
+    assert alone[0].rnn.weight_ih_l1.equal(net.rnn.weight_ih_l1) and together[1]>alone[1]+1
+    for k in together[0].rnn._flat_weights_names:
+        if 'weight' in k: assert not getattr(together[0].rnn, k).equal(getattr(net.rnn, k))
 
 # On every processor
 
