@@ -28,6 +28,7 @@ from .lowbit import *
 from .tables import *
 from .traced import *
 from .dynamic import *
+from .attention import *
 from .older import *
 from .recurrent import *
 
@@ -46,7 +47,7 @@ def _from_groups(q, scale, n:int): return op.DequantizeLinear(q, scale, axis=1) 
 
 _ours = torch.ops.fastquant
 translation = {_ours.quantize.default:_quantize, _ours.dequantize.default:_dequantize, _ours.from_groups.default:_from_groups,
-    **dynamic_translation, **recurrent_translation}
+    **dynamic_translation, **recurrent_translation, **attention_translation}
 
 # %% ../../nbs/export/00_onnx.ipynb #07expoff6e1e
 def _adaptive_max_pool2d(x, output_size:Sequence[int]):

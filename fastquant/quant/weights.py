@@ -54,8 +54,9 @@ class LayerWeights:
         self.compensated = {k for k,s in spec.items() if s.compensate}
         live = [k for k,s in spec.items() if s.act and s.act.dynamic]
         self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
-        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only or k in self.live}
         ran = plan.with_integers
+        added = {o.layer for o in ran if plan.is_linear(o) and o.ndim!=2} # by a node of its own, see below
+        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only or k in self.live or k in added}
         self.products = {o.layer:o.own for o in ran if o.own}|plan.parts
         self.called = {o.key:o.layer for o in ran if o.own}
         self.modules = [k for k in self.layers if k not in self.products]
