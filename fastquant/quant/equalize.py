@@ -21,7 +21,7 @@ from .prepare import *
 from .rungs import *
 
 # %% auto #0
-__all__ = ['Link', 'scale_link', 'unrounded', 'links', 'equalize']
+__all__ = ['Link', 'scale_link', 'unrounded', 'links', 'equalize', 'smooth']
 
 # %% ../../nbs/quant/11_equalize.ipynb #11equal3ce76
 @dataclass(frozen=True)
@@ -102,25 +102,27 @@ def _takes(m, n):
     "Whether the layer `m` may read `n` channels"
     return m.in_features%n==0 if isinstance(m, nn.Linear) else m.in_channels==n
 
-def _candidates(model, xb):
+def _candidates(model, xb, wanted=None):
     f = _Finder(model, xb)
     for o in filter(f.made, f.tr.ops):
         m = model.get_submodule(o.path)
+        if wanted and not wanted(m): continue
         found = f.readers(o.outs[0]) or ()
         fits = all(_takes(model.get_submodule(k), len(m.weight)) for k in found)
         if fits and not f.r.layers.keys().isdisjoint(found): yield Link(o.path, tuple(found), isinstance(m, (nn.Linear,nn.LayerNorm,nn.RMSNorm)))
 
 def links(
     model:nn.Module, # A prepared model
-    *xb              # A batch of inputs
+    *xb,             # A batch of inputs
+    wanted=None      # A function of a module: whether to look at the channels that it makes; at all if None
 )->list: # Each `Link`
     "Where channels of `model` may be scaled: each place was tried, and the outputs stayed what they are"
-    xb,found = first_items(xb, 8),[]
+    xb,found,draw = first_items(xb, 8),[],torch.Generator().manual_seed(0)
     was = plain_outputs(model, [xb])
     def same(): return min(map(sqnr, was[0], plain_outputs(model, [xb])[0]))>60
-    for link in _candidates(model, xb):
+    for link in _candidates(model, xb, wanted):
         n = len(model.get_submodule(link.source).weight)
-        f = torch.linspace(.5, 2, n, device=prepared(model).scale.device)
+        f = torch.randint(-1, 2, (n,), generator=draw).float().exp2().to(prepared(model).scale.device)
         scale_link(model, link, f)
         if same(): found.append(link)
         scale_link(model, link, 1/f)
@@ -174,3 +176,27 @@ def equalize(
     peaks = _peaks(model, found, batches)
     for o in found: scale_link(model, o, _factors(model, o, peaks[o], alpha))
     recalibrate(model, batches)
+
+# %% ../../nbs/quant/11_equalize.ipynb #11equalsm02
+def _free(m): return isinstance(m, (nn.LayerNorm,nn.GroupNorm,nn.RMSNorm))
+
+@torch.no_grad()
+def smooth(
+    model:nn.Module, # A prepared model with ranges, changed in place
+    batches:list     # Tuples of inputs
+)->nn.Module: # `model`
+    "Scale channels behind normalization layers, where the spec of who reads them says so and the outputs come nearer to those without rounding (SmoothQuant, Xiao et al. 2023)"
+    r = prepared(model)
+    if not r.smoothed or not any(map(_free, model.modules())): return model
+    found = [o for o in links(model, *batches[0], wanted=_free) if r.smoothed.issuperset(o.readers)]
+    if not found: return model
+    few,peaks = [spread_items(batches)],_peaks(model, found, batches)
+    plain = plain_outputs(model, few)
+    before = nearness(model, few, plain)
+    f = {o:_factors(model, o, peaks[o], .5).log2().round().exp2() for o in found}
+    for o in found: scale_link(model, o, f[o])
+    recalibrate(model, batches)
+    if nearness(model, few, plain)>before+.5: return model
+    for o in found: scale_link(model, o, 1/f[o])
+    recalibrate(model, batches)
+    return model

@@ -104,6 +104,7 @@ class Spec:
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
     compensate:bool=False # Let weights of a linear layer, or of an LSTM, make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb)); where only weights are rounded, or ranges are found while the model runs
+    smooth:bool=True # Scale channels behind normalization layers, where that is exact and helps (see [equalize](11_equalize.ipynb))
     def __post_init__(self):
         self.check_fields()
         if self.weight.dynamic: raise ValueError("weight: a weight does not change while the model runs, so its range is known before. Use dynamic=False.")
@@ -124,7 +125,7 @@ class Spec:
             if not isinstance(o, tuple) or len(o)!=2: raise ValueError(f"overrides={quoted(self.overrides)}: {say}")
             check_kind('overrides', o[0], str, say)
             check_kind('overrides', o[1], (Spec,type(None)), say)
-        check_flags(portable=self.portable, float_bias=self.float_bias, compensate=self.compensate)
+        check_flags(portable=self.portable, float_bias=self.float_bias, compensate=self.compensate, smooth=self.smooth)
     def at(self,
         path:str # Module path
     )->Spec|None: # None: leave it in float

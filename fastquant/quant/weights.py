@@ -51,7 +51,7 @@ class LayerWeights:
         spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
         self.weights_only = {k for k,s in spec.items() if s.act is None}
-        self.compensated = {k for k,s in spec.items() if s.compensate}
+        self.compensated,self.smoothed = ({k for k,s in spec.items() if getattr(s, how)} for how in ('compensate','smooth'))
         live = [k for k,s in spec.items() if s.act and s.act.dynamic]
         self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
         ran = plan.with_integers

@@ -33,7 +33,7 @@ def spec_to_json(spec:Spec)->str:
     return to_text(_plain(spec), default=_in_words)
 
 # %% ../../nbs/quant/04_written.ipynb #03specd76s09
-_before_pairs = dict(portable=False, float_bias=False, compensate=False) # what specs from before these fields meant
+_before_pairs = dict(portable=False, float_bias=False, compensate=False, smooth=True) # what specs from before these fields meant
 _halves = {str(t).removeprefix('torch.'):t for t in halves}
 
 def _granularity(word, what):
