@@ -348,6 +348,38 @@ def lstm(o):
     return rows, [target('LSTM, dynamic: cosine to float', mine['cosine'], .985, .995, 4), target('LSTM, dynamic: share of the time of float', mine['against_float'], .33, .3),
         target('LSTM, dynamic: MB', mine['mb'], 1.5, 1.45, 2)]
 
+class SteppedGRU(nn.Module):
+    "What a GRU computes, as linear layers: one for all that comes in, and one for the state at each step"
+    def __init__(self, m, n_out):
+        super().__init__()
+        self.into,self.back,self.head = nn.Linear(m.input_size, 3*m.hidden_size),nn.Linear(m.hidden_size, 3*m.hidden_size),n_out
+        for l,k in (self.into,'ih'),(self.back,'hh'): l.weight,l.bias = getattr(m, f'weight_{k}_l0'),getattr(m, f'bias_{k}_l0')
+    def forward(self, x):
+        h = x.new_zeros(len(x), self.back.in_features)
+        for g in self.into(x).unbind(1):
+            (r,z,n),(hr,hz,hn) = g.chunk(3, 1),self.back(h).chunk(3, 1)
+            z = (z+hz).sigmoid()
+            h = (1-z)*(n+(r+hr).sigmoid()*hn).tanh()+z*h
+        return self.head(h)
+
+class WholeGRU(nn.Module):
+    def __init__(self, m, head):
+        super().__init__()
+        self.rnn,self.head = m,head
+    def forward(self, x): return self.head(self.rnn(x)[0][:,-1])
+
+@sections
+@per_processor
+def gru(o):
+    "One layer of 256, for 32 steps of 40: the operator in float, and its products one by one, in float and on integers"
+    set_seed(42)
+    rnn,head,x = nn.GRU(40, 256, batch_first=True),nn.Linear(256, 8),torch.randn(16, 32, 40)
+    data = TensorDataset(x, torch.zeros(16).long())
+    whole,stepped = (learner(m.eval(), data, data, bs=8) for m in (WholeGRU(rnn, head),SteppedGRU(rnn, head)))
+    with tempfile.TemporaryDirectory() as d: floats = [Engine(l.export_onnx(Path(d)/'f.onnx').read_bytes()) for l in (whole,stepped)]
+    models = dict(zip(('float','products in float'), floats))|{'products, dynamic':quantized(stepped, 'dynamic')['dynamic']}
+    return [dict(by=k, mb=mb(models[k]), cosine=cosine(models['float'](x), models[k](x)), **v) for k,v in all_times(o, models, x[:1]).items()],[]
+
 # Classifiers
 
 def classified(learn, name, specs):
