@@ -20,6 +20,7 @@ from ..prune.shrink import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from .text import *
+from .tabular import *
 
 # %% auto #0
 __all__ = ['trainable_twin', 'first_metric', 'decisions', 'describe', 'with_size', 'make_ready']
@@ -118,14 +119,14 @@ def _step_facts(t):
 def describe(
     learn:Learner
 )->dict: # Plain data
-    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, as far as they are known, and what `also` is done"
+    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, columns of a table (`tabular`), as far as they are known, and what `also` is done"
     check_kind('learn', learn, Learner, 'pass a Learner.')
     vocab,steps = classes_of(learn.dls),_steps(learn.dls[-1])
     facts = [_step_facts(t) for t in steps]
     unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
     unknown += [type(cb).__name__ for cb in shapers(learn) if type(cb) is not RNNCallback]
     also = dict(also=unknown) if unknown else {}
-    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(text_facts(learn.dls), *filter(None, facts), also))
+    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(text_facts(learn.dls), tabular_facts(learn.dls), *filter(None, facts), also))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(
