@@ -159,6 +159,46 @@ def test_a_transformer_of_low_rank(tmp_path):
     few.fit(1, 1e-3)
     check_owned(few)
 
+def test_a_fit_that_removes_widths_of_a_transformer(tmp_path):
+    "Of its feed-forward layers; what is left trains on and quantizes"
+    learn = plain_classifier(tokens(6), Transformer(), tmp_path)
+    learn.fit(1, 1e-3, cbs=PruneScheduleCallback(.3, structure='channel'))
+    assert learn.model.body.linear1.out_features<32 and learn.model.head.out_features==3
+    check_owned(learn)
+    q,x = learn.quantize('dynamic', timed=False),torch.randint(0, 30, (4,6))
+    assert sqnr(learn.model.eval()(x), q.model(x))>20
+
+class Headed(Transformer):
+    "With the attention of timm, whose heads can be counted"
+    def __init__(self):
+        super().__init__()
+        timm = pytest.importorskip('timm.layers')
+        self.body = nn.Sequential(nn.LayerNorm(16), timm.Attention(16, num_heads=4))
+
+def test_a_fit_that_removes_heads(tmp_path):
+    learn = plain_classifier(tokens(6), Headed(), tmp_path)
+    learn.fit(1, 1e-3, cbs=PruneScheduleCallback(.5, structure='channel'))
+    assert learn.model.body[1].num_heads<4 and learn.model.body[0].weight.shape==(16,)
+    check_owned(learn)
+    assert learn.quantize(timed=False).model.report.n_int8==3
+
+class Large(Transformer):
+    "With many words"
+    def __init__(self):
+        super().__init__()
+        self.word = nn.Embedding(1024, 16)
+
+def test_a_table_as_a_tensor_train(tmp_path):
+    "Its embeddings are trained on, and go into a file"
+    torch.manual_seed(0)
+    learn = plain_classifier(tokens(6), Large(), tmp_path)
+    few = learn.decompose(ranks={'word':6}, kinds={'word':'tensor_train'})
+    assert n_params(few.model)<n_params(learn.model)/2 and not isinstance(few.model.word, nn.Embedding)
+    few.fit(1, 1e-3)
+    check_owned(few)
+    x = torch.randint(0, 30, (2,6))
+    assert torch.allclose(run(few.export_onnx(), x), few.model.eval()(x), atol=1e-5)
+
 def test_a_table_that_groups_do_not_divide(tmp_path):
     "Rows are filled up; a group has to be a number of neighbours"
     learn = plain_classifier(tokens(6), Transformer(), tmp_path)
