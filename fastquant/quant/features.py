@@ -67,6 +67,7 @@ def _noise(o, x, w, grid):
     used = (lost>0)&(whole>0)
     return 10*(lost/whole)[used].log10().mean() if used.any() else x.new_tensor(-torch.inf)
 
+# %% ../../nbs/quant/05_features.ipynb #05feat00x0c13
 @torch.no_grad()
 def find_features(
     x:Tensor,        # Some inputs of the layer, a row for each
@@ -96,6 +97,7 @@ def features_to_rows(
     if o.limit is not None: rows[2] = o.limit.cpu()
     return rows
 
+# %% ../../nbs/quant/05_features.ipynb #05feat00x0c18
 def features_from_rows(
     rows:Tensor # From `features_to_rows`
 )->Features|None:

@@ -37,6 +37,7 @@ def _column(w, s, grid, before):
     most,left = pair_limit,(before/s).round()
     return torch.minimum(torch.maximum((w/s).round().clamp(grid.lo, grid.hi), -most-left), most-left)*s
 
+# %% ../../nbs/quant/13_gptq.ipynb #13gptq00x0c06
 def _error(w, q, h): return (((w-q)@h)*(w-q)).sum()
 
 # %% ../../nbs/quant/13_gptq.ipynb #13gptq0102
@@ -103,6 +104,7 @@ def _products(model, r, mods, lstms, batches):
         for h in hooks: h.remove()
     return found
 
+# %% ../../nbs/quant/13_gptq.ipynb #13gptq02x0c02
 def _each_scale(r, k, w):
     "The scale of each number of the weight `w` of a layer"
     spec,s = r.weights[k],r.weight_scale[r.slices[k]]

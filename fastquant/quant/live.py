@@ -75,6 +75,7 @@ def features_of(self:LayerWeights, name, x)->Tensor:
     m = self.home(name)
     return Features(m.input_scale, getattr(m, 'input_limit', None)).of(x) if hasattr(m, 'input_scale') else x
 
+# %% ../../nbs/quant/05_live.ipynb #05live01x0c03
 @patch
 def splits(self:LayerWeights, name)->bool:
     "Whether large inputs of the weight `name` are features of their own"

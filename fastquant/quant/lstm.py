@@ -29,6 +29,7 @@ def gate_rows(
     "A weight of an LSTM with its rows as ONNX has them"
     return torch.cat([_ordered(w) for w in ws])
 
+# %% ../../nbs/quant/02_lstm.ipynb #02lstm00x0c07
 def from_gate_rows(
     w:Tensor, # From `gate_rows`
     dirs:int  # Directions

@@ -47,7 +47,7 @@ class LayerWeights:
         "Say how the weight of each layer is rounded, and what goes with it"
         self.lstms,self.owner = plan.lstms,{k:plan.owner(k) for k in self.layers}
         self.widths = {o.names(0)[0]:self.model.get_submodule(k).input_size for k,o in self.lstms.items()}
-        self.features,self.heard = {},{} # see `quant.live`
+        self.integers,self.shapes,self.features,self.heard = nn.Module(),{},{},{} # for the last two see `quant.live`
         spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
         self.weights_only = {k for k,s in spec.items() if s.act is None}
@@ -62,9 +62,7 @@ class LayerWeights:
         self.modules = [k for k in self.layers if k not in self.products]
         def used(k): return plan.tr.elsewhere.intersection((f'{k}.weight'.lstrip('.'),f'{k}.bias'.lstrip('.')))
         self.apart = {*self.products,*filter(used, self.modules)}
-        self.integers,self.shapes = nn.Module(),{}
-        portable = [k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8]
-        self.paired = {k for k in portable if self.adds_pairs(k)}
+        self.paired = {k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8 and self.adds_pairs(k)}
         self.norms = {o.layer:plan.norms[o.key] for o in ran if o.key in plan.norms}
     def adds_pairs(self, path):
         if path in self.products: return not self.products[path].depthwise
