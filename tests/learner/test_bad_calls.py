@@ -91,7 +91,7 @@ public = dict(
     qparams=call(lambda l, o: dict(lo=-torch.ones(2), hi=torch.ones(2), grid=g()), lo=tensor, hi=(*tensor,torch.ones(3)), grid=(8,None,'int8')),
     Observer=call(n=count),
     Spec=call(weight=(8,None,'int8'), act=(8,'int8'), stream=(8,'int8'), ends=(8,'int8',TensorSpec()),
-        overrides=(3,'0',(3,),(('0',3),),((3,None),),{'0':None}), portable=flag, float_bias=flag, compensate=flag),
+        overrides=(3,'0',(3,),(('0',3),),((3,None),),{'0':None}), portable=flag, float_bias=flag, compensate=flag, smooth=flag),
     TensorSpec=call(grid=(8,None,'int8',torch.float32), observer=(*choice,len,None), granularity=(3,'per_channel',PerChannel,None), learned=flag,
         dynamic=flag, per_channel=('x',3)),
     PerTensor=call(), PerChannel=call(), PerGroup=call(n=(*count,1)),
