@@ -120,8 +120,8 @@ def per_tensor(o):
 
 # ImageNet weights on photos, where decisions of the float net are the labels
 
-def decided(model, x):
-    with torch.no_grad(): return torch.cat([model(b) for b in x.split(16)])
+def decided(model, x, bs=16):
+    with torch.no_grad(): return torch.cat([model(b) for b in x.split(bs)])
 
 @sections
 def photos(o):
@@ -144,21 +144,24 @@ def photos(o):
 
 # How many images are enough
 
+def calibrated(o, name, n, seed=0):
+    "ResNet-20 that rounds by the spec `name`, with ranges of `n` training images, drawn with a `seed`"
+    i = torch.randperm(len(cifar10(o)[0]), generator=torch.Generator().manual_seed(seed))[:n]
+    batches = [(b,) for b in cifar10(o)[0].tensors[0][i].split(64)]
+    sim = prepare(resnet20(o), name, *batches[0], fold=True)
+    recalibrate(sim, batches)
+    return sim
+
 @sections
 def images(o):
-    "ResNet-20 calibrated on 1 to 1,024 images, three draws each: agreement with float and dB on 2,000 test images"
-    model,(train_,test) = resnet20(o),cifar10(o)
-    x = test.tensors[0][spread(len(test), 2000)]
-    float_ = decided(model, x)
+    "Agreement with float and dB on 2,000 test images"
+    x = cifar10(o)[1].tensors[0][spread(len(cifar10(o)[1]), o.some(2000, 500))]
+    float_ = decided(resnet20(o), x, 250)
     rows = []
-    for spec in 'int8','w4a8':
-        for n in [1,4,16,64,256,1024]:
+    for spec in 'int8','w4a8','w4a4':
+        for n in [2**i for i in range(0, 11, 5 if o.quick else 1)]:
             for seed in range(o.some(3, 1)):
-                i = torch.randperm(len(train_), generator=torch.Generator().manual_seed(seed))[:n]
-                batches = [(b,) for b in train_.tensors[0][i].split(64)]
-                sim = prepare(copy_model(model), spec, *batches[0], fold=True)
-                recalibrate(sim, batches)
-                with evaluating(sim): got = decided(sim, x)
+                with evaluating(sim:=calibrated(o, spec, n, seed)): got = decided(sim, x, 250)
                 rows.append(dict(net='resnet20', spec=spec, images=n, draw=seed, sqnr=round(sqnr(float_, got), 2), same_top1=same_top(float_, got)))
     return rows, []
 

@@ -1,8 +1,6 @@
 "What post-training quantization costs in accuracy, and what it buys: `python -m benchmarks.ptq --data ../shared/data`"
 from __future__ import annotations
-import onnx, tempfile
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
+import onnx
 from torchvision import models
 from fastquant.quant.convert import *
 from fastquant.callback.data import *
@@ -13,31 +11,13 @@ from fastquant.quant.prepare import *
 from fastquant.core.measure import latency as in_turns, n_bytes
 from fastquant.core.trace import *
 from .common import *
+from .peers import ort_file
 from fastquant.core.model import copy_model, evaluating
 from fastquant.export.portable import session
 
 sections = Registry('section')
 
 # Other quantizers
-
-class Batches(CalibrationDataReader):
-    "Hands `batches` to ONNX Runtime's quantizer"
-    def __init__(self, name, batches): self.feeds = iter({name:x.numpy()} for x, in batches)
-    def get_next(self): return next(self.feeds, None)
-
-def ort_file(
-    model:nn.Module, # A float model
-    batches:list     # Tuples of inputs to calibrate on
-)->bytes:
-    "The file that ONNX Runtime's own `quantize_static` makes of `model`"
-    proto = to_onnx(copy_model(model), *batches[0])
-    with tempfile.TemporaryDirectory() as d, quiet():
-        float_,pre,int8 = (f'{d}/{k}.onnx' for k in ('float','pre','int8'))
-        onnx.save(proto, float_)
-        quant_pre_process(float_, pre)
-        quantize_static(pre, int8, Batches(proto.graph.input[0].name, batches), quant_format=QuantFormat.QDQ, per_channel=True,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax)
-        return Path(int8).read_bytes()
 
 def fx_model(model, batches)->nn.Module|None:
     "`model` through torch's FX graph mode; None where torch no longer has it"

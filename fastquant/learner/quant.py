@@ -63,7 +63,7 @@ def quantize(self:Learner,
     metric=None,     # What is measured for that, as in `Promise`
     comp=None,       # Which of two values is better, as in `Promise`
     valid=None,      # Data to measure on; the validation set if None
-    ladder=('mse','equalize','bias'), # Rungs to climb if too much is lost, in order; `adaround` takes longer, and is for few bits
+    ladder=('mse','equalize','bias'), # Rungs to climb if too much is lost, or within a budget, in order; `adaround` takes longer, and is for few bits
     target:dict=None # A budget in place of bits in the spec: a share of the bytes of the float model, `{'bytes':.15}`, or bits of a weight on average, `{'bits':4}`
 )->Learner: # Runs int8, for inference only; `self` is left as it is
     "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
@@ -80,8 +80,8 @@ def quantize(self:Learner,
     promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
     with calibration_dl(self, dl, n_batches) as dl:
         files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
-        files.given = _batches(self, model, dl, dynamic, None if promise else 2)
-        if target: new = within(self, files, target)
+        files.given = _batches(self, model, dl, dynamic, None if promise or target else 2)
+        if target: new = within(self, files, target, ladder)
         else: new = keep(promise, files, ladder) if promise else files.file(files.prepared())
     if fname: write_whole(fname, new.model.data)
     if timed: warn_if_slow(new.model, files.batches[0])

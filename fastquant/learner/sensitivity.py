@@ -136,15 +136,17 @@ def least(self:QuantSensitivity, stored=False)->float:
 
 @patch
 def spec(self:QuantSensitivity,
-    bits:float,        # Of a weight, on average
-    stored:bool=False  # Those that a file has room for?
+    bits:float,         # Of a weight, on average
+    stored:bool=False,  # Those that a file has room for?
+    fewest:int=2        # That any layer may have
 )->Spec: # For `quantize`, or `QuantAwareCallback`
     "Bits for each layer, so that as little as possible is lost"
-    each,n = self.table.columns.to_numpy(),list(self.sizes.values())
-    bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),self.least(stored)
-    if bits<least: raise ValueError(f"bits={bits:.4g}: no choice of bits is as small. The least is {least:.4g}, of those that were tried ({', '.join(map(str, each))}).")
+    table = self.table.loc[:,self.table.columns>=as_count('fewest', fewest, 2, most=8)]
+    each,n = table.columns.to_numpy(),list(self.sizes.values())
     room = _room(each) if stored else each
-    ways = best_ways([k*room for k in n], list(self.lost().to_numpy()), bits*sum(n))
+    bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),min(room, default=math.inf)
+    if bits<least: raise ValueError(f"bits={bits:.4g}: no choice of bits is as small. The least is {least:.4g}, of those that were tried ({', '.join(map(str, each))}).")
+    ways = best_ways([k*room for k in n], list(self.lost()[each].to_numpy()), bits*sum(n))
     return mixed(self.base_spec, dict(zip(self.sizes, each[ways].tolist())))
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens901
@@ -166,19 +168,42 @@ def check_target(
 def within(
     learn:Learner, # Is to be quantized
     make,        # Makes files, as in `keep`, with its `spec`, and with ranges from its `dl`
-    target:dict  # The budget
+    target:dict, # The budget
+    ladder=()    # Rungs, see `find_rungs`
 )->Learner: # Runs the file
     "The file that loses least within a budget; raises `ValueError` that says the least if there is none"
     if make.settled: raise ValueError("target: the model rounds already, so its bits are settled. Take that off with `learn.remove_quant()`, and train through `learn.quant_sensitivity().spec(4)`.")
     found = learn.quant_sensitivity(spec=make.spec, dl=make.dl, n_batches=len(make.dl), show_plot=False)
     (kind,most), = target.items()
-    def file(bits, stored):
-        make.spec = found.spec(bits, stored)
-        return make.file(make.prepared())
-    if kind=='bits': return file(most, False)
-    whole,least,n = n_bytes(learn.model),found.least(True),sum(found.sizes.values())
-    budget = most*whole
+    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in found.table if b==min(found.table) or _room(b)<=bits])
+    def climbed(model): return make.file(climb(model, make.batches, ladder, make.through)[0])
+    if kind=='bits': return climbed(prepared(most, False))
+    budget = most*n_bytes(learn.model)
+    model,new = _small_enough(prepared, make.file, found, budget)
+    if n_bytes(new.model)>budget: raise ValueError(_too_small(target, n_bytes(new.model)/n_bytes(learn.model), found.least(True)))
+    best = climbed(model)
+    return best if n_bytes(best.model)<=budget else new
+
+# %% ../../nbs/learner/00_sensitivity.ipynb #22sens903d
+def _nearest(make, specs):
+    "Of models prepared by `specs` that one whose outputs are nearest to those without rounding"
+    few,found = [spread_items(make.batches)],[]
+    for make.spec in dict.fromkeys(specs):
+        model = make.prepared()
+        found.append((nearness(model, few, plain_outputs(model, few)), model))
+    return max(found, key=lambda o: o[0])[1]
+
+# %% ../../nbs/learner/00_sensitivity.ipynb #22sens903b
+def _small_enough(prepared, file, found, budget):
+    "The first model, and its file, of at most `budget` bytes; the smallest if there is none"
+    least,n = found.least(True),sum(found.sizes.values())
     bits = max(8*budget/n, least)
-    while (size:=n_bytes((new:=file(bits, True)).model))>budget and bits>least: bits = max(bits-8*(size-budget)/n, least)
-    if size<=budget: return new
-    raise ValueError(f"target={target}: the smallest file has {size/whole:.3f} of the bytes of the float model, with {least:.0f} bits for each layer. Allow as much, or remove channels first, as with learn.prune(target={{'params':.5}}).")
+    while True:
+        model = prepared(bits, True)
+        new = file(clean_copy(model))
+        over = n_bytes(new.model)-budget
+        if over<=0 or bits<=least: return model,new
+        bits = max(bits-8*over/n, least)
+
+def _too_small(target, share, least):
+    return f"target={target}: the smallest file has {share:.3f} of the bytes of the float model, with {least:.0f} bits for each layer. Allow as much, or remove channels first, as with learn.prune(target={{'params':.5}})."

@@ -221,7 +221,8 @@ class FakeQuantMode(Matching):
         "What comes out of the layer at `path`"
         r = self.fake_quant
         o = as_layer(*call, left=r.from_left(path))
-        x,w,b = o.x,channels_first(o, o.w),o.b
+        x,w = o.x,channels_first(o, o.w)
+        b = r.bias_of(path) if r.norms.get(path) in r.folded else o.b # that has the batchnorm's, even if `forward` passes none
         if path in r.doors: x = r.act(r.doors[path], x)
         if path in r.live: o = replace(o, run=partial(o.run, linear=partial(r.linear, path)))
         elif r.converted: w,b = r.as_floats(path)

@@ -207,8 +207,8 @@ def stream(self:Plan, grid, users)->TensorSpec:
 @patch
 def folds(self:Plan, o, norm)->bool:
     "Whether the batchnorm `norm` can be folded into the layer `o`"
-    names = [p.layer for p in self.tr.ops]
-    once = all(names.count(q)==1 for q in (o.layer,norm.path))
+    runs = [p.layer for p in self.tr.ops if p.is_layer or p.kind==norm.kind]
+    once = all(runs.count(q)==1 for q in (o.layer,norm.path))
     return once and (o.name.startswith('conv') or o.ndim==2)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac4450fe

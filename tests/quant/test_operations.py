@@ -458,3 +458,27 @@ def test_two_results_that_go_into_layers():
     set_ranges(net)
     with torch.no_grad():
         for a,b in zip(fake_quant_of(net).own_forward(x), net(x)): assert sqnr(a, b)>35
+
+# A batchnorm behind a layer with a forward pass of its own
+
+class NoBias(nn.Conv2d):
+    def forward(self, x): return F.conv2d(x, self.weight, None, self.stride)
+
+class Padded(nn.Conv2d):
+    "As timm's Conv2dSame"
+    def forward(self, x): return F.conv2d(F.pad(x, (0,1,0,1)), self.weight, self.bias, self.stride)
+
+class Doubled(nn.Conv2d):
+    def forward(self, x): return 2*F.conv2d(x, self.weight, self.bias, self.stride)
+
+@pytest.mark.parametrize('cls', [NoBias,Padded,Doubled])
+def test_batchnorms_behind_layers_of_ones_own(cls):
+    torch.manual_seed(0)
+    net,x = nn.Sequential(cls(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.Conv2d(8, 4, 1)).eval(),torch.randn(16, 3, 9, 9)
+    net[1].running_mean.normal_(),net[1].running_var.uniform_(.5, 2),net[1].num_batches_tracked.fill_(1)
+    y = net(x).detach()
+    sim = prepare(copy.deepcopy(net), 'int8', x, fold=True)
+    watch(sim, x)
+    set_ranges(sim)
+    assert fake_quant_of(sim).folded==({('1','batch_norm',0)} if cls is not Doubled else set()) and sqnr(y, sim(x))>30
+    with torch.no_grad(): assert sqnr(y, Engine(to_onnx(convert(sim), x).SerializeToString())(x))>30
