@@ -1,16 +1,22 @@
 "What rungs, bits where they count, and a promise are worth: `python -m benchmarks.ladder --data ../shared/data --packages FOLDER`"
 from __future__ import annotations
+import multiprocessing, resource
 from math import log2
 from sklearn.datasets import load_digits
 from fastquant.core.measure import n_bytes
 from fastquant.core.model import copy_model, evaluating
 from fastquant.core.outputs import sqnr
+from fastquant.callback.data import calibration_dl, twin_of
+from fastquant.export.engine import Engine
 from fastquant.learner.ladder import MaxDropExceeded
 from fastquant.learner.quant import *
 from fastquant.quant.prepare import prepare
 from fastquant.quant.rungs import recalibrate
+from torchvision import models
+from fastquant.callback import quant as callback_quant
 from .common import *
-from .portable import crops, efficientnet_lite0, enlarged, photo_files, same_top
+from .peers import nncf_promise, nncf_there, ort_file, peer_files, plain_export
+from .portable import crops, efficientnet_lite0, enlarged, photo_files, same_top, vit_tiny
 
 sections = Registry('section')
 
@@ -37,16 +43,33 @@ def table_rows(net, spec, table):
         row = {keep[k]:round(100*r[k], 3) for k in keep}
         yield dict(net=net, spec=spec, step=step, **row, bytes=r['bytes'], seconds=round(r['seconds'], 1), note=r['note'])
 
+# Other people's quantizers
+
+def batches_of(learn):
+    "What `learn.quantize()` calibrates on"
+    with calibration_dl(learn) as dl: return [b[:1] for b in dl]
+
+def peer_rows(o, learn, row, **how):
+    "What `row` says of each peer's file, by its name and an `Engine`; of one that is not there, that it is not"
+    return [row(by, m) if m else dict(by=f'{by}: absent') for by,m in peer_files(o, learn.model, batches_of(learn), **how).items()]
+
+def shown(net, learn, first):
+    "A row for a peer's file, where the float net gets `first` percent right"
+    def row(by, model):
+        top1 = right(twin_of(learn, model))
+        return dict(net=net, step=by, top1=round(top1, 3), lost=round(first-top1, 3), bytes=len(model.data))
+    return row
+
 # Few bits by calibration only
 
 few_bits = 'mse','equalize','bias','adaround'
 
-def at_bits(o, spec, max_drop):
-    "Rows for ResNet-20 by `spec`, points lost by rounding to the nearest and with rungs, and how long `adaround` took"
-    learn = learner(resnet20(o), *cifar10(o))
+def at_bits(o, spec, max_drop, net='resnet20', model=None):
+    "Rows for a net by `spec`, points lost by rounding to the nearest and with rungs, and how long `adaround` took"
+    learn = learner(model or resnet20(o), *cifar10(o))
     _,t = climbed(o, learn, spec, max_drop=max_drop, ladder=few_bits)
     lost = 100*t['drop']
-    return list(table_rows('resnet20', spec, t)),lost['calibrated'],lost.get('with what helps', lost['calibrated']),t['seconds']['adaround']
+    return list(table_rows(net, spec, t)),lost['calibrated'],lost.get('with what helps', lost['calibrated']),t['seconds'].get('adaround', 0.)
 
 @sections
 def few(o):
@@ -112,10 +135,26 @@ def outlier_learner():
 def outliers(o):
     learn = outlier_learner()
     q,t = climbed(o, learn, max_drop=.005)
-    n = q.model.report.n_layers
-    return list(table_rows('outliers', 'int8', t)), [target('outliers: top-1 lost (points)', 100*t['drop'].iloc[-1], .5, 0),
+    n,first = q.model.report.n_layers,100*t['accuracy']['float']
+    rows = list(table_rows('outliers', 'int8', t))+peer_rows(o, learn, shown('outliers', learn, first))
+    if (nncf:=nncf_there(o)):
+        data,runs = nncf_promise(nncf, learn, batches_of(learn), .005)
+        rows.append(dict(shown('outliers', learn, first)('NNCF, accuracy control', Engine(data)), note=f'{runs} evaluations'))
+    return rows, [target('outliers: top-1 lost (points)', 100*t['drop'].iloc[-1], .5, 0),
         target('outliers: bytes against all in int8', t['bytes'].iloc[-1]/t['bytes']['calibrated'], 1.05, 1),
         target(f'outliers: evaluations (at most {3+log2(n):.1f} for {n} layers)', evaluations(t), 6, 3, 0)]
+
+@sections
+def halving(o):
+    "How often the validation set is run where layers have to stay in float"
+    tries = ('outliers',outlier_learner(),'int8',.005),('resnet20',learner(resnet20(o), *cifar10(o)),'w2a8',.05)
+    rows,targets = [],[]
+    for net,learn,spec,max_drop in tries:
+        q,t = climbed(o, learn, spec, max_drop=max_drop, ladder=())
+        rows += table_rows(net, spec, t)
+        n = q.model.report.n_layers
+        targets.append(target(f'{net}, {spec}, no rungs: evaluations above 3 and the logarithm of {n} layers', evaluations(t)-3-log2(n), 0, -3))
+    return rows, targets
 
 # Depthwise convolutions, one scale for each weight
 
@@ -124,31 +163,42 @@ def per_tensor(o):
     learn = learner(train(o, mobilenet, cifar10(o), cbs=Flip()), *cifar10(o))
     _,t = climbed(o, learn, 'int8_per_tensor', max_drop=.003, ladder=few_bits)
     helped = 100*t['drop'].get('with what helps', t['drop']['calibrated'])
-    return list(table_rows('mobilenet', 'int8_per_tensor', t)), [target('mobilenet, int8_per_tensor: top-1 lost with all layers in int8 (points)', helped, 1, .3)]
+    first = 100*t['accuracy']['float']
+    others = peer_rows(o, learn, shown('mobilenet', learn, first), per_channel=False)
+    return list(table_rows('mobilenet', 'int8_per_tensor', t))+others, [target('mobilenet, int8_per_tensor: top-1 lost with all layers in int8 (points)', helped, 1, .3)]
 
 # ImageNet weights on photos, where decisions of the float net are the labels
 
 def decided(model, x, bs=16):
     with torch.no_grad(): return torch.cat([model(b) for b in x.split(bs)])
 
-@sections
-def photos(o):
-    "Every other crop, and as many enlarged pictures, to calibrate on; the others to compare on"
+def photo_learner(o):
+    "EfficientNet-Lite0, to calibrate on every other crop and as many enlarged pictures, with the others for validation; these by name"
     model,x = efficientnet_lite0(o),torch.cat([crops(f) for f in photo_files(o)])
     x = x[spread(len(x), o.some(len(x), 16))]
     given,seen = (enlarged(d, len(x)//2) for d in cifar10(o))
-    sets = {'photos':x[1::2], 'CIFAR-10, enlarged':seen}
-    float_ = {k:decided(model, v) for k,v in sets.items()}
-    train_,valid = torch.cat([x[::2],given]),torch.cat([*sets.values()])
-    learn = learner(model, TensorDataset(train_, decided(model, train_).argmax(1)), TensorDataset(valid, torch.cat([*float_.values()]).argmax(1)), bs=16)
-    def near(by, q): return [dict(net='EfficientNet-Lite0', by=by, items=k, n=len(v), sqnr=round(sqnr(float_[k], decided(q.model, v)), 2),
-        same_top1=same_top(float_[k], decided(q.model, v))) for k,v in sets.items()]
-    rows = near('int8', learn.quantize(timed=False))
-    for ladder in [('equalize',),('equalize','bias'),few_bits][:o.some(3, 1)]:
-        q,t = climbed(o, learn, max_drop=0, ladder=ladder)
-        rows += near(' and '.join(ladder)+f", {q.model.report.n_int8} of {q.model.report.n_layers} layers", q)
-    best = max((r for r in rows if r['items']=='photos'), key=lambda r: r['sqnr'])
-    return rows, [target('EfficientNet-Lite0: logits on photos (dB)', best['sqnr'], 27, 31), target('EfficientNet-Lite0: agreement on photos (%)', best['same_top1'], 96, 98)]
+    train_,valid = torch.cat([x[::2],given]),torch.cat([x[1::2],seen])
+    def labelled(x): return TensorDataset(x, decided(model, x).argmax(1))
+    return learner(model, labelled(train_), labelled(valid), bs=16),{'photos':x[1::2], 'CIFAR-10, enlarged':seen}
+
+@sections
+def photos(o):
+    "As it is, with rungs, and with layers in float; and by others"
+    learn,sets = photo_learner(o)
+    float_ = {k:decided(learn.model, v) for k,v in sets.items()}
+    def near(by, model):
+        for k,v in sets.items():
+            got = decided(model, v)
+            yield dict(net='EfficientNet-Lite0', by=by, items=k, n=len(v), sqnr=round(sqnr(float_[k], got), 2), same_top1=same_top(float_[k], got), bytes=len(model.data))
+    rows = list(near('int8', learn.quantize(timed=False).model))
+    q,t = climbed(o, learn, max_drop=.02, ladder=few_bits)
+    rows += list(near(f'max_drop=.02, {q.model.report.n_int8} of {q.model.report.n_layers} layers in int8', q.model))
+    mine = rows[-2:]
+    rows += [dict(net='EfficientNet-Lite0', by=f'step: {k}', items='both', same_top1=round(100-100*r['drop'], 3), seconds=round(r['seconds'], 1), note=r['note']) for k,r in t.iloc[1:].iterrows()]
+    for by,m in peer_files(o, learn.model, batches_of(learn)).items(): rows += list(near(by, m)) if m else [dict(by=f'{by}: absent')]
+    worst = min(r['sqnr'] for r in mine)
+    return rows, [target('EfficientNet-Lite0: logits on photos and enlarged CIFAR-10, the worse (dB)', worst, 27, 31),
+        target('EfficientNet-Lite0: agreement on photos (%)', mine[0]['same_top1'], 96, 98)]
 
 # How many images are enough
 
@@ -172,5 +222,87 @@ def images(o):
                 with evaluating(sim:=calibrated(o, spec, n, seed)): got = decided(sim, x, 250)
                 rows.append(dict(net='resnet20', spec=spec, images=n, draw=seed, sqnr=round(sqnr(float_, got), 2), same_top1=same_top(float_, got)))
     return rows, []
+
+# What it costs
+
+@contextmanager
+def timing(o, of):
+    "A list that gets the seconds that calls of `of` (a module, and the name of a function in it) take"
+    mod,name = of
+    f,found = getattr(mod, name),[]
+    def timed(*args, **kwargs):
+        start = time.perf_counter()
+        try: return f(*args, **kwargs)
+        finally: found.append(time.perf_counter()-start)
+    with mock.patch.object(mod, name, timed): yield found
+
+def costs(o, learn, **kwargs):
+    "Seconds that `learn.quantize()` takes, and that it takes for ranges"
+    with clock(o), timing(o, (callback_quant,'set_ranges')) as ranges:
+        start = time.perf_counter()
+        learn.quantize(timed=False, **kwargs)
+        return time.perf_counter()-start,sum(ranges)
+
+def growth(sizes, seconds)->float:
+    "The power of the size that seconds grow with, between the last two"
+    (a,b),(s,t) = sizes[-2:],seconds[-2:]
+    return float(np.log(t/s)/np.log(b/a))
+
+def noisy_learner(model, n, px): return learner(model, noise(n, px), noise(8, px))
+
+@sections
+def depth(o):
+    "Nets of 8 to 200 layers, 64 images of 32 px"
+    rows = []
+    for n in [1,3,8,16,33][:o.some(5, 2)]:
+        learn = noisy_learner(settled(lambda: CifarResNet(n, 8), 32), 64, 32)
+        whole,ranges = costs(o, learn)
+        rows.append(dict(layers=6*n+2, seconds=round(whole, 2), a_layer=round(whole/(6*n+2), 4), ranges=round(ranges, 3)))
+    return rows, [target('seconds of quantize() grow with the number of layers to the power of', growth([r['layers'] for r in rows], [r['seconds'] for r in rows]), 1.2, 1)]
+
+class Drawn:
+    "`n` random images that nobody keeps"
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(int(i))),0
+
+def of_items(o, n, q):
+    "Put into `q` what calibrating on `n` images takes: seconds, and the peak memory of this process"
+    torch.set_num_threads(1)
+    learn = learner(settled(lambda: CifarResNet(1), 32), Drawn(n), Drawn(8))
+    learn.quantize(timed=False, n_batches=1)
+    whole,_ = costs(o, learn, n_batches=n//64)
+    q.put((whole, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024))
+
+@sections
+def items(o):
+    "ResNet-8, each time in a process of its own"
+    rows,context = [],multiprocessing.get_context('spawn')
+    for n in [64,256,1024,4096,16384][:o.some(5, 2)]:
+        q = context.Queue()
+        p = context.Process(target=of_items, args=(o, n, q))
+        p.start()
+        seconds,peak = q.get()
+        p.join()
+        rows.append(dict(items=n, seconds=round(seconds, 2), peak_bytes=peak))
+    n,(first,*_,last) = [r['items'] for r in rows],rows
+    return rows, [target('seconds of quantize() grow with the number of items to the power of', growth(n, [r['seconds'] for r in rows]), 1.2, 1),
+        target(f'peak memory for {n[-1]} items against 64', last['peak_bytes']/first['peak_bytes'], 1.1, 1)]
+
+@sections
+def seconds(o):
+    "64 images of 224 px; ONNX Runtime's way is PyTorch's export, its preprocessing and `quantize_static`, in turns with ours"
+    rows,targets = [],[]
+    for net in (models.resnet18,models.efficientnet_b0,vit_tiny)[:o.some(3, 1)]:
+        learn = noisy_learner(settled(net), 64, 224)
+        def theirs():
+            with clock(o):
+                start,batches = time.perf_counter(),batches_of(learn)
+                ort_file(learn.model, batches, plain_export(learn.model, batches[0][0]))
+                return time.perf_counter()-start
+        (mine,ranges),ort = (np.median([f() for _ in range(o.some(1, 1))], axis=0) for f in (lambda: costs(o, learn),theirs))
+        rows.append(dict(net=net.__name__, seconds=round(mine, 2), onnx_runtime=round(ort, 2), ratio=round(mine/ort, 3), ranges=round(ranges, 3), ranges_share=round(ranges/mine, 4)))
+        targets.append(target(f"{net.__name__}: quantize() against ONNX Runtime's whole way", mine/ort, 1.3, .8))
+    return rows, targets+[target('share of set_ranges in quantize(), at most (%)', 100*max(r['ranges_share'] for r in rows), 8, 3)]
 
 if __name__=='__main__': run(sections, 'ladder')

@@ -194,16 +194,22 @@ def _nearest(make, specs):
     return max(found, key=lambda o: o[0])[1]
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens903b
+def _weight_bytes(model):
+    "What the weights of a prepared model take in a file"
+    r = prepared(model)
+    return sum(r.weight_of(k).numel()*int(_room(w.grid.bits)) for k,w in r.weights.items())/8
+
 def _small_enough(prepared, file, found, budget):
-    "The first model, and its file, of at most `budget` bytes; the smallest if there is none"
+    "A model, and its file, of at most `budget` bytes; the smallest if there is none"
     least,n = found.least(True),sum(found.sizes.values())
-    bits = max(8*budget/n, least)
+    bits = first = max(8*budget/n, least)
     while True:
         model = prepared(bits, True)
         new = file(clean_copy(model))
         over = n_bytes(new.model)-budget
         if over<=0 or bits<=least: return model,new
-        bits = max(bits-8*over/n, least)
+        rest = n_bytes(new.model)-_weight_bytes(model)
+        bits = max(8*(budget-rest)/n if bits==first else bits-8*over/n, least)
 
 def _too_small(target, share, least):
     return f"target={target}: the smallest file has {share:.3f} of the bytes of the float model, with {least:.0f} bits for each layer. Allow as much, or remove channels first, as with learn.prune(target={{'params':.5}})."

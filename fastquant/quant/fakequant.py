@@ -73,7 +73,7 @@ def _gates(plan, sites):
 def set_sites(self:FakeQuant, plan):
     "Make the sites, and say where in a forward pass they are"
     site = {k:Site(self, i, *o) for i,(k,o) in enumerate(plan.places().items())}
-    at = {v:site[g] for v,g in plan.grid.items()}
+    self.of_value = at = {v:site[g] for v,g in plan.grid.items()}
     self.all = list(site.values())
     here = {v:s for v,s in at.items() if v not in plan.loose}
     self.inputs = {i:here[v] for i,v in enumerate(plan.tr.inputs) if v in here}

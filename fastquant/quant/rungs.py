@@ -22,7 +22,7 @@ from .prepare import *
 
 # %% auto #0
 __all__ = ['rungs', 'recalibrate', 'mend', 'unmend', 'mse', 'plain_outputs', 'nearness', 'spread_items', 'visiting', 'owns',
-           'channel_axis', 'find_rungs', 'Tried', 'climb']
+           'channel_axis', 'find_rungs', 'Tried', 'climb', 'without']
 
 # %% ../../nbs/quant/10_rungs.ipynb #10rung7ad643
 rungs = Registry('rung')
@@ -183,3 +183,49 @@ def climb(
         said[name] = Tried(db, why, time.perf_counter()-start)
         if db>best: model,best = trial,db
     return model,said
+
+# %% ../../nbs/quant/10_rungs.ipynb #10runglessc
+@torch.no_grad()
+def _as_float(model):
+    "A copy of a prepared `model` in float, as it was before it was mended, and what mended it"
+    new = clean_copy(model)
+    mends,r = unmend(new),prepared(new)
+    for path,*_ in r.folded:
+        m = new.get_submodule(path)
+        m.running_mean.zero_(),m.running_var.fill_(1-m.eps)
+        if m.weight is not None: m.weight.fill_(1), m.bias.zero_()
+    r.folded.clear()
+    return unprepare(new),mends
+
+def _same_places(r, o):
+    "For each site of `r` that one of `o` that rounds the same value alike; None where there is none"
+    def like(s): return s.spec.grid,s.spec.observer
+    found = {s.i:o.of_value[v].i for v,s in r.of_value.items() if v in o.of_value and like(o.of_value[v])==like(s)}
+    return [found.get(i) for i in range(len(r.all))]
+
+@torch.no_grad()
+def _take_ranges(model, other):
+    "Give a prepared `model` the ranges of `other`; False if that has not all of them"
+    r,o = prepared(model),prepared(other)
+    rows = _same_places(r, o)
+    if None in rows or not r.weights.items()<=o.weights.items(): return False
+    if rows: put_rows(r, list(range(len(rows))), o.scale[rows], o.zero_point[rows])
+    else: r.zero_point.zero_()
+    r.range.copy_(o.range[rows])
+    r.weight_scale.data.copy_(torch.cat([o.weight_scale[o.slices[k]] for k in r.weights]))
+    r.refresh()
+    return True
+
+# %% ../../nbs/quant/10_rungs.ipynb #10runglessd
+def without(
+    model:nn.Module, # A prepared model with ranges, left as it is
+    exclude:list,    # More layers to leave in float
+    *xb              # A batch of inputs
+)->nn.Module|None: # A prepared model with ranges; None if these are not known
+    "`model` with fewer layers on integers, and nothing calibrated again"
+    new,mends = _as_float(model)
+    prepare(new, prepared(model).spec.excluding(exclude), *xb, fold=True)
+    if not _take_ranges(new, model): return None
+    for path,k,v in mends:
+        if path in prepared(new).layers: mend(new, path, **{k:v})
+    return new

@@ -237,3 +237,11 @@ def test_climbing_leaves_the_model(learn):
     best,said = climb(made, [(x,)], list(rungs))
     assert said['equalize'].db>nearness(made, [(x,)], plain_outputs(made, [(x,)]))+15 and best is not made
     assert all(v.nan_to_num(7).equal(before[k].nan_to_num(7)) for k,v in made.state_dict().items())
+
+def test_rungs_are_climbed_once(learn):
+    "However many layers stay in float afterwards, what was calibrated and mended for the others is kept"
+    calls = []
+    def shifts(model, batches): calls.append(bias(model, batches))
+    q = learn.quantize(max_drop=.005, ladder=[shifts], timed=False)
+    drops = q.ladder['drop'].dropna()
+    assert calls==[None] and drops.index[-1].endswith('in float') and drops.min()<=.005 and q.model.report.n_int8<6
