@@ -147,7 +147,8 @@ def spec(self:QuantSensitivity,
     bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),min(room, default=math.inf)
     if bits<least: raise ValueError(f"bits={bits:.4g}: no choice of bits is as small. The least is {least:.4g}, of those that were tried ({', '.join(map(str, each))}).")
     ways = best_ways([k*room for k in n], list(self.lost()[each].to_numpy()), bits*sum(n))
-    return mixed(self.base_spec, dict(zip(self.sizes, each[ways].tolist())))
+    found = each[ways].tolist()
+    return mixed(with_bits(self.base_spec, max(found, key=found.count)), dict(zip(self.sizes, found)))
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens901
 def check_target(

@@ -38,7 +38,8 @@ def mixed(
     bits:dict  # Bits by layer
 )->Spec:
     "`spec` with bits of their own for the weights of some layers"
-    return replace(spec, overrides=spec.overrides+tuple((k,with_bits(spec, b)) for k,b in bits.items()))
+    own = [(k,with_bits(spec, b)) for k,b in bits.items()]
+    return replace(spec, overrides=spec.overrides+tuple((k,s) for k,s in own if spec.at(k)!=s))
 
 # %% ../../nbs/quant/14_bits.ipynb #14bits009
 @contextmanager
