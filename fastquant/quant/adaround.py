@@ -61,7 +61,7 @@ def learn_rounding(
     most = lost(nearest, x, y)
     v = ((above+.1)/1.2).logit().requires_grad_()
     opt = torch.optim.Adam([v], lr=.05)
-    n = min(512, max(64, 2**21//(len(x)*x.shape[2]))) # places a step: of depthwise convolutions fewer, since each has many groups
+    n = max(64, min(512, 2**21//(len(x)*x.shape[2]), 2**25//w.numel())) # places a step: fewer of wide layers and of many groups
     for i in range(n_iter if most>0 else 0):
         h,j = rectified(v),torch.randint(x.shape[1], (n,), generator=gen, device=w.device)
         loss,pos = lost(put(h), x[:,j], y[:,j])/most,i/n_iter/.8-.25
