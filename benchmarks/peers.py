@@ -6,6 +6,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from fastquant.core.model import copy_model
 from fastquant.export.engine import Engine
 from fastquant.export.onnx import quiet, to_onnx
+from fastquant.export.portable import session
 from .common import *
 
 class Batches(CalibrationDataReader):
@@ -68,7 +69,8 @@ def nncf_promise(
     def data(sets): return nncf.Dataset([(xb[0].numpy(),None) if len(xb)==1 else tuple(t.numpy() for t in xb) for xb in sets], lambda b: {name:b[0]})
     def right(ready, items):
         runs.append(1)
-        hits = [ready({name:x})[0].argmax(1)==y for x,y in items]
+        made = session(ready.SerializeToString())
+        hits = [made.run(None, {name:x})[0].argmax(1)==y for x,y in items]
         return float(np.concatenate(hits).mean()),None
     with quiet():
         made = nncf.quantize_with_accuracy_control(proto, calibration_dataset=data(batches), validation_dataset=data(learn.dls.valid), validation_fn=right,
