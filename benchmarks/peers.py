@@ -86,5 +86,5 @@ def peer_files(
     "What other quantizers make of `model`"
     made = {'ONNX Runtime':Engine(ort_file(model, batches, per_channel=per_channel))}
     nncf = nncf_there(o)
-    how = {} if per_channel or not nncf else dict(advanced_parameters=nncf.AdvancedQuantizationParameters(weights_quantization_params=nncf.QuantizationParameters(per_channel=False)))
+    how = {} if per_channel or not nncf else dict(advanced_parameters=nncf.AdvancedQuantizationParameters(weights_quantization_params=nncf.quantization.advanced_parameters.QuantizationParameters(per_channel=False)))
     return made|{'NNCF, fast bias correction':nncf and Engine(nncf_file(nncf, model, batches, **how))}

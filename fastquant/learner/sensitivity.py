@@ -150,6 +150,32 @@ def spec(self:QuantSensitivity,
     found = each[ways].tolist()
     return mixed(with_bits(self.base_spec, max(found, key=found.count)), dict(zip(self.sizes, found)))
 
+# %% ../../nbs/learner/00_sensitivity.ipynb #22sensfr01
+@patch
+def front(self:QuantSensitivity,
+    n:int=25 # Budgets to try, evenly spread
+)->pd.DataFrame: # Bits of a weight on average, and what is lost
+    "What the best choice of bits loses, from the fewest bits to the most"
+    bits,sizes = self.table.columns.to_numpy(),np.array(list(self.sizes.values()))
+    lost,rows = self.lost().to_numpy(),range(len(sizes))
+    def best(mean):
+        ways = best_ways([k*bits for k in sizes], list(lost), mean*sizes.sum())
+        return float(bits[ways]@sizes/sizes.sum()),float(lost[rows,ways].sum())
+    found = {best(mean) for mean in np.linspace(bits.min(), bits.max(), as_count('n', n, 2))}
+    return pd.DataFrame(sorted(found), columns=['bits','lost'])
+
+@patch
+def plot_front(self:QuantSensitivity, ax=None):
+    "Draw the front, and the same bits everywhere beside it"
+    ax = as_ax(ax) or plt.subplots(figsize=(5,3))[1]
+    def shown(lost): return -10*np.log10(lost) if self.metric=='dB' else lost
+    front,same = self.front(),self.lost().sum()
+    ax.plot(front.bits, shown(front.lost), '.-', label='bits where they count')
+    ax.plot(same.index, shown(same), 's', label='the same everywhere')
+    ax.set(xlabel='bits of a weight on average', ylabel='dB above the noise' if self.metric=='dB' else f'{self.metric} lost')
+    ax.legend(fontsize='small')
+    return ax
+
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens901
 def check_target(
     target, # What was given: None, or a budget
