@@ -120,13 +120,15 @@ def test_each_layer_alone(learn, spec):
     assert all(a.equal(b) for a,b in zip(before, state(learn), strict=True))
     assert list(found.table.index)==['0','1.1','1.3','2.1','2.3','4'] and (found.table[8]>=found.table[2]-1).all()
     if spec!='w8': assert set(found.suggest())>={'1.1','2.1'} and '1.3' not in found.suggest(.1)
-    four = {o.weight.grid.bits for _,o in found.spec(4).overrides}
+    four = {found.spec(4).at(k).weight.grid.bits for k in found.table.index}
     assert four=={2,8}
 
 def test_bits_within_a_budget(learn):
     q = learn.quantize('w8', target={'bytes':.42}, n_batches=1, timed=False)
     assert n_bytes(q.model)<=.42*n_bytes(learn.model)
     with pytest.raises(ValueError, match='bits=1: no choice of bits is as small. The least is 2'): learn.quantize(target={'bits':1}, n_batches=1)
+    def four(ladder): return learn.quantize(target={'bits':4}, n_batches=2, ladder=ladder, timed=False).model.report.worst.sqnr_float
+    assert four('equalize')>four(())+6
     rounded = quiet(Learner(learn.dls, copy_model(learn.model), loss_func=learn.loss_func, metrics=accuracy))
     rounded.validate(cbs=PTQCalibrate())
     with pytest.raises(ValueError, match='its bits are settled'): rounded.quantize(target={'bits':4})
