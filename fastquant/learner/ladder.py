@@ -195,7 +195,7 @@ def keep(
     best,said = climb(model, make.batches, ladder, make.through)
     for k,tried in said.items(): promise.remark(k, str(tried), tried.seconds)
     if best is not model and promise.measure('with what helps', make.file(clean_copy(best)), start): return _kept(promise)
-    orders = _orders(rounding_errors(best, *spread_items(make.batches)), fake_quant_of(best).layers)
+    orders = _orders(rounding_errors(best, *_to_rank_on(make.batches)), fake_quant_of(best).layers)
     def holds(exclude):
         start = time.perf_counter()
         trial = without(best, list(exclude), *make.batches[0])
@@ -203,6 +203,11 @@ def keep(
         return promise.measure(f'{len(exclude)} in float', make.file(trial), start, ', '.join(exclude))
     _fewest(orders, holds)
     return _kept(promise)
+
+def _to_rank_on(batches):
+    "Some 256 items, or as many as have four million numbers"
+    size = max(t[:1].numel() for t in tensors(batches[0]) if t.ndim)
+    return spread_items(batches, min(256, max(16, 2**22//size)))
 
 def _kept(promise):
     (over,_),new = promise.best
