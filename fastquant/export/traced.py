@@ -79,6 +79,7 @@ def _simplified(program, n):
     if op in (_aten.dropout.default,_aten.dropout_.default) and args[2] is False and args[0].op!='placeholder': return _replace(program, n, args[0])
     if op is _aten.batch_norm.default and args[5] is False and None not in args[3:5]: return _normalized(program, n)
     if to_one: return _put(program, n, _aten.mean.dim, (args[0],[-1,-2],True))
+    if op is _aten.mT.default: return _put(program, n, _aten.transpose.int, (args[0],-2,-1))
     return n
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00016
@@ -102,10 +103,20 @@ def _translated():
 
 _notes = 'aten._assert_tensor_metadata.default','aten._assert_scalar.default' # which PyTorch takes out itself
 
+_same = _aten.reshape.default,_aten.flatten.using_ints,_aten.unflatten.int,_aten.contiguous.default,_aten.chunk.default
+
+def _other_view(op):
+    "Whether the second trace writes the view `op` as other operators, and another file may come of that"
+    if not isinstance(op, _operator) or op in _same: return False
+    composite = op.has_kernel_for_dispatch_key(torch.DispatchKey.CompositeImplicitAutograd)
+    return composite and any(o.alias_info for o in op._schema.returns)
+
 def _can_stay(n, known):
     if n.op in ('placeholder','output'): return True
-    return n.op=='call_function' and not _in_place(n) and (n.target in known or str(n.target) in _notes or _translated().is_registered(n.target))
+    if n.op!='call_function' or _in_place(n) or _other_view(n.target): return False
+    return n.target in known or str(n.target) in _notes or _translated().is_registered(n.target)
 
+# %% ../../nbs/export/00_traced.ipynb #00trc00033
 def traced_once(
     program:torch.export.ExportedProgram, # Changed in place
     known=() # Operators that there is a translation for besides PyTorch's

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from fastquant.export.traced import simplify
 
 ops = dict(relu=F.relu, relu_=F.relu_, add_=lambda x: x.add_(1), times=lambda x: x*2, mul_=lambda x: x.mul_(-3), flat=lambda x: x.flatten(1),
-    part=lambda x: x[:,:1], dropout=lambda x: F.dropout(x, .5, False), dropout_=lambda x: F.dropout(x, .5, False, inplace=True), clone=torch.clone)
+    part=lambda x: x[:,:1], dropout=lambda x: F.dropout(x, .5, False), dropout_=lambda x: F.dropout(x, .5, False, inplace=True), clone=torch.clone, turned=lambda x: x.mT)
 step = st.tuples(st.sampled_from(sorted(ops)), st.integers(0, 20))
 
 class Steps(nn.Module):
