@@ -206,8 +206,8 @@ def photos(o):
             a,b = (torch.cat([*d.values()]) if k=='both' else d[k] for d in (float_,got))
             yield dict(net='EfficientNet-Lite0', by=by, items=k, n=len(a), sqnr=round(sqnr(a, b), 2), same_top1=same_top(a, b), bytes=len(model.data))
     rows = list(near('int8', learn.quantize(timed=False).model))
-    q,t = climbed(o, learn, max_drop=.02, ladder=few_bits)
-    rows += list(near(f'max_drop=.02, {q.model.report.n_int8} of {q.model.report.n_layers} layers in int8', q.model))
+    q,t = climbed(o, learn, max_drop=.1, ladder=few_bits)
+    rows += list(near(f'max_drop=.1, {q.model.report.n_int8} of {q.model.report.n_layers} layers in int8', q.model))
     mine = rows[-3:]
     rows += [dict(net='EfficientNet-Lite0', by=f'step: {k}', items='both', same_top1=round(100-100*r['drop'], 3), seconds=round(r['seconds'], 1), note=r['note']) for k,r in t.iloc[1:].iterrows()]
     for by,m in peer_files(o, learn.model, batches_of(learn)).items(): rows += list(near(by, m)) if m else [dict(by=f'{by}: absent')]
