@@ -198,8 +198,8 @@ def keep(
     orders = _orders(rounding_errors(best, *_to_rank_on(make.batches)), fake_quant_of(best).layers)
     def holds(exclude):
         start = time.perf_counter()
-        trial = without(best, list(exclude), *make.batches[0])
-        if trial is None: trial,_ = climb(make.prepared(exclude), make.batches, ladder, make.through)
+        fewer = without(model, list(exclude), *make.batches[0]) or make.prepared(exclude)
+        trial,_ = climb(fewer, make.batches, ladder, make.through)
         return promise.measure(f'{len(exclude)} in float', make.file(trial), start, ', '.join(exclude))
     _fewest(orders, holds)
     return _kept(promise)

@@ -187,15 +187,16 @@ def climb(
 # %% ../../nbs/quant/10_rungs.ipynb #10runglessc
 @torch.no_grad()
 def _as_float(model):
-    "A copy of a prepared `model` in float, as it was before it was mended, and what mended it"
+    "A copy of a prepared `model` in float, as it was before it was mended"
     new = clean_copy(model)
-    mends,r = unmend(new),prepared(new)
+    unmend(new)
+    r = prepared(new)
     for path,*_ in r.folded:
         m = new.get_submodule(path)
         m.running_mean.zero_(),m.running_var.fill_(1-m.eps)
         if m.weight is not None: m.weight.fill_(1), m.bias.zero_()
     r.folded.clear()
-    return unprepare(new),mends
+    return unprepare(new)
 
 def _same_places(r, o):
     "For each site of `r` that one of `o` that rounds the same value alike; None where there is none"
@@ -223,9 +224,6 @@ def without(
     *xb              # A batch of inputs
 )->nn.Module|None: # A prepared model with ranges; None if these are not known
     "`model` with fewer layers on integers, and nothing calibrated again"
-    new,mends = _as_float(model)
-    prepare(new, prepared(model).spec.excluding(exclude), *xb, fold=True)
-    if not _take_ranges(new, model): return None
-    for path,k,v in mends:
-        if path in prepared(new).layers: mend(new, path, **{k:v})
-    return new
+    if prepared(model).compensated: return None
+    new = prepare(_as_float(model), prepared(model).spec.excluding(exclude), *xb, fold=True)
+    return new if _take_ranges(new, model) else None
