@@ -1,5 +1,6 @@
 "What may be lost is promised, held with as little as it takes, and measured on the file that is shipped"
 import numpy as np, pytest, torch
+from dataclasses import replace
 from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, accuracy, error_rate, rmse, set_seed
 from hypothesis import given, settings, strategies as st
 from math import log2
@@ -16,6 +17,8 @@ from fastquant.quant.grid import Grid
 from fastquant.quant.equalize import equalize, links
 from fastquant.quant.prepare import prepare
 from fastquant.quant.rungs import climb, nearness, plain_outputs, recalibrate, rungs
+from fastquant.quant.spec import find_spec
+from fastquant.quant.written import name_of
 from tests.helpers.learners import quiet
 
 hard = Spec(smooth=False) # leaves outliers behind a LayerNorm to the ladder
@@ -82,9 +85,10 @@ def test_what_cannot_be_held_brings_the_best_file(dls):
 @pytest.mark.parametrize('spec,helps,n', [('dynamic',True,6),('w4a8',True,6),('w8',True,0),('fp16',False,0)])
 def test_other_specs(learn, spec, helps, n):
     "Ranges that are found while it runs suffer likewise, and weights alone as well"
+    spec = replace(find_spec(spec), smooth=False)
     q = learn.quantize(spec, max_drop=.01, timed=False)
     t = q.ladder
-    assert t['drop'].iloc[1:].dropna().min()<=.01 and ('with what helps' in t.index)==helps and q.model.metadata['spec']==spec
+    assert t['drop'].iloc[1:].dropna().min()<=.01 and ('with what helps' in t.index)==helps and q.model.metadata['spec']==name_of(spec)
     assert q.model.report.n_int8==n
 
 def test_all_of_the_data_is_seen(dls):
