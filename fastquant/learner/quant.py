@@ -207,9 +207,10 @@ class _Files:
         prepare(model, spec, *self.batches[0], fold=True)
         cast = [Float32Callback()]*bool(other_precision(self.learn.model))
         twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
-        return compensate(smooth(model, self.batches), self.batches)
+        return smooth(model, self.batches)
     def file(self, model):
         "`model`, which is changed, as a Learner that runs a file"
+        if not self.settled: compensate(model, self.batches) # last, as it is for grids as they are
         data = _verified(self.learn, model, self.given[:2], self.settled, self.engine, **self.how)
         return twin_of(self.learn, self.engine(data))
 
