@@ -92,18 +92,20 @@ class Engine(FileModel):
 engines['onnxruntime'] = Engine
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000092
-def _why_not(shapes, free):
-    if any(0 in s for s in shapes.values()): return 'There is nothing in it: pass one token at least, like that of padding. '
+_does_not_run = "The file does not run on inputs of shape {shapes}. {why}"
+_nothing = 'There is nothing in it: pass one token at least, like that of padding.'
+
+def _why_not(free):
     if free: return 'A size that is free is so as far as the model goes, which with positions is as many tokens as it has of them: cut what is longer. '
     return ''
 
 @patch
 def computed(self:Engine, opened, feed, names)->list:
     "What `compute` gives; raises `ValueError` where the file and the inputs do not go together"
+    shapes = {k:v.shape for k,v in feed.items()}
+    if all(0 in s[1:] for s in shapes.values()): raise ValueError(_does_not_run.format(shapes=shapes, why=_nothing))
     try: return self.compute(opened, feed, names)
-    except (RuntimeError,*ort_errors) as e:
-        shapes = {k:v.shape for k,v in feed.items()}
-        raise ValueError(f"The file does not run on inputs of shape {shapes}. {_why_not(shapes, 'dynamic' in self.metadata)}{str(e).splitlines()[0]}") from e
+    except (RuntimeError,*ort_errors) as e: raise ValueError(_does_not_run.format(shapes=shapes, why=_why_not('dynamic' in self.metadata)+str(e).splitlines()[0])) from e
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00f1lf
 @patch(as_prop=True)

@@ -132,7 +132,7 @@ def _batches(learn, model, dl, dynamic, n):
 def _said(learn, model, xb, dynamic):
     "What the file says of `learn`, whose `model` takes `xb`: how its inputs are nested, and made, and what of their sizes is free"
     free = dict(dynamic=free_dims(dynamic, xb)) if dynamic else {}
-    return {**free, **nesting(model, xb), **with_size(describe(learn), xb)}
+    return {**free, **nesting(model, first_items(xb, 2)), **with_size(describe(learn), xb)}
 
 # %% ../../nbs/learner/01_quant.ipynb #22learverifc
 def _verified(learn, model, batches, trained, engine, **how):

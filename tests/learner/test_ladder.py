@@ -135,7 +135,7 @@ def test_bits_within_a_budget(learn):
     q = learn.quantize('w8', target={'bytes':.42}, n_batches=1, timed=False)
     assert n_bytes(q.model)<=.42*n_bytes(learn.model)
     with pytest.raises(ValueError, match='bits=1: no choice of bits is as small. The least is 2'): learn.quantize(target={'bits':1}, n_batches=1)
-    def four(ladder): return learn.quantize(target={'bits':4}, n_batches=2, ladder=ladder, timed=False).model.report.worst.sqnr_float
+    def four(ladder): return learn.quantize(hard, target={'bits':4}, n_batches=2, ladder=ladder, timed=False).model.report.worst.sqnr_float
     assert four('equalize')>four(())+6
     rounded = quiet(Learner(learn.dls, copy_model(learn.model), loss_func=learn.loss_func, metrics=accuracy))
     rounded.validate(cbs=PTQCalibrate())
@@ -255,6 +255,6 @@ def test_calibrated_once(learn, monkeypatch):
         calls.append(args)
         return real(*args)
     monkeypatch.setattr(quant, 'PTQCalibrate', counted)
-    q = learn.quantize(max_drop=.005, ladder='bias', timed=False)
+    q = learn.quantize(hard, max_drop=.005, ladder='bias', timed=False)
     drops = q.ladder['drop'].dropna()
     assert len(calls)==1 and drops.index[-1].endswith('in float') and drops.min()<=.005 and q.model.report.n_int8<6
