@@ -272,7 +272,7 @@ def verify(
     for xb in few: check_plain(gate(rounded, sim, proto, xb), outputs_of(run, xb), near)
     def outputs(m): return list(zip(*[outputs_of(m, xb) for xb in batches]))
     with evaluating(model), evaluating(rounded):
-        names = names_of(structure_of(model(*batches[0])))
+        names = names_of(structure_of(model(*few[0])))
         found = zip(*map(outputs, (model,rounded,sim,run)), strict=True)
     says = says or [None]*len(names)
     checks = [check_output(k, say, *outs, batches) for k,say,outs in zip(names, says, found, strict=True)]
