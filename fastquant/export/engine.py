@@ -149,7 +149,7 @@ def _sizes_in(said, what='This file'):
     check_field(isinstance(sizes, list) and all(map(is_shape, sizes)), f"{what}: 'size' in its metadata", sizes, 'a list of sizes for each input')
     return sizes
 
-_kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'))
+_kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'), pipeline=(dict,'an object'))
 
 def _check_metadata(proto, what):
     "Raise a `ValueError` that names what of the metadata cannot be"
@@ -168,6 +168,7 @@ def checked(self:Engine, what='This file')->Engine:
     proto = read_onnx(self.data, what)
     _check_metadata(proto, what)
     check_digest(proto, what)
+    check_bytes(self.data, what)
     self._open(proto)
     return self
 
@@ -279,7 +280,7 @@ def to_bytes(
     range_ = dict(portable=not misfits(proto)) if int8_weights(proto) else {}
     facts = dict(metadata, **range_, fastquant=__version__)
     onnx.helper.set_model_props(proto, {k:json.dumps(v) for k,v in facts.items()})
-    return seal(proto).SerializeToString()
+    return sealed_bytes(proto)
 
 def load_engine(
     fname, # A file that fastquant wrote

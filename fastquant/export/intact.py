@@ -15,7 +15,7 @@ from zlib import crc32
 from ..core.plain import *
 
 # %% auto #0
-__all__ = ['read_onnx', 'seal', 'unseal', 'check_digest', 'metadata_of']
+__all__ = ['read_onnx', 'seal', 'unseal', 'check_digest', 'sealed_bytes', 'check_bytes', 'metadata_of']
 
 # %% ../../nbs/export/01_intact.ipynb #01intact09
 _of = onnx.TensorProto
@@ -77,13 +77,15 @@ def read_onnx(
     return proto
 
 # %% ../../nbs/export/01_intact.ipynb #01intact14
+_own = 'digest','sha256' # what they cannot be a part of
+
 def _said(proto):
-    "The metadata of `proto` as they are, but for its digest"
-    return {p.key:p.value for p in proto.metadata_props if p.key!='digest'}
+    "The metadata of `proto` as they are, but for its digests"
+    return {p.key:p.value for p in proto.metadata_props if p.key not in _own}
 
 def _sums(proto):
     "What `proto` adds up to, but for what it says of that itself"
-    left = [p for p in proto.metadata_props if p.key!='digest']
+    left = [p for p in proto.metadata_props if p.key not in _own]
     same = onnx.ModelProto()
     same.CopyFrom(proto)
     del same.metadata_props[:]
@@ -130,6 +132,28 @@ def check_digest(
     check_field(fits, f"{what}: 'digest' in its metadata", said, f"an object of texts: {', '.join(now)}")
     if said['whole']!=now['whole']: raise ValueError(f"{what} is damaged, or it was changed after it was written: {_damaged(proto, said, now)} is not what it was. Export it again with `export_onnx`.")
     return True
+
+# %% ../../nbs/export/01_intact.ipynb #01intact31
+_mark,_blank = b'\x0a\x06sha256\x12\x42"',b'0'*64 # how a file begins the entry, a text in JSON, and 64 characters
+
+def sealed_bytes(
+    proto:onnx.ModelProto # Changed in place
+)->bytes:
+    "`proto` with what it adds up to, and what its bytes do"
+    seal(proto).metadata_props.add(key='sha256', value=json.dumps(_blank.decode()))
+    data = proto.SerializeToString()
+    return data.replace(_mark+_blank, _mark+hashlib.sha256(data).hexdigest().encode())
+
+def check_bytes(
+    data:bytes,      # A file's content
+    what='This file' # What it is, for messages
+)->bool: # Does it say what they add up to?
+    "Raise a `ValueError` if bytes in the file are not what they were"
+    at = data.rfind(_mark)+len(_mark)
+    if at<len(_mark): return False
+    blank = data[:at]+_blank+data[at+64:]
+    if hashlib.sha256(blank).hexdigest().encode()==data[at:at+64]: return True
+    raise ValueError(f"{what} is damaged, or it was changed after it was written. Export it again with `export_onnx`.")
 
 # %% ../../nbs/export/01_intact.ipynb #01intact26
 def metadata_of(

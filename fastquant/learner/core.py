@@ -20,7 +20,7 @@ from ..prune.shrink import *
 from ..callback.data import *
 from ..callback.optimizer import *
 from .text import *
-from .tabular import *
+from .pipeline import *
 
 # %% auto #0
 __all__ = ['trainable_twin', 'first_metric', 'decisions', 'describe', 'with_size', 'make_ready']
@@ -99,12 +99,7 @@ def _plain(o):
     if is_listy(o) or hasattr(o, 'o2i'): return [_plain(v) for v in o]
     return str(o)
 
-def _steps(dl):
-    "Transforms of `dl` that act in validation, in order"
-    pipes = [getattr(dl, k, None) for k in ('after_item','before_batch','after_batch')]
-    tfms = [t for p in pipes if isinstance(p, Pipeline) for t in p] # in a DataLoader without transforms these are methods
-    def acts(t): return t.split_idx!=0 and (not isinstance(t, RandTransform) or getattr(t, 'size', None) is not None)
-    return [t for t in tfms if acts(t)]
+def _acts(t): return not isinstance(t, RandTransform) or getattr(t, 'size', None) is not None
 
 # %% ../../nbs/learner/00_core.ipynb #22cordesc2
 def _step_facts(t):
@@ -119,14 +114,15 @@ def _step_facts(t):
 def describe(
     learn:Learner
 )->dict: # Plain data
-    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, columns of a table (`tabular`), as far as they are known, and what `also` is done"
+    "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, as far as they are known, and what `also` is done; and the `pipeline` from a file to an answer, step by step"
     check_kind('learn', learn, Learner, 'pass a Learner.')
-    vocab,steps = classes_of(learn.dls),_steps(learn.dls[-1])
+    vocab,steps = classes_of(learn.dls),[t for t in valid_steps(learn.dls[-1]) if _acts(t)]
     facts = [_step_facts(t) for t in steps]
     unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
-    unknown += [type(cb).__name__ for cb in shapers(learn) if type(cb) is not RNNCallback]
-    also = dict(also=unknown) if unknown else {}
-    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=merge(text_facts(learn.dls), tabular_facts(learn.dls), *filter(None, facts), also))
+    callbacks = [type(cb).__name__ for cb in shapers(learn) if type(cb) is not RNNCallback]
+    also = dict(also=unknown+callbacks) if unknown+callbacks else {}
+    preprocess = merge(text_facts(learn.dls), *filter(None, facts), also)
+    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=preprocess, pipeline=pipeline_of(learn, callbacks))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(
