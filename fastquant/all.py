@@ -37,3 +37,4 @@ from .learner.lottery import *
 from .learner.prune import Sensitivity
 from .learner.lowrank import RankSensitivity
 from .learner.compare import *
+from .learner.app import *

@@ -9,7 +9,7 @@ import ast, json, re, subprocess, sys
 from pathlib import Path
 from statistics import median, quantiles
 
-order = 'core quant lowrank distill prune export callback learner'.split()
+order = 'core quant lowrank distill prune export app callback learner'.split()
 functions = ast.FunctionDef,ast.AsyncFunctionDef
 wide = 120
 

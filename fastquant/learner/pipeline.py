@@ -62,10 +62,12 @@ def _normalize(t):
     mean,std = (tensor(o).flatten().tolist() for o in (t.mean,t.std))
     return [dict(op='normalize', mean=mean, std=std)]
 
+# %% ../../nbs/learner/00_pipeline.ipynb #00pipel0051
 def _to_tensor(t): return [dict(op='to_tensor')]
 def _divide(t): return [dict(op='divide', by=float(t.div))]
 def _nothing(t): return []
 
+# %% ../../nbs/learner/00_pipeline.ipynb #00pipel0050
 _resizing = {Resize:_resize, RatioResize:_ratio, CropPad:_crop_pad, RandomCrop:_crop_pad}
 _random = {RandomResizedCrop:_resized_crop, RandomResizedCropGPU:_crop_gpu}
 _values = {ToTensor:_to_tensor, IntToFloatTensor:_divide, Normalize:_normalize, PointScaler:_nothing, AddMaskCodes:_nothing}
