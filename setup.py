@@ -18,7 +18,7 @@ setup(
     classifiers=['Development Status :: '+statuses[cfg.getint('status')-1], 'Intended Audience :: '+cfg['audience'],
         'Natural Language :: '+cfg['language'], 'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=[lib, lib+'.*']),
+    packages=find_packages(include=[lib, lib+'.*']), package_data={f'{lib}.app':['index.html']},
     install_requires=cfg['requirements'].split(),
     extras_require={k.removesuffix(extra): v.split() for k,v in cfg.items() if k.endswith(extra)},
     entry_points={'nbdev': [f'{lib} = {lib}._modidx:d']}) # where nbdev finds the links of its docs

@@ -21,7 +21,9 @@ def _softmax(x):
     e = np.exp(x-x.max(1, keepdims=True))
     return e/e.sum(1, keepdims=True)
 
-_made = dict(softmax=_softmax, exp=np.exp, sigmoid=lambda x: 1/(1+np.exp(-x)), none=lambda x: x)
+def _sigmoid(x): return 1/(1+np.exp(-x))
+
+_made = dict(softmax=_softmax, exp=np.exp, sigmoid=_sigmoid, none=lambda x: x)
 
 def activated(
     x:np.ndarray, # What a model puts out for a batch
@@ -47,7 +49,9 @@ def answer(
     kind = way['kind']
     if kind=='mask': return p.argmax(0).astype(np.uint8)
     p = p.ravel()
-    if kind=='points': return ((p.reshape(-1, 2)+1)*np.float32(size)/2 if way['scaled'] else p.reshape(-1, 2)).tolist()
+    if kind=='points':
+        points = p.reshape(-1, 2)
+        return ((points+1)*np.float32(size)/2 if way['scaled'] else points).tolist()
     names = _names(way, vocab, len(p))
     if kind=='numbers': return dict(zip(names, p.tolist()))
     found = _ranked(p, names)
@@ -86,7 +90,8 @@ def _way(about, fname):
     return way
 
 # %% ../../nbs/app/01_predict.ipynb #01predi0011
-_types = {'tensor(float)':np.float32, 'tensor(float16)':np.float16, 'tensor(double)':np.float64, 'tensor(int64)':np.int64, 'tensor(int32)':np.int32, 'tensor(uint8)':np.uint8}
+_types = {'tensor(float)':np.float32, 'tensor(float16)':np.float16, 'tensor(double)':np.float64, 'tensor(int64)':np.int64,
+    'tensor(int32)':np.int32, 'tensor(uint8)':np.uint8}
 
 class Model:
     "Answers what the Learner answers, from its file"
@@ -126,7 +131,8 @@ def _items(model, path):
     if model.is_table: yield from _rows(model, path)
     elif path.is_dir():
         known = {s for s,f in Image.registered_extensions().items() if f in Image.OPEN}
-        files = sorted(f for f in path.rglob('*') if f.suffix.lower() in known and not f.name.endswith('.mask.png'))
+        found = [f for f in path.rglob('*') if f.suffix.lower() in known]
+        files = sorted(f for f in found if not f.name.endswith('.mask.png'))
         if not files: raise BadInput(f"{path}: there are no pictures in this folder.")
         yield from ((str(f),f) for f in files)
     else: yield str(path),path
@@ -137,8 +143,10 @@ def _rows(model, path):
     except (OSError,UnicodeDecodeError,csv.Error) as e: raise BadInput(f"{path} is no CSV file that can be read: {e}.") from None
     if not rows: raise BadInput(f"{path} has no rows, or is no CSV file.")
     wanted = columns(model.way['input'])
-    if (lost:=[c for c in wanted if c not in rows[0]]): raise BadInput(f"{path}: missing columns: {', '.join(lost)}. This model needs {', '.join(wanted)}.")
-    if (more:=[c for c in rows[0] if c and c not in wanted]): print(f"{path}: not used: {', '.join(more)}.", file=sys.stderr)
+    lost = [c for c in wanted if c not in rows[0]]
+    if lost: raise BadInput(f"{path}: missing columns: {', '.join(lost)}. This model needs {', '.join(wanted)}.")
+    more = [c for c in rows[0] if c and c not in wanted]
+    if more: print(f"{path}: not used: {', '.join(more)}.", file=sys.stderr)
     for i,r in enumerate(rows, 1): yield f'row {i}',r
 
 # %% ../../nbs/app/01_predict.ipynb #01predi0051
@@ -150,7 +158,8 @@ def _text(said, name):
         except OSError as e: raise BadInput(f"The mask cannot be written: {e}.") from None
         return str(to)
     if isinstance(said, list): return ' '.join(f'({x:.2f}, {y:.2f})' for x,y in said)
-    return ', '.join(f'{k} {v:.4g}' for k,v in list(said.items())[:5]) or 'none of its labels'
+    first = list(said.items())[:5]
+    return ', '.join(f'{k} {v:.4g}' for k,v in first) or 'none of its labels'
 
 def _answer_all(model, paths):
     "Print an answer for each; is something wrong with any?"
@@ -171,7 +180,8 @@ def _check(model, folder):
     if not (folder/'answers.json').is_file(): raise BadInput(f"There are no examples in {folder}.")
     for e in json.loads((folder/'answers.json').read_text(encoding='utf-8')):
         p = model.outputs(model.inputs(e.get('row') or folder/e['file']))
-        if 'mask' in e: same = (p.argmax(0)==np.asarray(Image.open(folder/e['mask']))).mean()>=.99
+        mask = np.asarray(Image.open(folder/e['mask'])) if 'mask' in e else None
+        if mask is not None: same = (p.argmax(0)==mask).mean()>=.99
         else: same = np.allclose(p, e['outputs'], rtol=.01, atol=.01)
         print(f"{e['name']}: {'the same' if same else 'NOT the same'} as the Learner's answer")
         bad += not same

@@ -40,8 +40,8 @@ def open_picture(
     except _broken as e: raise BadInput(f"{o} is damaged or cut short: {e}.") from None
 
 def _of_array(a):
-    fits = a.dtype==np.uint8 and a.size and (a.ndim==2 or a.ndim==3 and a.shape[2] in (3,4))
-    if not fits: raise BadInput(f"An array of {a.dtype} and shape {a.shape} is no picture: pass bytes, height by width, or with 3 or 4 colours.")
+    fits = a.ndim==2 or a.ndim==3 and a.shape[2] in (3,4)
+    if not (fits and a.size and a.dtype==np.uint8): raise BadInput(f"An array of {a.dtype} and shape {a.shape} is no picture: pass bytes, height by width, or with 3 or 4 colours.")
     return Image.fromarray(a)
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0011
@@ -49,10 +49,12 @@ _pads = dict(zeros='constant', border='edge', reflection='reflect')
 
 def _cut(im, size, at, pad):
     "What begins at the pixel `at`, filled up where that is beyond the edge"
-    (w,h),(x,y),(right,bottom) = im.size,at,(at[0]+size[0],at[1]+size[1])
+    (w,h),(x,y) = im.size,at
+    right,bottom = x+size[0],y+size[1]
     if min(size)<1 or size[0]*size[1]>2*Image.MAX_IMAGE_PIXELS: raise BadInput(f"A picture of {w} x {h} pixels is too long and thin for this model.")
     im = im.crop((max(x, 0),max(y, 0),min(right, w),min(bottom, h)))
-    beside = [(max(-y, 0),max(bottom-h, 0)), (max(-x, 0),max(right-w, 0))]
+    def beyond(from_, to, n): return max(-from_, 0),max(to-n, 0)
+    beside = [beyond(y, bottom, h), beyond(x, right, w)]
     if not np.any(beside): return im
     a = np.asarray(im)
     return Image.fromarray(np.pad(a, beside+[(0,0)]*(a.ndim-2), _pads[pad]))
@@ -63,13 +65,14 @@ def _resize(im, d):
     of = max if d['method']=='pad' else min
     m = of(w/to_w, h/to_h)
     size = int(m*to_w),int(m*to_h)
-    at = int(.5*(w-size[0])),int(.5*(h-size[1]))
+    at = [int(.5*(a-b)) for a,b in zip(im.size, size)]
     return _cut(im, size, at, d['pad']).resize((to_w,to_h), d['resample'])
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0050
 def _ratio_resize(im, d):
     (w,h),n = im.size,d['size']
-    size = (n,int(h*n/w)) if w>=h else (int(w*n/h),n)
+    if w>=h: size = n,int(h*n/w)
+    else: size = int(w*n/h),n
     if min(size)<1: raise BadInput(f"A picture of {w} x {h} pixels is too long and thin for this model.")
     return _resize(im, dict(d, size=size, method='crop', pad='reflection'))
 
@@ -81,19 +84,22 @@ def _crop_pad(im, d):
 def _averaged(x, axis, n):
     "`n` averages along an axis, of what lies in each part"
     size = x.shape[axis]
-    parts = [(i*size//n, -(-(i+1)*size//n)) for i in range(n)]
-    return np.stack([x.take(range(a, b), axis).mean(axis) for a,b in parts], axis)
+    def part(i): return x.take(range(i*size//n, -(-(i+1)*size//n)), axis)
+    return np.stack([part(i).mean(axis) for i in range(n)], axis)
 
 def _between(x, axis, n, d):
     "`n` values along an axis, between those that are there"
     size,i = x.shape[axis],np.arange(n)
-    at = i*(size-1)/max(n-1, 1) if d['align'] else (i+.5)*size/n-.5
-    if d['align'] and n==1: at = np.array([(size-1)/2])
+    if not d['align']: at = (i+.5)*size/n-.5
+    elif n>1: at = i*(size-1)/(n-1)
+    else: at = np.array([(size-1)/2])
     at = at.clip(0, size-1)
     if d['mode']=='nearest': return x.take(np.rint(at).astype(int), axis)
     lo = np.floor(at).astype(int)
-    part = (at-lo).reshape([-1 if k==axis else 1 for k in range(x.ndim)]).astype(np.float32)
-    return x.take(lo, axis)*(1-part)+x.take((lo+1).clip(max=size-1), axis)*part
+    shape = [-1 if k==axis else 1 for k in range(x.ndim)]
+    part = (at-lo).astype(np.float32).reshape(shape)
+    a,b = x.take(lo, axis),x.take((lo+1).clip(max=size-1), axis)
+    return a*(1-part)+b*part
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0051
 def _sample(x, d):
@@ -106,8 +112,10 @@ def _sample(x, d):
 
 def _center_crop(x, d):
     (h,w),(lo,hi) = x.shape[1:],d['ratio']
-    size = (int(w/lo),w) if w/h<lo else (h,int(h*hi)) if w/h>hi else (h,w)
-    ch,cw = (int(n*d['scale']) for n in size)
+    ch,cw = h,w
+    if w/h<lo: ch = int(w/lo)
+    elif w/h>hi: cw = int(h*hi)
+    ch,cw = int(ch*d['scale']),int(cw*d['scale'])
     y,x0 = (h-ch)//2,(w-cw)//2
     return x[:, y:y+ch, x0:x0+cw]
 
@@ -137,9 +145,11 @@ def prepare_picture(
     return x
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0020
-_missing = {'','#N/A','#N/A N/A','#NA','-1.#IND','-1.#QNAN','-NaN','-nan','1.#IND','1.#QNAN','<NA>','N/A','NA','NULL','NaN','None','n/a','nan','null'} # as pandas reads them
+_missing = {*'#N/A #NA -1.#IND -1.#QNAN -NaN -nan 1.#IND 1.#QNAN <NA> N/A NA NULL NaN None n/a nan null'.split(), '#N/A N/A', ''} # as pandas has it
 
-def _is_missing(v): return v is None or isinstance(v, float) and math.isnan(v) or isinstance(v, str) and v.strip() in _missing
+def _is_missing(v):
+    if isinstance(v, str): return v.strip() in _missing
+    return v is None or isinstance(v, float) and math.isnan(v)
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0055
 def _as_number(v, name):
@@ -178,5 +188,7 @@ def prepare_row(
 )->list: # Categories and numbers
     "What the model is given for the row of a table"
     if not isinstance(row, dict): raise BadInput(f"{row!r} is no row of a table: pass a dictionary of values by column.")
-    if (lost:=[c for c in columns(way) if c not in row]): raise BadInput(f"Missing columns: {', '.join(lost)}. This model needs {', '.join(columns(way))}.")
-    return [np.array([_category(d, row) for d in way['categories']]), np.array([_number(d, row) for d in way['numbers']])]
+    lost = [c for c in columns(way) if c not in row]
+    if lost: raise BadInput(f"Missing columns: {', '.join(lost)}. This model needs {', '.join(columns(way))}.")
+    categories,numbers = [_category(d, row) for d in way['categories']],[_number(d, row) for d in way['numbers']]
+    return [np.array(categories), np.array(numbers)]

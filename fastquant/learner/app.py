@@ -33,7 +33,8 @@ def _imports(nodes):
     plain,names = {ast.unparse(a) for n in nodes if isinstance(n, ast.Import) for a in n.names},{}
     for n in nodes:
         if isinstance(n, ast.ImportFrom): names.setdefault(n.module, set()).update(map(ast.unparse, n.names))
-    return ['import '+', '.join(sorted(plain)), *(f"from {k} import {', '.join(sorted(v))}" for k,v in names.items())]
+    def listed(o): return ', '.join(sorted(o))
+    return [f'import {listed(plain)}',*(f'from {k} import {listed(v)}' for k,v in names.items())]
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0011
 _head = """"Answers of model.onnx: needs numpy, Pillow and ONNX Runtime, and nothing else"
@@ -47,7 +48,8 @@ def _program()->str: # The source of `predict.py`
         src = inspect.getsource(m)
         lines,nodes = src.splitlines(),ast.parse(src).body[1:] # after the docstring
         imports += [n for n in nodes if _is_import(n) and not _is_ours(n)]
-        body += ['\n'.join(lines[n.lineno-1:n.end_lineno]) for n in nodes if not (_is_import(n) or _is_all(n))]
+        kept = [n for n in nodes if not (_is_import(n) or _is_all(n))]
+        body += ['\n'.join(lines[n.lineno-1:n.end_lineno]) for n in kept]
     body.append("if __name__=='__main__': sys.exit(main())\n")
     return _head+'\n'.join(_imports(imports))+'\n\n'+'\n\n'.join(body)
 
@@ -106,28 +108,36 @@ def _alike(mine, theirs):
     near = np.abs(mine-theirs)<=max(np.ptp(theirs), 1)/255
     return mine.shape==theirs.shape and near.mean()>=.995
 
+# %% ../../nbs/learner/05_app.ipynb #05appxx0017b
+def _note(e, out, folder, is_mask):
+    "Put what the Learner says to the example `e` there, a mask into a file of its own"
+    if not is_mask: e['outputs'] = out.astype(float).round(6).tolist()
+    else:
+        e['mask'] = f"{Path(e['file']).stem}.mask.png"
+        Image.fromarray(out.argmax(0).astype(np.uint8)).save(folder/e['mask'])
+
 def _check_same(found, model, folder, given, outs):
     "Raise a `ValueError` if the program makes another input of an example than the Learner, or another answer; else note the answers"
     for i,e in enumerate(found):
         xs = model.inputs(e.get('row') or folder/e['file'])
-        where = next((k for k,(x,g) in enumerate(zip(xs, given)) if not _alike(x, g[i])), None)
-        if where is not None: raise ValueError(f"Of the example {e['name']} the program makes another input than the Learner's validation data have. Something in these is not as `describe(learn)['pipeline']` says: a `get_x` or a callback of your own, or an item that changes.")
-        p = model.outputs(xs)
-        if model.way['output']['kind']=='mask':
-            e['mask'] = f"{Path(e['file']).stem}.mask.png"
-            Image.fromarray(outs[i].argmax(0).astype(np.uint8)).save(folder/e['mask'])
-        else: e['outputs'] = outs[i].astype(float).round(6).tolist()
-        same = (p.argmax(0)==outs[i].argmax(0)).mean()>=.99 if 'mask' in e else np.allclose(p, outs[i], rtol=.01, atol=.01)
+        if not all(_alike(x, g[i]) for x,g in zip(xs, given)): raise ValueError(f"Of the example {e['name']} the program makes another input than the Learner's validation data have. Something in these is not as `describe(learn)['pipeline']` says: a `get_x` or a callback of your own, or an item that changes.")
+        p,is_mask = model.outputs(xs),model.way['output']['kind']=='mask'
+        if is_mask: same = (p.argmax(0)==outs[i].argmax(0)).mean()>=.99
+        else: same = np.allclose(p, outs[i], rtol=.01, atol=.01)
+        _note(e, outs[i], folder, is_mask)
         if not same: raise ValueError(f"For the example {e['name']} the program answers {p.ravel()[:5]}, and the Learner {outs[i].ravel()[:5]}. Look for a callback that changes predictions.")
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0019
-_needs = f"numpy>=1.26\npillow>=10\nonnxruntime>=1.23\n"
+_needs = "numpy>=1.26\npillow>=10\nonnxruntime>=1.26\n" # older ones of the last install sympy
 
 _space = """---
 title: {name}
 sdk: gradio
 app_file: app.py
 ---
+"""
+_page = """
+In a browser: `python -m http.server` in this folder, and http://localhost:8000 there. The photo stays on the machine.
 """
 _readme = """# {name}
 
@@ -145,20 +155,26 @@ In your own program:
 
 {answers}
 """
-_says = dict(classes='The answer is a dictionary of class and probability, the likeliest first.', labels='The answer is a dictionary of the labels above the threshold {threshold} and their probabilities.',
+_says = dict(classes='The answer is a dictionary of class and probability, the likeliest first.',
+    labels='The answer is a dictionary of the labels above the threshold {threshold} and their probabilities.',
     mask='The answer is an array with the number of a class for each pixel of the picture as the model sees it; on the command line, a PNG beside the picture.',
-    points='The answer is a list of points, x and y in pixels of the picture as the model sees it.', numbers='The answer is a dictionary of numbers.')
+    points='The answer is a list of points, x and y in pixels of the picture as the model sees it.',
+    numbers='The answer is a dictionary of numbers.')
 
-def _about(to, model, found, gradio):
+def _about(to, model, found, gradio, page):
     "The README of an app in the folder `to`"
     table,e = model.is_table,found[0]
-    words = dict(name=to.name, version=model.about['fastquant'], example=f"examples/{'rows.csv' if table else e['file']}", argument=e['row'] if table else "'photo.jpg'")
-    names = f"\n\nClasses: {', '.join(map(str, model.vocab))}." if model.vocab and len(model.vocab)<=50 else ''
-    text = _readme.format(**words, answers=_says[model.way['output']['kind']].format(**model.way['output'])+names)
-    return _space.format(**words)*gradio+text
+    example,argument = ('rows.csv',e['row']) if table else (e['file'],"'photo.jpg'")
+    words = dict(name=to.name, version=model.about['fastquant'], example=f'examples/{example}', argument=argument)
+    way,few = model.way['output'],model.vocab and len(model.vocab)<=50
+    names = f"\n\nClasses: {', '.join(map(str, model.vocab))}." if few else ''
+    answers = _says[way['kind']].format(**way)+names
+    text = _readme.format(**words, answers=answers)
+    return _space.format(**words)*gradio+text+_page*page
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0021
-_shown = dict(classes='gr.Label(num_top_classes=5)', labels='gr.Label()', mask='gr.Image()', points='gr.JSON()', numbers='gr.JSON()')
+_shown = dict(classes='gr.Label(num_top_classes=5)',
+    labels='gr.Label()', mask='gr.Image()', points='gr.JSON()', numbers='gr.JSON()')
 _app = """"A page for Hugging Face Spaces"
 import gradio as gr
 from predict import Model
@@ -191,31 +207,43 @@ def _checked_way(learn):
     if said.get('portable') is False: raise ValueError("This Learner runs a file of the whole int8 range, which is wrong on processors that saturate. Quantize with 'int8'.")
     return way
 
+# %% ../../nbs/learner/05_app.ipynb #05appxx0071
+_wasm = 'ort.wasm.min.js','ort-wasm-simd-threaded.mjs','ort-wasm-simd-threaded.wasm'
+
+def _scripts(page):
+    "The files of a page: ours, and those of `onnxruntime-web` in the folder `page`"
+    found = [file_in('.', page, 'page')/'dist'/k for k in _wasm]
+    if not all(f.is_file() for f in found): raise FileNotFoundError(f"page={quoted(page)}: there is no onnxruntime-web in this folder. Run `npm install onnxruntime-web`, and pass page='node_modules/onnxruntime-web'.")
+    return [Path(preparing.__file__).with_name('index.html'),*found]
+
 # %% ../../nbs/learner/05_app.ipynb #05appxx0024
 @patch
 def export_app(self:Learner,
-    folder='app',     # Where to, relative to `self.path`; not there yet, or empty
-    gradio:bool=False # Add the `app.py` that Hugging Face Spaces runs?
+    folder='app',      # Where to, relative to `self.path`; not there yet, or empty
+    gradio:bool=False, # Add the `app.py` that Hugging Face Spaces runs?
+    page=None          # Folder of npm's `onnxruntime-web`, for a page that answers in a browser: `node_modules/onnxruntime-web` after `npm install onnxruntime-web`
 )->Path: # Where it is
     "Write a folder that predicts with numpy, Pillow and ONNX Runtime alone: `model.onnx`, int8 or float as the Learner is, `predict.py`, its requirements, a README, and three examples of the validation set with the Learner's answers. Raises, and writes nothing, if the program does not do with these what the Learner does"
     check_flags(gradio=gradio)
-    to,way = _new_folder(file_in(self.path, folder, 'folder')),_checked_way(self)
-    if gradio and way['input']['kind']=='table': raise ValueError("gradio=True: the page takes pictures, and this Learner a table. Leave `gradio` out.")
+    to,scripts = _new_folder(file_in(self.path, folder, 'folder')),[] if page is None else _scripts(page)
+    way = _checked_way(self)
+    if way['input']['kind']=='table' and (gradio or scripts): raise ValueError("The pages of `gradio` and `page` take pictures, and this Learner a table. Leave both out.")
     with TemporaryDirectory(prefix='.fq-', dir=to.parent) as tmp:
         new = Path(tmp)/to.name
         (new/'examples').mkdir(parents=True)
         self.export_onnx(new.resolve()/'model.onnx')
-        _fill(self, new, gradio)
+        _fill(self, new, gradio, bool(scripts))
+        for f in scripts: shutil.copyfile(f, new/f.name)
         if to.exists(): to.rmdir()
         new.rename(to)
     return to
 
-def _fill(learn, folder, gradio):
+def _fill(learn, folder, gradio, page):
     "Put everything beside the model in `folder`"
     model,examples = Model(folder/'model.onnx'),folder/'examples'
     found,dl = _rows(learn, examples, model.way['input']) if model.is_table else _pictures(learn, examples)
     _check_same(found, model, examples, *_answers(learn, dl, model.way['output']))
     (examples/'answers.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
-    texts = {'predict.py':_program(), 'requirements.txt':_needs, 'README.md':_about(folder, model, found, gradio)}
+    texts = {'predict.py':_program(), 'requirements.txt':_needs, 'README.md':_about(folder, model, found, gradio, page)}
     if gradio: texts['app.py'] = _gradio(model, found)
     for k,text in texts.items(): (folder/k).write_text(text, encoding='utf-8')

@@ -70,8 +70,8 @@ def _nothing(t): return []
 # %% ../../nbs/learner/00_pipeline.ipynb #00pipel0050
 _resizing = {Resize:_resize, RatioResize:_ratio, CropPad:_crop_pad, RandomCrop:_crop_pad}
 _random = {RandomResizedCrop:_resized_crop, RandomResizedCropGPU:_crop_gpu}
-_values = {ToTensor:_to_tensor, IntToFloatTensor:_divide, Normalize:_normalize, PointScaler:_nothing, AddMaskCodes:_nothing}
-_written = {**_resizing, **_random, **_values}
+_values = {ToTensor:_to_tensor, IntToFloatTensor:_divide, Normalize:_normalize}
+_written = {**_resizing, **_random, **_values, PointScaler:_nothing, AddMaskCodes:_nothing}
 
 def _step(t):
     "What the transform `t` does, in order; None if that cannot be said"
@@ -81,7 +81,7 @@ def _step(t):
 
 def _steps(tfms, callbacks):
     found = [(t,_step(t)) for t in tfms]
-    unknown = [getattr(t, 'name', type(t).__name__).split(' ')[0] for t,s in found if s is None]+list(callbacks)
+    unknown = [t.name.split(' ')[0] for t,s in found if s is None]+list(callbacks)
     if unknown: raise _Cannot(f"{', '.join(unknown)} acts in validation, and what it does cannot be written down. Do that to the files themselves, before training, or use fastai's own transforms for it.")
     return [d for _,s in found for d in s]
 
@@ -124,7 +124,8 @@ def _table(dl, callbacks):
     norm = procs.get(Normalize)
     def category(n):
         values = [_value(v) for v in procs[Categorify].classes[n][1:]]
-        return dict(name=n, values=values, missing_in=n[:-3] if n[:-3] in fills and n.endswith('_na') else None)
+        of = n.removesuffix('_na')
+        return dict(name=n, values=values, missing_in=of if of!=n and of in fills else None)
     def number(n):
         fill = _value(fills[n]) if n in fills else None
         mean,std = (norm.means[n],norm.stds[n]) if norm else (0,1)
@@ -132,9 +133,9 @@ def _table(dl, callbacks):
     return dict(kind='table', categories=list(map(category, to.cat_names)), numbers=list(map(number, to.cont_names)))
 
 # %% ../../nbs/learner/00_pipeline.ipynb #00pipel0024
-_as_is = nn.BCELoss,F.binary_cross_entropy,nn.MSELoss,F.mse_loss,nn.L1Loss,F.l1_loss,nn.SmoothL1Loss,F.smooth_l1_loss,nn.HuberLoss
+_of_numbers = nn.MSELoss,F.mse_loss,nn.L1Loss,F.l1_loss,nn.SmoothL1Loss,F.smooth_l1_loss,nn.HuberLoss
 _torch = dict(softmax=(nn.CrossEntropyLoss,F.cross_entropy), exp=(nn.NLLLoss,F.nll_loss),
-    sigmoid=(nn.BCEWithLogitsLoss,F.binary_cross_entropy_with_logits), none=_as_is)
+    sigmoid=(nn.BCEWithLogitsLoss,F.binary_cross_entropy_with_logits), none=(nn.BCELoss,F.binary_cross_entropy,*_of_numbers))
 _made = dict(softmax=lambda t: t.softmax(1), exp=torch.exp, sigmoid=torch.sigmoid, none=noop)
 
 def _activation(loss):
@@ -150,7 +151,8 @@ def _activation(loss):
 
 # %% ../../nbs/learner/00_pipeline.ipynb #00pipel0027
 _kinds = {Categorize:'classes', MultiCategorize:'labels', EncodedMultiCategorize:'labels', RegressionSetup:'numbers'}
-_fitting = dict(classes=('softmax','exp'), labels=('sigmoid','none'), mask=('softmax','exp'), points=('none',), numbers=('none',))
+_one,_as_is = ('softmax','exp'),('none',)
+_fitting = dict(classes=_one, labels=('sigmoid','none'), mask=_one, points=_as_is, numbers=_as_is)
 
 def _target(dl):
     "What the targets are"

@@ -51,7 +51,8 @@ def net(n_out, c=3): return nn.Sequential(ConvLayer(c, 8, stride=2), nn.Adaptive
 
 def learner(root, y=CategoryBlock, get_y=parent_label, n_out=3, item_tfms=None, x=ImageBlock, get_x=None, model=None, batch_tfms=None, **kwargs):
     set_seed(0)
-    block = DataBlock((x,y), get_items=get_image_files, get_x=get_x, get_y=get_y, splitter=RandomSplitter(.3, seed=0), item_tfms=item_tfms or Resize(24), batch_tfms=batch_tfms)
+    tfms = dict(item_tfms=item_tfms or Resize(24), batch_tfms=batch_tfms)
+    block = DataBlock((x,y), get_items=get_image_files, get_x=get_x, get_y=get_y, splitter=RandomSplitter(.3, seed=0), **tfms)
     dls = block.dataloaders(root/'pics', bs=8, num_workers=0, device='cpu')
     return quiet(Learner(dls, model or net(n_out), path=root, **kwargs))
 
@@ -242,6 +243,11 @@ def test_folders(app, root):
     with pytest.raises(FileExistsError, match='no folder'): q.export_app('app/model.onnx')
     (root/'empty').mkdir()
     assert (q.export_app('empty')/'model.onnx').exists()
+
+def test_pages_take_pictures_and_an_engine(app, table):
+    for how in dict(gradio=True),dict(page='nowhere'):
+        with pytest.raises((ValueError,FileNotFoundError), match='take pictures|npm install onnxruntime-web'): table[0].export_app('page', **how)
+    with pytest.raises(FileNotFoundError, match='npm install onnxruntime-web'): app[0].export_app('page', page='nowhere')
 
 def test_gradio(app, root):
     "The page runs, with something in the place of Gradio that calls it"

@@ -157,7 +157,7 @@ verbs = dict(
         ladder=(*choice,None,lambda: 1,nan), target=(.5,'bytes',[.5],{},{'bytes':50},{'bytes':nan},{'bits':'x'},{'bits':0},{'byte':.1},{3:.5})),
     quant_sensitivity=verb(bits=('x',[],[1],[9],[nan],['a'],None,True), spec=spec, metric=(*choice,Own(),'acuracy'), dl=data, n_batches=count,
         exclude=(*names,'head'), show_plot=flag),
-    export_app=verb(folder=(*fname,None), gradio=flag), remove_quant=verb(), export_onnx=verb(fname=(*fname,None), dynamic=free, opset=version), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
+    export_app=verb(folder=(*fname,None), gradio=flag, page=fname), remove_quant=verb(), export_onnx=verb(fname=(*fname,None), dynamic=free, opset=version), load_onnx=verb(lambda l, o: dict(fname='model.onnx'), fname=(*fname,None),
         engine=(*choice,len,None)),
     prune=verb(lambda l, o: dict(amount=.5), **{k:v for k,v in selection().items() if k!='target'}, dl=data, n_batches=count, fname=fname),
     save_sparse=verb(fname=(*fname,None)), load_sparse=verb(lambda l, o: dict(fname='no'), fname=(*fname,None), max_bytes=count),
