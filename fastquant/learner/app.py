@@ -64,14 +64,19 @@ def _opened_by(tfms):
     "How many of the pipeline's transforms come before the one that opens pictures"
     return next(i for i,t in enumerate(tfms) if t.name=='PILBase.create')
 
-def _save_picture(tl, i, folder, name):
+def _items(o, at):
+    "Those at the places `at`; what is in the rows of a table are items too"
+    return o.iloc[at] if hasattr(o, 'iloc') else [o[i] for i in at]
+
+# %% ../../nbs/learner/05_app.ipynb #05appxx0014b
+def _save_picture(tl, item, folder, name):
     "Put the picture of an item into `folder`: its name"
     tfms = list(tl.tfms)
-    before = compose_tfms(tl.items[i], tfms[:_opened_by(tfms)], split_idx=1)
+    before = compose_tfms(item, tfms[:_opened_by(tfms)], split_idx=1)
     if isinstance(before, (str,Path)):
         to = folder/f'{name}{Path(before).suffix}'
         shutil.copyfile(before, to)
-    elif isinstance(tl.items[i], (str,Path)): raise ValueError("`get_x` opens pictures by itself, and how cannot be written down. Let it return the path, and let `ImageBlock` open that.")
+    elif isinstance(item, (str,Path)): raise ValueError("`get_x` opens pictures by itself, and how cannot be written down. Let it return the path, and let `ImageBlock` open that.")
     else: compose_tfms(before, tfms[_opened_by(tfms):], split_idx=1).save(to:=folder/f'{name}.png')
     return to.name
 
@@ -79,10 +84,12 @@ def _save_picture(tl, i, folder, name):
 def _pictures(learn, folder):
     "Names and inputs of examples in `folder`, and what the Learner's model is given and gives"
     dl = learn.dls[-1]
-    at = _some(dl)
-    names = [_save_picture(dl.dataset.tls[0], i, folder, k) for k,i in enumerate(at, 1)]
+    at,tl = _some(dl),dl.dataset.tls[0]
+    some = _items(tl.items, at)
+    each = [o for _,o in some.iterrows()] if hasattr(some, 'iterrows') else some
+    names = [_save_picture(tl, o, folder, k) for k,o in enumerate(each, 1)]
     found = [dict(name=n, file=n) for n in names]
-    return found,learn.dls.test_dl([dl.dataset.items[i] for i in at], bs=len(at), num_workers=0)
+    return found,learn.dls.test_dl(some, bs=len(at), num_workers=0)
 
 def _rows(learn, folder, way):
     "The same of a table"
@@ -104,7 +111,8 @@ def _answers(learn, dl, output):
     return [to_np(x) for x in (xs if isinstance(xs, tuple) else (xs,))],activated(to_np(out), output)
 
 def _alike(mine, theirs):
-    "Whether nearly all values are within a two hundred and fifty-fifth of their range"
+    "Whether nearly all values are within a two hundred and fifty-fifth of their range; categories are to be equal"
+    if mine.dtype.kind=='i' or not mine.size: return np.array_equal(mine, theirs)
     near = np.abs(mine-theirs)<=max(np.ptp(theirs), 1)/255
     return mine.shape==theirs.shape and near.mean()>=.995
 

@@ -2,7 +2,8 @@
 import json, os, re, shutil, subprocess, sys
 import numpy as np, onnx, pandas as pd, pytest
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CategoryBlock, ConvLayer, CropPad, DataBlock, Image, ImageBlock, ItemTransform, Learner,
+from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CategoryBlock, ConvLayer, CropPad, DataBlock, Image, ImageBlock, ImageDataLoaders,
+    ItemTransform, Learner,
     MaskBlock,
     MultiCategoryBlock, PILImage, PILImageBW, PointBlock, RandomResizedCrop, RandomSplitter, RatioResize, RegressionBlock, Resize, aug_transforms,
     get_image_files, imagenet_stats, nn, parent_label, set_seed)
@@ -152,6 +153,12 @@ def test_numbers(root):
     with learn.no_bar(): theirs = learn.predict(f)[2]
     assert np.allclose(list(Model(as_app(learn, 'numbers')/'model.onnx')(f).values()), theirs.numpy(), atol=1e-4)
 
+def test_pictures_that_a_table_names(root):
+    df = pd.DataFrame([dict(name=str(f.relative_to(root)), label=f'is {parent_label(f)}') for f in sorted((root/'pics').rglob('*.png'))])
+    dls = ImageDataLoaders.from_df(df, root, valid_pct=.3, seed=1, bs=8, num_workers=0, device='cpu', item_tfms=Resize(24))
+    to = as_app(quiet(Learner(dls, net(3), path=root)), 'named')
+    assert set(Model(to/'model.onnx')(root/df.name[0]))==set(dls.vocab) and program(to, '--check').returncode==0
+
 # A table
 
 @pytest.fixture(scope='module')
@@ -176,6 +183,13 @@ def test_table(table):
     mine = [model(r) for r in rows.to_dict('records')]
     assert np.allclose([[m[v] for v in learn.dls.vocab] for m in mine], p.numpy(), atol=1e-4)
     assert program(to, '--check', 'examples/rows.csv').stdout.count('row ')==6
+
+@pytest.mark.parametrize('cats,conts', [(['cat'], []), ([], ['pay'])])
+def test_a_table_of_one_kind(cats, conts, table, root):
+    dls = TabularDataLoaders.from_df(table[2], procs=[Categorify, FillMissing, Normalize], cat_names=cats, cont_names=conts, y_names='y',
+        valid_idx=list(range(0, 80, 3)), bs=8, device='cpu')
+    to = as_app(quiet(tabular_learner(dls, layers=[8], path=root)), f'of {cats+conts}')
+    assert set(Model(to/'model.onnx')(dict(cat='a', pay='1')))=={'no','yes'}
 
 @pytest.mark.parametrize('text,says,rc', [('cat,n,age,pay,new\na,1,4,5,6\nz,1,,5,6\n', "not used: new.*'z' was not in the training data", 0), ('cat,n,age\na,1,4\n', 'missing columns: pay', 1),
     ('cat,n,age,pay\na,1,4,\n', "'pay' has no value", 1), ('cat,n,age,pay\na,1,old,1\n', "'old' is no number", 1), ('', 'has no rows', 1), ('\0\0\xff', 'no', 1)])
