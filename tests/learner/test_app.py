@@ -3,10 +3,8 @@ import json, os, re, shutil, subprocess, sys
 import numpy as np, onnx, pandas as pd, pytest
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CategoryBlock, ConvLayer, CropPad, DataBlock, Image, ImageBlock, ImageDataLoaders,
-    ItemTransform, Learner,
-    MaskBlock,
-    MultiCategoryBlock, PILImage, PILImageBW, PointBlock, RandomResizedCrop, RandomSplitter, RatioResize, RegressionBlock, Resize, aug_transforms,
-    get_image_files, imagenet_stats, nn, parent_label, set_seed)
+    ItemTransform, Learner, MaskBlock, MultiCategoryBlock, PILImage, PILImageBW, PointBlock, RandomResizedCrop, RandomSplitter, RatioResize, RegressionBlock,
+    Resize, aug_transforms, get_image_files, imagenet_stats, nn, parent_label, set_seed)
 from fastquant.all import *
 from fastquant.app.predict import Model
 from fastquant.app.prepare import BadInput, prepare_picture
