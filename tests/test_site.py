@@ -162,7 +162,7 @@ def test_search_with_keys_and_without_hits(browser, url):
 def test_navigation(browser, url, pages):
     open_page(browser, url, 'index.html')
     titles = [b.text for b in browser.find_elements(By.CSS_SELECTOR, 'nav b')]
-    assert titles==['Start','Lessons','How-to','Learner','Callbacks','Quantization','Pruning','Low rank','Distillation','Export','Core','Benchmarks']
+    assert titles==['Start','Lessons','How-to','Learner','Callbacks','Quantization','Pruning','Low rank','Distillation','Export','App','Core','Benchmarks']
     assert len(browser.find_elements(By.CSS_SELECTOR, 'nav li a'))==len(pages)
     one(browser, 'nav a[href="learner/quant.html"]').click()
     assert browser.current_url==url+'learner/quant.html' and one(browser, 'nav a[aria-current]').get_attribute('href')==url+'learner/quant.html'
