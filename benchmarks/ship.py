@@ -55,6 +55,17 @@ def against_learner(folder, app, q, files):
     same = [next(iter(model(f)))==q.dls.vocab[i] for f,i in zip(files, p.argmax(1))]
     return 100*np.mean(near),100*np.mean(same)
 
+def learners(o, folder, names):
+    "For each way to make pictures as large as a model wants them: its name, a Learner in int8, and photos"
+    (folder/'photos').mkdir()
+    photos(o, folder/'photos', o.some(500, 60))
+    classes_of_cifar(o, folder/'train', o.some(1000, 200))
+    files = sorted((folder/'photos').iterdir())
+    for k in names:
+        learn = app_learner(folder, ways[k], aug_transforms(size=64, min_scale=.75) if k=='presizing' else (), epochs=o.some(5, 1))
+        with learn.no_bar(): q = learn.quantize(timed=False)
+        yield k,q,files
+
 def first_batch(q, files): return [to_np(t) for t in q.dls.test_dl(files, bs=len(files), num_workers=0).one_batch()[:1]]
 
 @sections
@@ -62,13 +73,7 @@ def same(o):
     rows = []
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
-        (folder/'photos').mkdir()
-        photos(o, folder/'photos', o.some(500, 60))
-        classes_of_cifar(o, folder/'train', o.some(1000, 200))
-        files = sorted((folder/'photos').iterdir())
-        for k,tfms in ways.items():
-            learn = app_learner(folder, tfms, aug_transforms(size=64, min_scale=.75) if k=='presizing' else (), epochs=o.some(5, 1))
-            with learn.no_bar(): q = learn.quantize(timed=False)
+        for k,q,files in learners(o, folder, ways):
             pixels,classes = against_learner(folder, q.export_app(k), q, files)
             rows.append(dict(way=k, pictures=len(files), same_pixels=round(pixels, 2), same_class=round(classes, 2)))
     least = {k:min(r[k] for r in rows) for k in ('same_pixels','same_class')}
@@ -100,13 +105,7 @@ def page(o):
     rows = []
     with tempfile.TemporaryDirectory() as d:
         folder = Path(d)
-        (folder/'photos').mkdir()
-        photos(o, folder/'photos', o.some(500, 60))
-        classes_of_cifar(o, folder/'train', o.some(1000, 200))
-        files = sorted((folder/'photos').iterdir())
-        for k in ('crop','squish','pad_reflection','presizing'):
-            learn = app_learner(folder, ways[k], aug_transforms(size=64, min_scale=.75) if k=='presizing' else (), epochs=o.some(5, 1))
-            with learn.no_bar(): q = learn.quantize(timed=False)
+        for k,q,files in learners(o, folder, ('crop','squish','pad_reflection','presizing')):
             q.export_app(k, page=o.packages/'onnxruntime-web')
             found = in_browser(folder, k, files)
             theirs, = first_batch(q, files)
