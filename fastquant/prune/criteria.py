@@ -105,7 +105,7 @@ def input_squares(
     with torch.enable_grad():
         w = torch.zeros_like(named['m.weight'], requires_grad=True)
         y = functional_call(_Plain(m), {**named, 'm.weight':w}, (wide(x.detach())**2,))
-        return torch.autograd.grad(y.sum(), w)[0]
+        return torch.autograd.grad(y.sum(), w)[0].clamp(min=0)
 
 # %% ../../nbs/prune/00_criteria.ipynb #10prun6e9257
 def _add(watched, name, path, v):
