@@ -21,9 +21,9 @@ from .arguments import *
 
 # %% auto #0
 __all__ = ['shape_errors', 'conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors',
-           'batch_size', 'first_items', 'has_rows', 'item_sizes', 'own_weight', 'inner_model', 'eagerly', 'modules_in',
-           'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights', 'float32_copy',
-           'other_precision']
+           'batch_size', 'first_items', 'has_rows', 'item_sizes', 'few_items', 'own_weight', 'inner_model', 'eagerly',
+           'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights',
+           'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
 def parts_of(
@@ -111,6 +111,14 @@ def item_sizes(
     "Sizes of an item; of what has no row for each item all of them"
     both = zip(tensors(xb), has_rows(xb))
     return [tuple(t.shape[1:] if rows else t.shape) for t,rows in both]
+
+# %% ../../nbs/core/01_model.ipynb #01mod0few2
+def few_items(
+    xb # Inputs, nested as the model takes them
+): # Like `xb`
+    "As many of the first items as have 2^16 values, from two to eight"
+    values = sum(t[0].numel() for t,rows in zip(tensors(xb), has_rows(xb)) if rows)
+    return first_items(xb, max(2, min(8, 2**16//max(values, 1))))
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009
 conv_layers,batchnorms = nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm # PyTorch has no public names for these

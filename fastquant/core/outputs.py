@@ -174,23 +174,24 @@ class OutputCheck:
 def check_output(
     name:str, # What it is called
     says,     # A function that makes decisions of it, or None for numbers
+    batches,  # Inputs
     f,        # The float model's, a tensor for each of `batches`
-    rounded,  # Those of the model that rounds
-    s,        # Those of its simulation
     e,        # Those of the engine
-    batches   # Inputs
+    rounded,  # Those of the model that rounds, for the same items or fewer
+    s,        # Those of its simulation
+    own       # Those of the engine for these
 )->OutputCheck:
     "Hold one output of an engine against the same of three models"
     if not f[0].is_floating_point(): says = lambda t: t
-    def flat(ts, g): return torch.cat([g(t).flatten() for t in ts])
-    def db(x): return min(sqnr(flat(x, torch.clone), flat(e, torch.clone)), 200.)
-    dbs = dict(sqnr=db(s), sqnr_float=db(f))
+    def flat(ts, g=torch.clone): return torch.cat([g(t).flatten() for t in ts])
+    def db(x, e): return min(sqnr(flat(x), flat(e)), 200.)
+    dbs = dict(sqnr=db(s, own), sqnr_float=db(f, e))
     if not says:
         change,beyond = change_ratio(f, e, batches)
         return OutputCheck(name, 0, **dbs, sqnr_change=min(change, 200.), beyond=beyond)
-    yes = flat(e, says)
-    same = {k:agreement(flat(o, says), yes) for k,o in dict(agrees=s, agrees_float=f, agrees_rounded=rounded).items()}
-    return OutputCheck(name, len(yes), **dbs, **same)
+    pairs = dict(agrees=(s,own), agrees_float=(f,e), agrees_rounded=(rounded,own))
+    same = {k:agreement(flat(a, says), flat(b, says)) for k,(a,b) in pairs.items()}
+    return OutputCheck(name, len(flat(e, says)), **dbs, **same)
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0023
 class _Sums(Where):

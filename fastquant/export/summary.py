@@ -19,8 +19,8 @@ class Report:
     n_layers:int        # Modules with weights in the model
     n_int8:int          # Those that ONNX Runtime runs with integer kernels
     float_layers:dict   # Why each of the others does not, by module path
-    n_items:int         # Items of the batches it was verified on
-    sqnr:float          # Of the file's worst output against its simulation's, in dB; 200 if they are equal
+    n_items:int         # Items of the batches it was held against float on
+    sqnr:float          # Of the file's worst output against its simulation's, in dB; 200 if they are equal; on a few items, unless trained
     sqnr_float:float    # Of the file's worst output against the float model's, in dB
     agrees:float|None   # Share of decisions equal to the simulation's, where they are the fewest; None if nothing is decided
     agrees_float:float|None # Share of decisions equal to the float model's

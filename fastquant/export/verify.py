@@ -267,14 +267,15 @@ def verify(
 )->Report:
     "Run all four on `batches`; raises `ExportMismatch` if the file does not do what the simulation does, or this not what the model did that rounded"
     proto,run = onnx.load_from_string(data),engine(data)
-    few = [first_items(xb, 8) for xb in (*batches,*others)]
+    few = [few_items(xb) for xb in (*batches,*others)]
+    held = batches if trained else few[:len(batches)]
     near = min(ties(sim, xb) for xb in few)
     for xb in few: check_plain(gate(rounded, sim, proto, xb), outputs_of(run, xb), near)
-    def outputs(m): return list(zip(*[outputs_of(m, xb) for xb in batches]))
+    def outputs(m, batches): return list(zip(*[outputs_of(m, xb) for xb in batches]))
     with evaluating(model), evaluating(rounded):
         names = names_of(structure_of(model(*few[0])))
-        found = zip(*map(outputs, (model,rounded,sim,run)), strict=True)
+        found = [outputs(m, batches) for m in (model,run)]+[outputs(m, held) for m in (rounded,sim,run)]
     says = says or [None]*len(names)
-    checks = [check_output(k, say, *outs, batches) for k,say,outs in zip(names, says, found, strict=True)]
+    checks = [check_output(k, say, batches, *outs) for k,say,*outs in zip(names, says, *found, strict=True)]
     facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
     return report_on(fake_quant_of(sim), run, sum(map(batch_size, batches)), tuple(checks), **facts)

@@ -122,7 +122,7 @@ def _batches(learn, model, dl, dynamic, n):
     "The first `n` batches that `model`, a copy, gets; raises `ValueError` if a file could not be verified on them"
     batches = batches_of(learn, dl, n)
     whole = model if has_other(learn.model) else learn.model
-    few = first_items(batches[0][0], 8)
+    few = few_items(batches[0][0])
     check_evaluates(whole, few)
     check_repeats(whole, few)
     if other_precision(learn.model): batches = _in_float32(model, batches)
@@ -147,7 +147,8 @@ def _verified(learn, model, batches, trained, engine, **how):
     proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
     next(steps)
     float_,data = _float_copy(learn, [x for x,_ in batches]),proto.SerializeToString()
-    with evaluating(float_): says = decisions(learn.loss_func, float_(*xb), yb, classes_of(learn.dls))
+    few = first_items((xb,yb), 8)
+    with evaluating(float_): says = decisions(learn.loss_func, float_(*few[0]), few[1], classes_of(learn.dls))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
     report = verify(float_, rounded, sim, data, given, trained, engine, says, others)
@@ -270,8 +271,8 @@ def _float_file(learn, xb, dynamic, opset):
     whole,xb,kept = _as_computed(learn, xb)
     model = made_runnable(copy_model(whole))
     dynamic = any_length(model, dynamic)
-    check_evaluates(model, first_items(xb, 8))
-    check_repeats(model, first_items(xb, 8))
+    check_evaluates(model, few_items(xb))
+    check_repeats(model, few_items(xb))
     if has_other(whole): _check_made(learn, whole, model, [xb])
     proto = keep_halves(to_onnx(model, *xb, dynamic=dynamic, opset=opset), kept)
     data = to_bytes(proto, **_said(learn, model, xb, dynamic))
