@@ -117,16 +117,19 @@ def links(
     wanted=None      # A function of a module: whether to look at the channels that it makes; at all if None
 )->list: # Each `Link`
     "Where channels of `model` may be scaled: each place was tried, and the outputs stayed what they are"
-    xb,found,draw = first_items(xb, 8),[],torch.Generator().manual_seed(0)
+    xb,draw = few_items(xb),torch.Generator().manual_seed(0)
     was = plain_outputs(model, [xb])
-    def same(): return min(map(sqnr, was[0], plain_outputs(model, [xb])[0]))>60
-    for link in _candidates(model, xb, wanted):
+    def some(link):
         n = len(model.get_submodule(link.source).weight)
-        f = torch.randint(-1, 2, (n,), generator=draw).float().exp2().to(prepared(model).scale.device)
-        scale_link(model, link, f)
-        if same(): found.append(link)
-        scale_link(model, link, 1/f)
-    return found
+        return torch.randint(-1, 2, (n,), generator=draw).float().exp2().to(prepared(model).scale.device)
+    def same(tried):
+        factors = {o:some(o) for o in tried}
+        for o,f in factors.items(): scale_link(model, o, f)
+        now = plain_outputs(model, [xb])
+        for o,f in factors.items(): scale_link(model, o, 1/f)
+        return min(map(sqnr, was[0], now[0]))>60
+    found = list(_candidates(model, xb, wanted))
+    return found if same(found) else [o for o in found if same([o])]
 
 # %% ../../nbs/quant/11_equalize.ipynb #11equal7147a
 def _peaks(model, found, batches):
@@ -190,7 +193,7 @@ def smooth(
     if not r.smoothed or not any(map(_free, model.modules())): return model
     found = [o for o in links(model, *batches[0], wanted=_free) if r.smoothed.issuperset(o.readers)]
     if not found: return model
-    few,peaks = [spread_items(batches)],_peaks(model, found, batches)
+    few,peaks = [spread_items(batches, 32)],_peaks(model, found, batches)
     plain = plain_outputs(model, few)
     before = nearness(model, few, plain)
     f = {o:_factors(model, o, peaks[o], .5).log2().round().exp2() for o in found}
