@@ -251,7 +251,7 @@ def in_float(
 )->bytes:
     "The same net without rounding"
     proto = without_ranges(expanded(onnx.load_from_string(data)))
-    g,const,same,kept = proto.graph,constant_names(proto),{},[]
+    g,const,same,kept = proto.graph,constant_names(proto.graph),{},[]
     integers = {n.input[0] for n in nodes_of(g, 'DequantizeLinear')}
     weights = [n.output[0] for n in nodes_of(g, 'DequantizeLinear') if n.input[0] in const]
     arrays = constants(proto, weights)

@@ -12,7 +12,7 @@ from ..quant.weights import beside
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'constant_node',
            'replace_nodes', 'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs',
-           'name_values', 'name_dims']
+           'name_values', 'constant_names', 'name_dims']
 
 # %% ../../nbs/export/00_graph.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -146,6 +146,16 @@ def name_values(
     for k in values_of(graph):
         if k and k not in new: new[k] = free_name(k, taken)
     rename(graph, new)
+
+# %% ../../nbs/export/00_graph.ipynb #00graph0c02
+def constant_names(
+    graph:onnx.GraphProto # Of a model
+)->set:
+    "Values in it that depend on no input"
+    found = {i.name for i in graph.initializer}
+    for n in graph.node:
+        if found.issuperset(filter(None, n.input)): found.update(n.output)
+    return found
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0020
 _kinds = {3:{2:'time'}, 4:{2:'height', 3:'width'}, 5:{2:'depth', 3:'height', 4:'width'}}

@@ -190,11 +190,9 @@ def layer_nodes(
     proto:onnx.ModelProto # A model that fastquant exported
 )->dict:
     "The node that computes with the weight of each module, by the module's path"
-    given = {i.name for i in proto.graph.initializer}
-    users,const = {},set(given)
+    given,const,users = {i.name for i in proto.graph.initializer},constant_names(proto.graph),{}
     for n in proto.graph.node:
         for i in n.input: users.setdefault(i, []).append(n)
-        if const.issuperset(n.input): const.update(n.output)
     def uses(name):
         found = {}
         for n in users.get(name, ()):

@@ -14,8 +14,7 @@ from ..quant.pairs import *
 from .graph import *
 
 # %% auto #0
-__all__ = ['ort_errors', 'session', 'saturates', 'constants', 'constant_names', 'int8_weights', 'misfits', 'check_portable',
-           'unsigned', 'as_run']
+__all__ = ['ort_errors', 'session', 'saturates', 'constants', 'int8_weights', 'misfits', 'check_portable', 'unsigned', 'as_run']
 
 # %% ../../nbs/export/01_portable.ipynb #07expoc9931b
 ort_errors = tuple(o for o in vars(ort_state).values() if isinstance(o, type) and issubclass(o, Exception))
@@ -88,21 +87,12 @@ def constants(
     got = session(part.SerializeToString()).run(outs, {})
     return {**found, **dict(zip(outs, got))}
 
-def constant_names(
-    proto:onnx.ModelProto # A model
-)->set:
-    "Values in it that depend on no input"
-    found = {i.name for i in proto.graph.initializer}
-    for n in proto.graph.node:
-        if found.issuperset(filter(None, n.input)): found.update(n.output)
-    return found
-
 # %% ../../nbs/export/01_portable.ipynb #07enga000071
 def int8_weights(
     proto:onnx.ModelProto # A model in QDQ form, of fastquant or of anybody
 )->dict: # By name of the integers: the node that computes with them, and whether they are transposed on their way there
     "The int8 weights of convolutions and linear layers that integers go into"
-    made,const,found = _makers(proto),constant_names(proto),{}
+    made,const,found = _makers(proto),constant_names(proto.graph),{}
     integers = integer_values(proto.graph)
     for n in nodes_of(proto.graph, 'Conv', 'Gemm', 'MatMul', 'MatMulInteger'):
         live = n.op_type=='MatMulInteger'

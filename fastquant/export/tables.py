@@ -13,21 +13,19 @@ from .graph import *
 __all__ = ['keep_tables']
 
 # %% ../../nbs/export/00_tables.ipynb #00tabl0007
-def _looked_up(g, made, ini):
+def _looked_up(g, const, ini):
     "The nodes that make tables of integers, if rows of those are all that anybody takes"
     def others(o): return [n for n in g.node if o in n.input and not (n.op_type=='Gather' and o not in n.input[1:])]
-    def whole(n): return all(k in ini or k in made for k in n.input)
     def centered(n): return len(n.input)<3 or n.input[2] in ini and not onnx.numpy_helper.to_array(ini[n.input[2]]).any()
     outs = {o.name for o in g.output}
-    return [n for n in nodes_of(g, 'DequantizeLinear') if whole(n) and centered(n) and n.output[0] not in outs and not others(n.output[0])]
+    return [n for n in nodes_of(g, 'DequantizeLinear') if const.issuperset(n.input) and centered(n) and n.output[0] not in outs and not others(n.output[0])]
 
 def keep_tables(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Let engines make floats of tables when they open the file, instead of for each batch"
     g,ini = proto.graph,{i.name:i for i in proto.graph.initializer}
-    made,taken = _from_constants(g, ini),set(values_of(g))
-    found = _looked_up(g, made, ini)
+    taken,found = set(values_of(g)),_looked_up(g, constant_names(g), ini)
     zeros = [k for n in found for k in n.input[2:]]
     replace_nodes(g, {id(n):_as_floats(n, taken) for n in found})
     used = {k for n in g.node for k in n.input}
@@ -35,13 +33,6 @@ def keep_tables(
     return proto
 
 # %% ../../nbs/export/00_tables.ipynb #00tabl0008
-def _from_constants(g, ini):
-    "What nodes make of constants alone"
-    made = set()
-    for n in g.node:
-        if all(k in ini or k in made for k in n.input): made.update(n.output)
-    return made
-
 def _as_floats(d, taken):
     "What computes the same as the `DequantizeLinear` `d`, and is known to be constant"
     out,(q,scale) = d.output[0],d.input[:2]
