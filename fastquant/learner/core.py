@@ -23,7 +23,7 @@ from .text import *
 from .pipeline import *
 
 # %% auto #0
-__all__ = ['trainable_twin', 'first_metric', 'decisions', 'describe', 'with_size', 'make_ready']
+__all__ = ['trainable_twin', 'first_metric', 'decisions', 'vocab_of', 'describe', 'with_size', 'make_ready']
 
 # %% ../../nbs/learner/00_core.ipynb #22lear9c04d8
 def trainable_twin(
@@ -111,18 +111,25 @@ def _step_facts(t):
     if kind in ('ToTensor','Cuda','Transform'): return {}
     return pad_facts(t)
 
+def vocab_of(
+    learn:Learner
+): # Texts, in lists; None if there are none
+    "The classes that `learn` predicts, as a file says them"
+    vocab = classes_of(learn.dls)
+    return None if vocab is None else _plain(vocab)
+
 def describe(
     learn:Learner
 )->dict: # Plain data
     "Classes and preprocessing of `learn`: `vocab`; `resize`, `divide_by`, `mean`, `std` of its inputs, and `tokens`, `tokenizer`, `padding` of texts, as far as they are known, and what `also` is done; and the `pipeline` from a file to an answer, step by step"
     check_kind('learn', learn, Learner, 'pass a Learner.')
-    vocab,steps = classes_of(learn.dls),[t for t in valid_steps(learn.dls[-1]) if _acts(t)]
+    steps = [t for t in valid_steps(learn.dls[-1]) if _acts(t)]
     facts = [_step_facts(t) for t in steps]
     unknown = [type(t).__name__ for t,f in zip(steps, facts) if f is None]
     callbacks = [type(cb).__name__ for cb in shapers(learn) if type(cb) is not RNNCallback]
     also = dict(also=unknown+callbacks) if unknown+callbacks else {}
     preprocess = merge(text_facts(learn.dls), *filter(None, facts), also)
-    return dict(vocab=None if vocab is None else _plain(vocab), preprocess=preprocess, pipeline=pipeline_of(learn, callbacks))
+    return dict(vocab=vocab_of(learn), preprocess=preprocess, pipeline=pipeline_of(learn, callbacks))
 
 # %% ../../nbs/learner/00_core.ipynb #22corsize1
 def with_size(

@@ -121,7 +121,7 @@ def load_sparse(self:Learner,
     model = None if isinstance(self.model, FileModel) else remove_masks(clean_copy(inner_model(self.model)))
     path,max_bytes = file_in(self.path, fname),as_count('max_bytes', max_bytes)
     model,about = unpack_model(path.read_bytes(), model, max_bytes, partial(some_inputs, self))
-    if about.get('vocab')!=(mine:=describe(self)['vocab']): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
+    if about.get('vocab')!=(mine:=vocab_of(self)): raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {about.get('vocab')}, not {mine}.")
     return twin_of(self, model) if isinstance(model, FileModel) else trainable_twin(self, model)
 
 # %% ../../nbs/learner/02_prune.ipynb #23prunc01ca5

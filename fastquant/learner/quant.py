@@ -291,6 +291,6 @@ def load_onnx(self:Learner,
 )->Learner: # `self` is left as it is
     "A Learner like `self` that runs the file; raises `ValueError` if that is damaged, somebody else's, or of other classes"
     model = load_engine(file_in(self.path, fname), engine)
-    vocab,mine = model.metadata.get('vocab'),describe(self)['vocab']
+    vocab,mine = model.metadata.get('vocab'),vocab_of(self)
     if vocab!=mine: raise ValueError(f"{str(fname)!r} predicts other classes than this Learner: {vocab}, not {mine}.")
     return twin_of(self, model)
