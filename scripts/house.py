@@ -15,7 +15,7 @@ wide = 120
 
 def modules(root):
     "The modules of the package by dotted name, without what nbdev writes for itself"
-    files = [f for f in sorted((root/'fastquant').rglob('*.py')) if f.name not in ('_modidx.py','__init__.py','all.py')]
+    files = [f for f in sorted((root/'fastquant').rglob('*.py')) if f.name not in ('_modidx.py','__init__.py','all.py','runtime.py')]
     return {'.'.join(f.relative_to(root/'fastquant').with_suffix('').parts):f.read_text(encoding='utf-8') for f in files}
 
 def imports(name, tree):

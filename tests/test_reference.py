@@ -6,7 +6,7 @@ from fastai.learner import Recorder
 import fastquant, fastquant.all, pytest
 
 root = Path(__file__).parent.parent
-modules = [m.name for m in pkgutil.walk_packages(fastquant.__path__, 'fastquant.') if not m.name.endswith(('all','_modidx')) and not m.ispkg]
+modules = [m.name for m in pkgutil.walk_packages(fastquant.__path__, 'fastquant.') if not m.name.endswith(('all','runtime','_modidx')) and not m.ispkg]
 
 def public():
     "Names of functions and classes in the modules' `__all__`, and of the methods that they add to fastai's classes"

@@ -85,6 +85,7 @@ def _way(about, fname):
     "The way from a picture to an answer, if it is known here"
     way,by = about.get('pipeline') or {},about.get('fastquant')
     if way.get('version', 0)>1: raise BadInput(f"{fname} was made by a newer fastquant, {by}: use the predict.py that came with it.")
+    if about.get('portable') is False: raise BadInput(f"{fname} uses the whole int8 range, and processors that saturate would answer wrong. Quantize with 'int8', or open it with `Learner.load_onnx`.")
     ops = {d['op'] for d in way.get('input', {}).get('steps', [])}
     if not ('output' in way and ops<=picture_steps.keys()): raise BadInput(f"{fname} does not say how its inputs are made: {way.get('cannot', 'export it again with a newer fastquant.')}")
     return way
