@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/app/prepare.html.md"""
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0004
 from __future__ import annotations
 import math, struct, warnings, zlib
+from io import BytesIO
 from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -20,24 +21,31 @@ class BadInput(ValueError): "What is wrong with what was given, in a sentence"
 _broken = OSError,SyntaxError,ValueError,EOFError,IndexError,KeyError,OverflowError,struct.error,zlib.error
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0009
+_usual = 'JPEG','PNG','WEBP','GIF','BMP','TIFF' # what is taken from a network: other formats, as EPS, may start programs
+
 def open_picture(
-    o,         # A path, an array of bytes (height, width and colours), or a picture of Pillow's
+    o,         # A path, the bytes of a file, an array of bytes (height, width and colours), or a picture of Pillow's
     mode='RGB' # Pillow's name of what it becomes
 )->Image.Image:
     "The picture in `o`; raises `BadInput` if there is none"
     if isinstance(o, Image.Image): return o.convert(mode)
     if isinstance(o, np.ndarray): return _of_array(o).convert(mode)
-    if not isinstance(o, (str,Path)): raise BadInput(f"{o!r} is no picture: pass a path, an array, or a picture of Pillow's.")
+    if isinstance(o, bytes): return _opened(BytesIO(o), mode, 'This', _usual)
+    if not isinstance(o, (str,Path)): raise BadInput(f"{o!r} is no picture: pass a path, bytes, an array, or a picture of Pillow's.")
     if not Path(o).is_file(): raise BadInput(f"{o}: there is no such file.")
+    return _opened(o, mode, o)
+
+# %% ../../nbs/app/00_prepare.ipynb #00prepa0061
+def _opened(file, mode, name, formats=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            im = Image.open(o)
+            im = Image.open(file, formats=formats)
         im.load()
         return im.convert(mode)
-    except Image.DecompressionBombError: raise BadInput(f"{o} has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels, which is too large.") from None
-    except UnidentifiedImageError: raise BadInput(f"{o} is no picture that Pillow can read.") from None
-    except _broken as e: raise BadInput(f"{o} is damaged or cut short: {e}.") from None
+    except Image.DecompressionBombError: raise BadInput(f"{name} has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels, which is too large.") from None
+    except UnidentifiedImageError: raise BadInput(f"{name} is no picture that Pillow can read.") from None
+    except _broken as e: raise BadInput(f"{name} is damaged or cut short: {e}.") from None
 
 def _of_array(a):
     fits = a.ndim==2 or a.ndim==3 and a.shape[2] in (3,4)
