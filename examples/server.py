@@ -47,7 +47,7 @@ class Server(ThreadingHTTPServer):
 def responder(model, error):
     "What a `Model` answers for a body; `error` is its exception for what cannot be answered"
     def given(body):
-        if not model.is_table: return body
+        if model.takes!='table': return body
         try: return json.loads(body)
         except ValueError as e: raise error(f'The body is no JSON: {e}.') from None
     def respond(body):

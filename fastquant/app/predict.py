@@ -6,12 +6,13 @@ Docs: https://fastquant-dev.github.io/fastquant/app/predict.html.md"""
 
 # %% ../../nbs/app/01_predict.ipynb #01predi0004
 from __future__ import annotations
-import argparse, csv, hashlib, json, sys, warnings
+import argparse, csv, hashlib, json, os, sys, warnings
 from pathlib import Path
 import numpy as np, onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from PIL import Image
 from .prepare import *
+from .text import *
 
 # %% auto #0
 __all__ = ['activated', 'answer', 'read_model', 'Model', 'main']
@@ -84,7 +85,7 @@ def _session(data, fname, threads):
 def _way(about, fname):
     "The way from a picture to an answer, if it is known here"
     way,by = about.get('pipeline') or {},about.get('fastquant')
-    if way.get('version', 0)>1: raise BadInput(f"{fname} was made by a newer fastquant, {by}: use the predict.py that came with it.")
+    if way.get('version', 0)>2: raise BadInput(f"{fname} was made by a newer fastquant, {by}: use the predict.py that came with it.")
     if about.get('portable') is False: raise BadInput(f"{fname} uses the whole int8 range, and processors that saturate would answer wrong. Quantize with 'int8', or open it with `Learner.load_onnx`.")
     ops = {d['op'] for d in way.get('input', {}).get('steps', [])}
     if not ('output' in way and ops<=picture_steps.keys()): raise BadInput(f"{fname} does not say how its inputs are made: {way.get('cannot', 'export it again with a newer fastquant.')}")
@@ -104,13 +105,15 @@ class Model:
         self.session = _session(data, fname, threads)
         self.about = {k:json.loads(v) for k,v in self.session.get_modelmeta().custom_metadata_map.items()}
         self.way,self.vocab = _way(self.about, fname),self.about.get('vocab')
-        self.is_table = self.way['input']['kind']=='table'
+        self.takes = self.way['input']['kind'] # 'picture', 'table' or 'text'
+        if self.takes=='text': self.numbers = Numbers(self.way['input'], self.about['preprocess']['tokens'])
     def inputs(self,
-        o # A picture as in `open_picture`, or the row of a table, a dictionary
+        o # A picture as in `open_picture`, the row of a table, a dictionary, or a text as in `open_text`
     )->list:
         "What the model is given"
         way = self.way['input']
-        return prepare_row(o, way) if self.is_table else [prepare_picture(o, way)]
+        if self.takes=='table': return prepare_row(o, way)
+        return [np.array(self.numbers(open_text(o))) if self.takes=='text' else prepare_picture(o, way)]
     def outputs(self,
         xs:list # From `inputs`
     )->np.ndarray:
@@ -121,34 +124,48 @@ class Model:
         feed = {i.name:x[None].astype(_types[i.type]) for i,x in zip(ins, xs)}
         return activated(self.session.run(None, feed)[0], self.way['output'])[0]
     def __call__(self, o):
-        "The answer for a picture, or for the row of a table: see `answer`"
+        "The answer for a picture, the row of a table or a text: see `answer`"
         xs = self.inputs(o)
         return answer(self.outputs(xs), self.way['output'], self.vocab, xs[0].shape[:0:-1])
 
 # %% ../../nbs/app/01_predict.ipynb #01predi0016
-def _items(model, path):
-    "Names and inputs in a file or folder"
-    path = Path(path)
-    if model.is_table: yield from _rows(model, path)
-    elif path.is_dir():
-        known = {s for s,f in Image.registered_extensions().items() if f in Image.OPEN}
-        found = [f for f in path.rglob('*') if f.suffix.lower() in known]
-        files = sorted(f for f in found if not f.name.endswith('.mask.png'))
-        if not files: raise BadInput(f"{path}: there are no pictures in this folder.")
-        yield from ((str(f),f) for f in files)
+_known = {s for s,f in Image.registered_extensions().items() if f in Image.OPEN}
+
+def _in_folder(path, endings, what):
+    found = [f for f in path.rglob('*') if f.suffix.lower() in endings]
+    files = sorted(f for f in found if not f.name.endswith('.mask.png'))
+    if not files: raise BadInput(f"{path}: there are no {what} in this folder.")
+    yield from ((str(f),f) for f in files)
+
+def _items(model, o):
+    "Names and inputs in a file or folder, or a text"
+    path,is_text = Path(o),model.takes=='text'
+    if os.path.isdir(o) and model.takes!='table': yield from _in_folder(path, {'.txt'} if is_text else _known, 'texts' if is_text else 'pictures')
+    elif model.takes=='table': yield from _rows(model, path)
+    elif is_text and path.suffix=='.csv': yield from _texts(model, path)
+    elif is_text and path.suffix!='.txt' and not os.path.exists(o): yield str(o)[:40],str(o)
     else: yield str(path),path
 
-def _rows(model, path):
+# %% ../../nbs/app/01_predict.ipynb #01predi0062
+def _csv(path):
     try:
         with open(path, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
     except (OSError,UnicodeDecodeError,csv.Error) as e: raise BadInput(f"{path} is no CSV file that can be read: {e}.") from None
     if not rows: raise BadInput(f"{path} has no rows, or is no CSV file.")
-    wanted = columns(model.way['input'])
+    return rows
+
+def _rows(model, path):
+    rows,wanted = _csv(path),columns(model.way['input'])
     lost = [c for c in wanted if c not in rows[0]]
     if lost: raise BadInput(f"{path}: missing columns: {', '.join(lost)}. This model needs {', '.join(wanted)}.")
     more = [c for c in rows[0] if c and c not in wanted]
     if more: print(f"{path}: not used: {', '.join(more)}.", file=sys.stderr)
     for i,r in enumerate(rows, 1): yield f'row {i}',r
+
+def _texts(model, path):
+    rows,column = _csv(path),model.way['input']['column']
+    if column not in rows[0]: raise BadInput(f"{path}: missing column: {column}, which has the texts.")
+    for i,r in enumerate(rows, 1): yield f'row {i}',r[column] or ''
 
 # %% ../../nbs/app/01_predict.ipynb #01predi0051
 def _text(said, name):
@@ -194,10 +211,10 @@ def main(
 )->int: # 0 if all went well
     "Answer what the arguments name"
     p = argparse.ArgumentParser(description='Answers of model.onnx, which lies beside this program')
-    p.add_argument('paths', nargs='*', help='pictures and folders of them, or CSV files')
+    p.add_argument('paths', nargs='*', help='pictures, texts, folders of them, or CSV files')
     p.add_argument('--check', action='store_true', help="compare the answers to the examples with the Learner's")
     o = p.parse_args(args)
-    if not (o.paths or o.check): p.error('name a picture, a folder or a CSV file, or pass --check')
+    if not (o.paths or o.check): p.error('name a picture, a text, a folder or a CSV file, or pass --check')
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda m, *a, **k: print(m, file=sys.stderr)

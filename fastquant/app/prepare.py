@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 # %% auto #0
-__all__ = ['picture_steps', 'BadInput', 'open_picture', 'prepare_picture', 'columns', 'prepare_row']
+__all__ = ['picture_steps', 'BadInput', 'open_picture', 'prepare_picture', 'columns', 'prepare_row', 'open_text']
 
 # %% ../../nbs/app/00_prepare.ipynb #00prepa0007
 class BadInput(ValueError): "What is wrong with what was given, in a sentence"
@@ -200,3 +200,16 @@ def prepare_row(
     if lost: raise BadInput(f"Missing columns: {', '.join(lost)}. This model needs {', '.join(columns(way))}.")
     categories,numbers = [_category(d, row) for d in way['categories']],[_number(d, row) for d in way['numbers']]
     return [np.array(categories), np.array(numbers)]
+
+# %% ../../nbs/app/00_prepare.ipynb #00prepa0070
+def open_text(
+    o # A text, its bytes in UTF-8, or the `Path` of a file
+)->str:
+    "The text in `o`; raises `BadInput` if there is none"
+    if isinstance(o, Path) and not o.is_file(): raise BadInput(f"{o}: there is no such file.")
+    name = f'{o}' if isinstance(o, Path) else 'This'
+    try: t = o.read_text(encoding='utf-8-sig') if isinstance(o, Path) else o.decode('utf-8-sig') if isinstance(o, bytes) else o
+    except (OSError,UnicodeDecodeError) as e: raise BadInput(f"{name} is no text in UTF-8: {e}.") from None
+    if not isinstance(t, str): raise BadInput(f"{t!r} is no text: pass one, or the `Path` of a file.")
+    if not t.strip(): raise BadInput(f"{name} is an empty text.")
+    return t

@@ -13,7 +13,7 @@ from PIL import Image
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import FileModel
-from ..app import prepare as preparing, predict as predicting
+from ..app import prepare as preparing, text as reading, predict as predicting
 from ..app.predict import Model, activated
 from ..app.prepare import *
 from .core import *
@@ -44,7 +44,7 @@ from __future__ import annotations
 def _program()->str: # The source of `predict.py`
     "`prepare` and `predict` as a program of its own"
     imports,body = [],[]
-    for m in preparing,predicting:
+    for m in preparing,reading,predicting:
         src = inspect.getsource(m)
         lines,nodes = src.splitlines(),ast.parse(src).body[1:] # after the docstring
         imports += [n for n in nodes if _is_import(n) and not _is_ours(n)]
@@ -81,7 +81,7 @@ def _save_picture(tl, item, folder, name):
     return to.name
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0015
-def _pictures(learn, folder):
+def _pictures(learn, folder, way):
     "Names and inputs of examples in `folder`, and what the Learner's model is given and gives"
     dl = learn.dls[-1]
     at,tl = _some(dl),dl.dataset.tls[0]
@@ -89,7 +89,7 @@ def _pictures(learn, folder):
     each = [o for _,o in some.iterrows()] if hasattr(some, 'iterrows') else some
     names = [_save_picture(tl, o, folder, k) for k,o in enumerate(each, 1)]
     found = [dict(name=n, file=n) for n in names]
-    return found,learn.dls.test_dl(some, bs=len(at), num_workers=0)
+    return found,[learn.dls.test_dl(some, bs=len(at), num_workers=0)]
 
 def _rows(learn, folder, way):
     "The same of a table"
@@ -102,13 +102,32 @@ def _rows(learn, folder, way):
     df.to_csv(folder/'rows.csv', index=False)
     rows = [{k:'' if pd.isnull(v) else str(v) for k,v in r.items()} for r in df.to_dict('records')]
     found = [dict(name=f'row {i}', row=r) for i,r in enumerate(rows, 1)]
-    return found,learn.dls.test_dl(df.reset_index(drop=True), bs=len(df), num_workers=0)
+    return found,[learn.dls.test_dl(df.reset_index(drop=True), bs=len(df), num_workers=0)]
+
+# %% ../../nbs/learner/05_app.ipynb #05appxx0090
+def _text_of(item):
+    "The text of an item: a path, or a row of tokens"
+    if isinstance(item, Path): return item.read_text(encoding='utf-8')
+    tokens = item if isinstance(item, (str,list,L)) else item.get('text', item.iloc[0])
+    return tokens if isinstance(tokens, str) else ' '.join(t for t in tokens if not t.startswith('xx'))
+
+def _passages(learn, folder, way):
+    "The same of texts"
+    tl = learn.dls[-1].dataset.tls[0]
+    some = _items(tl.items, _some(learn.dls[-1]))
+    each = [o for _,o in some.iterrows()] if hasattr(some, 'iterrows') else some
+    texts = [_text_of(o) or 'xxunk' for o in each]
+    for i,t in enumerate(texts, 1): (folder/f'{i}.txt').write_text(t, encoding='utf-8')
+    return [dict(name=f'{i}.txt', file=f'{i}.txt') for i in range(1, len(texts)+1)],[learn.dls.test_dl([t], num_workers=0) for t in texts]
+
+_examples = dict(picture=_pictures, table=_rows, text=_passages)
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0017
 def _answers(learn, dl, output):
-    "What the model of `learn` is given, and what comes of it"
+    "For each item of `dl`, what the model of `learn` is given, and what comes of it"
     with learn.no_bar(): xs,out,_ = learn.get_preds(dl=dl, with_input=True, act=noop)
-    return [to_np(x) for x in (xs if isinstance(xs, tuple) else (xs,))],activated(to_np(out), output)
+    xs = [to_np(x) for x in (xs if isinstance(xs, tuple) else (xs,))]
+    return list(zip(zip(*xs), activated(to_np(out), output)))
 
 def _alike(mine, theirs):
     "Whether nearly all values are within a two hundred and fifty-fifth of their range; categories are to be equal"
@@ -124,16 +143,16 @@ def _note(e, out, folder, is_mask):
         e['mask'] = f"{Path(e['file']).stem}.mask.png"
         Image.fromarray(out.argmax(0).astype(np.uint8)).save(folder/e['mask'])
 
-def _check_same(found, model, folder, given, outs):
+def _check_same(found, model, folder, theirs):
     "Raise a `ValueError` if the program makes another input of an example than the Learner, or another answer; else note the answers"
-    for i,e in enumerate(found):
+    for e,(given,out) in zip(found, theirs):
         xs = model.inputs(e.get('row') or folder/e['file'])
-        if not all(_alike(x, g[i]) for x,g in zip(xs, given)): raise ValueError(f"Of the example {e['name']} the program makes another input than the Learner's validation data have. Something in these is not as `describe(learn)['pipeline']` says: a `get_x` or a callback of your own, or an item that changes.")
+        if not all(_alike(x, g) for x,g in zip(xs, given)): raise ValueError(f"Of the example {e['name']} the program makes another input than the Learner's validation data have. Something in these is not as `describe(learn)['pipeline']` says: a `get_x` or a callback of your own, or an item that changes.")
         p,is_mask = model.outputs(xs),model.way['output']['kind']=='mask'
-        if is_mask: same = (p.argmax(0)==outs[i].argmax(0)).mean()>=.99
-        else: same = np.allclose(p, outs[i], rtol=.01, atol=.01)
-        _note(e, outs[i], folder, is_mask)
-        if not same: raise ValueError(f"For the example {e['name']} the program answers {p.ravel()[:5]}, and the Learner {outs[i].ravel()[:5]}. Look for a callback that changes predictions.")
+        if is_mask: same = (p.argmax(0)==out.argmax(0)).mean()>=.99
+        else: same = np.allclose(p, out, rtol=.01, atol=.01)
+        _note(e, out, folder, is_mask)
+        if not same: raise ValueError(f"For the example {e['name']} the program answers {p.ravel()[:5]}, and the Learner {out.ravel()[:5]}. Look for a callback that changes predictions.")
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0019
 _needs = "numpy>=1.26\npillow>=10\nonnxruntime>=1.26\n" # older ones of the last install sympy
@@ -171,9 +190,8 @@ _says = dict(classes='The answer is a dictionary of class and probability, the l
 
 def _about(to, model, found, gradio, page):
     "The README of an app in the folder `to`"
-    table,e = model.is_table,found[0]
-    example,argument = ('rows.csv',e['row']) if table else (e['file'],"'photo.jpg'")
-    words = dict(name=to.name, version=model.about['fastquant'], example=f'examples/{example}', argument=argument)
+    e,argument = found[0],dict(picture="'photo.jpg'", text="'What it says'").get(model.takes)
+    words = dict(name=to.name, version=model.about['fastquant'], example=f"examples/{e.get('file', 'rows.csv')}", argument=argument or e['row'])
     way,few = model.way['output'],model.vocab and len(model.vocab)<=50
     names = f"\n\nClasses: {', '.join(map(str, model.vocab))}." if few else ''
     answers = _says[way['kind']].format(**way)+names
@@ -188,15 +206,17 @@ import gradio as gr
 from predict import Model
 
 model = Model('model.onnx')
-def predict(picture): return {answer}
+def predict(given): return {answer}
 
-gr.Interface(fn=predict, inputs=gr.Image(type='pil'), outputs={shown}, examples={examples}).launch()
+gr.Interface(fn=predict, inputs={inputs}, outputs={shown}, examples={examples}).launch()
 """
 
 def _gradio(model, found):
     kind = model.way['output']['kind']
-    answer = f"model(picture)*{255//max(len(model.vocab or '  ')-1, 1)}" if kind=='mask' else 'model(picture)'
-    return _app.format(answer=answer, shown=_shown[kind], examples=[f"examples/{e['file']}" for e in found])
+    answer = f"model(given)*{255//max(len(model.vocab or '  ')-1, 1)}" if kind=='mask' else 'model(given)'
+    inputs = 'gr.Textbox()' if model.takes=='text' else "gr.Image(type='pil')"
+    examples = None if model.takes=='text' else [f"examples/{e['file']}" for e in found]
+    return _app.format(answer=answer, inputs=inputs, shown=_shown[kind], examples=examples)
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0023
 def _new_folder(o):
@@ -224,6 +244,10 @@ def _scripts(page):
     if not all(f.is_file() for f in found): raise FileNotFoundError(f"page={quoted(page)}: there is no onnxruntime-web in this folder. Run `npm install onnxruntime-web`, and pass page='node_modules/onnxruntime-web'.")
     return [Path(preparing.__file__).with_name('index.html'),*found]
 
+def _check_pages(takes, gradio, page):
+    "Raise a `ValueError` if a page would not know what a model takes"
+    if takes=='table' and gradio or takes!='picture' and page: raise ValueError(f"The pages of `gradio` take pictures and texts, those of `page` pictures, and this Learner takes a {takes}. Leave them out.")
+
 # %% ../../nbs/learner/05_app.ipynb #05appxx0024
 @patch
 def export_app(self:Learner,
@@ -235,7 +259,7 @@ def export_app(self:Learner,
     check_flags(gradio=gradio)
     to,scripts = _new_folder(file_in(self.path, folder, 'folder')),[] if page is None else _scripts(page)
     way = _checked_way(self)
-    if way['input']['kind']=='table' and (gradio or scripts): raise ValueError("The pages of `gradio` and `page` take pictures, and this Learner a table. Leave both out.")
+    _check_pages(way['input']['kind'], gradio, scripts)
     with TemporaryDirectory(prefix='.fq-', dir=to.parent) as tmp:
         new = Path(tmp)/to.name
         (new/'examples').mkdir(parents=True)
@@ -249,8 +273,8 @@ def export_app(self:Learner,
 def _fill(learn, folder, gradio, page):
     "Put everything beside the model in `folder`"
     model,examples = Model(folder/'model.onnx'),folder/'examples'
-    found,dl = _rows(learn, examples, model.way['input']) if model.is_table else _pictures(learn, examples)
-    _check_same(found, model, examples, *_answers(learn, dl, model.way['output']))
+    found,dls = _examples[model.takes](learn, examples, model.way['input'])
+    _check_same(found, model, examples, [o for dl in dls for o in _answers(learn, dl, model.way['output'])])
     (examples/'answers.json').write_text(json.dumps(found, indent=1), encoding='utf-8')
     texts = {'predict.py':_program(), 'requirements.txt':_needs, 'README.md':_about(folder, model, found, gradio, page)}
     if gradio: texts['app.py'] = _gradio(model, found)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from fastai.basics import *
 from fastai.tabular.core import Categorify, FillMissing, ReadTabBatch, Tabular
+from fastai.text.data import Pad_Chunk
 from fastai.vision.augment import *
 from fastai.vision.core import *
 from .text import *
@@ -132,6 +133,12 @@ def _table(dl, callbacks):
         return dict(name=n, fill=fill, mean=float(mean), std=float(std))
     return dict(kind='table', categories=list(map(category, to.cat_names)), numbers=list(map(number, to.cont_names)))
 
+# %% ../../nbs/learner/00_pipeline.ipynb #00pipel0060
+def _text(dl, dls, callbacks):
+    _steps([t for t in valid_steps(dl) if type(t) is not Pad_Chunk], callbacks)
+    try: return text_way(dls)
+    except ValueError as e: raise _Cannot(str(e)) from None
+
 # %% ../../nbs/learner/00_pipeline.ipynb #00pipel0024
 _of_numbers = nn.MSELoss,F.mse_loss,nn.L1Loss,F.l1_loss,nn.SmoothL1Loss,F.smooth_l1_loss,nn.HuberLoss
 _torch = dict(softmax=(nn.CrossEntropyLoss,F.cross_entropy), exp=(nn.NLLLoss,F.nll_loss),
@@ -177,17 +184,21 @@ def _output(dl, loss):
     return facts
 
 # %% ../../nbs/learner/00_pipeline.ipynb #00pipel0029
+_since = dict(text=2) # the version of kinds that older programs do not know
+
 def pipeline_of(
     learn:Learner,
     callbacks=() # Names of those that change what its model is given
 )->dict: # Plain data: `version`, `input` and `output`, or why it `cannot` be said
     "The way from what `learn` is given to what it answers, in validation"
     dl = learn.dls[-1]
-    try: return dict(version=1, input=_input(dl, learn.dls, callbacks), output=_output(dl, learn.loss_func))
+    try:
+        given = _input(dl, learn.dls, callbacks)
+        return dict(version=_since.get(given['kind'], 1), input=given, output=_output(dl, learn.loss_func))
     except _Cannot as e: return dict(version=1, cannot=str(e))
 
 def _input(dl, dls, callbacks):
     if isinstance(getattr(dl, 'dataset', None), Tabular): return _table(dl, callbacks)
-    if text_facts(dls): raise _Cannot("It reads texts, and an app does not know their tokenizer yet. Use `learn.export_onnx`, whose metadata name it.")
+    if text_facts(dls): return _text(dl, dls, callbacks)
     if not getattr(getattr(dl, 'dataset', None), 'tls', None): raise _Cannot("Its data are tensors, and how they came about is not known. Use a `DataBlock` with an `ImageBlock`, or `TabularDataLoaders`.")
     return _picture(dl, callbacks)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import torch
 from torch import nn
 from fastai.basics import *
-from fastai.text.core import Tokenizer
+from fastai.text import core as text_core
+from fastai.text.core import BaseTokenizer, SpacyTokenizer, Tokenizer
 from fastai.text.data import LMDataLoader, Numericalize, Pad_Chunk
 from fastai.text.models.awdlstm import AWD_LSTM, WeightDropout
 from fastai.text.models.core import LinearDecoder, PoolingLinearClassifier, SentenceEncoder
+from ..app.text import text_rules
 from ..export.runnable import *
 
 # %% auto #0
-__all__ = ['carries_state', 'text_facts', 'pad_facts', 'classes_of']
+__all__ = ['carries_state', 'text_facts', 'pad_facts', 'classes_of', 'tables_of', 'text_way']
 
 # %% ../../nbs/learner/00_text.ipynb #00textx0006
 def _inner(m): return m.module if isinstance(m, WeightDropout) else m
@@ -167,3 +169,36 @@ def classes_of(
     if number is None or isinstance(dls[-1], LMDataLoader): return vocab
     others = [v for v in vocab if v is not number.vocab] if isinstance(vocab[0], (list,L)) else []
     return others[0] if len(others)==1 else others or None
+
+# %% ../../nbs/learner/00_text.ipynb #00textx0031
+def tables_of(
+    tok # A tokenizer of fastai's
+)->dict: # Plain data: `split`, or spaCy's tables
+    "What cuts texts as `tok` does, for `fastquant.app.text`; raises `ValueError` if that cannot be written down"
+    if type(tok) is BaseTokenizer: return dict(split=tok.split_char)
+    nlp = getattr(getattr(tok, 'pipe', None), '__self__', None) if type(tok) is SpacyTokenizer else None
+    cut = getattr(nlp, 'tokenizer', None)
+    if f'{type(cut).__module__}.{type(cut).__name__}'!='spacy.tokenizer.Tokenizer' or nlp.pipe_names: raise ValueError(f"How the tokenizer {_name(type(tok))} cuts texts cannot be written down. Use spaCy's of a language without a program of its own, as English, which is fastai's default, or `BaseTokenizer` on texts that are cut already.")
+    return dict(spacy=_spacy_tables(cut))
+
+def _spacy_tables(cut):
+    from spacy.symbols import ORTH
+    found = dict(prefix=cut.prefix_search, suffix=cut.suffix_search, infix=cut.infix_finditer, url=cut.url_match, token=cut.token_match)
+    special = {k:[d[ORTH] for d in v] for k,v in cut.rules.items()}
+    def is_cut(s): return ' ' in s or cut.find_prefix(s) or cut.find_infix(s) or cut.find_suffix(s)
+    return dict(patterns={k:f.__self__.pattern for k,f in found.items() if f}, special=special, matched=list(filter(is_cut, special)))
+
+# %% ../../nbs/learner/00_text.ipynb #00textx0035
+def text_way(
+    dls:DataLoaders # Of texts
+)->dict: # Plain data
+    "The way from a text to its numbers; raises `ValueError` if it cannot be written down"
+    cut = _found(dls, Tokenizer)
+    if cut is None: raise ValueError("Its texts come as tokens, and how they were cut is not known. Use a `TextBlock` or `TextDataLoaders` with a tokenizer.")
+    own = [_name(f) for f in cut.rules if _name(f) not in text_rules or f is not getattr(text_core, _name(f), None)]
+    if own: raise ValueError(f"The rule {', '.join(own)} of its tokenizer is none of fastai's, and what it does cannot be written down. Do that to the texts themselves, before training.")
+    acts = [type(t).__name__ for t in dls.valid.before_batch if type(t) is not Pad_Chunk]
+    if acts: raise ValueError(f"{', '.join(acts)} acts on batches of texts, and what it does cannot be written down. Leave it to the `Pad_Chunk` that `TextDataLoaders` brings.")
+    named = getattr(cut, 'text_cols', None)
+    column = named if isinstance(named, str) else 'text'
+    return dict(kind='text', column=column, rules=list(map(_name, cut.rules)), tokenizer=tables_of(cut.tok))

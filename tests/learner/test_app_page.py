@@ -123,7 +123,7 @@ def test_what_is_wrong_with_a_picture(apps, root, url, browser):
 def test_what_is_wrong_with_a_model(apps, root, url, browser):
     data = (apps['crop'][1]/'model.onnx').read_bytes()
     at = len(data)//2
-    wrong = dict(flipped=data[:at]+bytes([data[at]^1])+data[at+1:], short=data[:-30], empty=b'', newer=said_of(data, dict(version=2)))
+    wrong = dict(flipped=data[:at]+bytes([data[at]^1])+data[at+1:], short=data[:-30], empty=b'', newer=said_of(data, dict(version=3)))
     wrong['cannot'] = said_of(data, dict(version=1, cannot='x'))
     says = dict(flipped='damaged', short='damaged', empty='damaged', newer='newer fastquant', cannot='does not say how')
     for k,b in wrong.items():
