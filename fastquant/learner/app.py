@@ -200,13 +200,15 @@ def _about(to, model, found, gradio, page):
 
 # %% ../../nbs/learner/05_app.ipynb #05appxx0021
 _shown = dict(classes='gr.Label(num_top_classes=5)',
-    labels='gr.Label()', mask='gr.Image()', points='gr.JSON()', numbers='gr.JSON()')
+    labels='gr.Label()', mask="gr.Image(format='png')", points='gr.JSON()', numbers='gr.JSON()')
 _app = """"A page for Hugging Face Spaces"
 import gradio as gr
-from predict import Model
+from predict import BadInput, Model
 
 model = Model('model.onnx')
-def predict(given): return {answer}
+def predict(given):
+    try: return {answer}
+    except BadInput as e: raise gr.Error(str(e)) from None
 
 gr.Interface(fn=predict, inputs={inputs}, outputs={shown}, examples={examples}).launch()
 """
@@ -214,7 +216,7 @@ gr.Interface(fn=predict, inputs={inputs}, outputs={shown}, examples={examples}).
 def _gradio(model, found):
     kind = model.way['output']['kind']
     answer = f"model(given)*{255//max(len(model.vocab or '  ')-1, 1)}" if kind=='mask' else 'model(given)'
-    inputs = 'gr.Textbox()' if model.takes=='text' else "gr.Image(type='pil')"
+    inputs = 'gr.Textbox()' if model.takes=='text' else "gr.Image(type='filepath', image_mode=None)" # or Gradio turns it by what EXIF says
     examples = None if model.takes=='text' else [f"examples/{e['file']}" for e in found]
     return _app.format(answer=answer, inputs=inputs, shown=_shown[kind], examples=examples)
 

@@ -264,8 +264,17 @@ def test_pages_take_pictures_and_an_engine(app, table):
 def test_gradio(app, root):
     "The page runs, with something in the place of Gradio that calls it"
     to = app[0].export_app('space', gradio=True)
-    stub = "import sys, types\nseen = {}\nclass I:\n    def __init__(self, **k): seen.update(k)\n    def launch(self): print(seen['fn'](Image.open(seen['examples'][0])))\n" \
-        "from PIL import Image\nsys.modules['gradio'] = types.SimpleNamespace(Interface=I, Image=dict, Label=dict)\n"
+    stub = '''
+import sys, types
+seen = {}
+class Interface:
+    def __init__(self, **k): seen.update(k)
+    def launch(self):
+        print(seen['fn'](seen['examples'][0]), seen['inputs'])
+        try: seen['fn'](None)
+        except OSError as e: print(e)
+sys.modules['gradio'] = types.SimpleNamespace(Interface=Interface, Image=dict, Label=dict, Error=OSError)
+'''
     r = subprocess.run([sys.executable, '-c', f"{blocker}{stub}sys.path[0] = '.'\nimport app"], capture_output=True, text=True, cwd=to)
-    assert r.returncode==0 and r.stdout.startswith("{'"), r.stderr
+    assert r.returncode==0 and r.stdout.startswith("{'") and "{'type': 'filepath', 'image_mode': None}" in r.stdout and 'None is no picture' in r.stdout, r.stderr
     assert (to/'README.md').read_text().startswith('---\ntitle: space\nsdk: gradio\napp_file: app.py\n---\n')
