@@ -164,7 +164,6 @@ _fitting = dict(classes=_one, labels=('sigmoid','none'), mask=_one, points=_as_i
 def _target(dl):
     "What the targets are"
     if isinstance(dl.dataset, Tabular): tfms = list(dl.dataset.procs)
-    elif len(dl.dataset.tls)!=2: raise _Cannot(f"Its data have {len(dl.dataset.tls)-1} targets, and an app has one answer. Use a Learner with one input and one target.")
     else: tfms = list(dl.dataset.tls[1].tfms)
     found = [_kinds[type(t)] for t in tfms if type(t) in _kinds]
     cls,_ = _opener(tfms)
@@ -199,6 +198,7 @@ def pipeline_of(
 
 def _input(dl, dls, callbacks):
     if isinstance(getattr(dl, 'dataset', None), Tabular): return _table(dl, callbacks)
-    if text_facts(dls): return _text(dl, dls, callbacks)
     if not getattr(getattr(dl, 'dataset', None), 'tls', None): raise _Cannot("Its data are tensors, and how they came about is not known. Use a `DataBlock` with an `ImageBlock`, or `TabularDataLoaders`.")
-    return _picture(dl, callbacks)
+    n,k = len(dl.dataset.tls),dl.n_inp
+    if (n,k)!=(2,1): raise _Cannot(f"Its data have {k} input(s) and {n-k} target(s), and an app takes one and has one answer. Use a Learner with one input and one target.")
+    return _text(dl, dls, callbacks) if text_facts(dls) else _picture(dl, callbacks)

@@ -1,5 +1,5 @@
 "examples/server.py: answers over HTTP, on loopback"
-import importlib.util, json, shutil, struct, subprocess, sys, zlib
+import importlib.util, json, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
@@ -12,6 +12,7 @@ from fastquant.all import *
 from fastquant.runtime import Model
 from ..helpers.data import pictures, rows, table
 from ..helpers.learners import quiet
+from ..helpers.photos import huge_png
 
 program = Path(__file__).parents[2]/'examples'/'server.py'
 
@@ -51,15 +52,10 @@ def test_answers_are_those_of_the_model(app, port):
     with ThreadPoolExecutor(8) as pool: found = list(pool.map(lambda f: ask(port, f.read_bytes()), files*8))
     assert found==[(200,model(f)) for f in files]*8 and ask(port, method='GET')[0]==200
 
-def huge():
-    "The head of a PNG of a million pixels a side"
-    def chunk(k, d): return struct.pack('>I', len(d))+k+d+struct.pack('>I', zlib.crc32(k+d))
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', 10**6, 10**6, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*100))+chunk(b'IEND', b'')
-
 @pytest.mark.parametrize('name,says', dict(empty='no picture', text='no picture', json='no picture', eps='no picture', short='damaged or cut short', huge='too large').items())
 def test_what_is_no_picture(name, says, app, port):
     whole = (app/'examples'/'1.png').read_bytes()
-    bodies = dict(empty=b'', text=b'no picture', json=b'{"a": 1}', eps=b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF', short=whole[:len(whole)//2], huge=huge())
+    bodies = dict(empty=b'', text=b'no picture', json=b'{"a": 1}', eps=b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF', short=whole[:len(whole)//2], huge=huge_png())
     status,said = ask(port, bodies[name])
     assert status==400 and list(said)==['error'] and says in said['error'] and ask(port, whole)[0]==200
 

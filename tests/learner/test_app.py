@@ -2,9 +2,9 @@
 import json, os, re, shutil, subprocess, sys
 import numpy as np, onnx, pandas as pd, pytest
 from fastai.tabular.all import Categorify, FillMissing, Normalize, TabularDataLoaders, tabular_learner
-from fastai.vision.all import (BCEWithLogitsLossFlat, Callback, CategoryBlock, ConvLayer, CropPad, DataBlock, Image, ImageBlock, ImageDataLoaders,
+from fastai.vision.all import (BBoxBlock, BBoxLblBlock, BCEWithLogitsLossFlat, Callback, CategoryBlock, ConvLayer, CropPad, DataBlock, Image, ImageBlock, ImageDataLoaders,
     ItemTransform, Learner, MaskBlock, MultiCategoryBlock, PILImage, PILImageBW, PointBlock, RandomResizedCrop, RandomSplitter, RatioResize, RegressionBlock,
-    Resize, aug_transforms, get_image_files, imagenet_stats, nn, parent_label, set_seed)
+    Resize, aug_transforms, get_image_files, imagenet_stats, nn, noop, parent_label, set_seed)
 from fastquant.all import *
 from fastquant.app.predict import Model
 from fastquant.app.prepare import BadInput, prepare_picture
@@ -12,6 +12,7 @@ from fastquant.export.intact import metadata_of, sealed_bytes
 from fastquant.learner.pipeline import pipeline_of
 from ..helpers.data import digits
 from ..helpers.learners import quiet
+from ..helpers.photos import interlaced_png
 
 blocker = '''
 import sys
@@ -101,6 +102,17 @@ def test_pixels_are_those_of_the_learner(name, root):
     theirs, = learn.dls.test_dl(files, bs=len(files), num_workers=0).one_batch()
     near = [np.abs(prepare_picture(f, way)-x.numpy()).max()<=1/255 for f,x in zip(files, theirs)]
     assert np.mean(near)>=.995, [f.name for f,ok in zip(files, near) if not ok]
+
+def test_transparent_and_interlaced_pictures(root):
+    "Colours below what is transparent count, as they do for the Learner"
+    (root/'odd').mkdir()
+    rng = np.random.default_rng(0)
+    for c in 2,3,4: (root/'odd'/f'{c}.png').write_bytes(interlaced_png(rng.integers(0, 256, (33,47,c), dtype=np.uint8)))
+    for c,how in (3,{}),(4,{}),(4,dict(quality=50)): Image.fromarray(rng.integers(0, 256, (33,47,c), dtype=np.uint8)).save(root/'odd'/f'{c}{len(how)}.webp', **(how or dict(lossless=True, exact=True)))
+    files = sorted((root/'odd').iterdir())
+    learn = learner(root)
+    theirs, = learn.dls.test_dl(files, bs=len(files), num_workers=0).one_batch()
+    for f,x in zip(files, theirs): assert np.abs(prepare_picture(f, pipeline_of(learn)['input'])-x.numpy()).max()<=1/255, f.name
 
 def test_classes_are_those_of_the_learner(app, root):
     q,to = app
@@ -247,6 +259,18 @@ def test_refused_by_name(how, says, root):
     before = {f.name for f in root.iterdir()}
     with pytest.raises(ValueError, match=says): learn.export_app('refused')
     assert {f.name for f in root.iterdir()}==before
+
+boxes = [[1,2,9,10],[3,3,8,12]]
+several = dict(boxes=((ImageBlock,BBoxBlock,BBoxLblBlock), [lambda f: boxes, lambda f: ['a','b']], 1, '1 input.s. and 2 target.*one input and one target'),
+    two=((ImageBlock,CategoryBlock,RegressionBlock), [parent_label, lambda f: 1.], 1, '1 input.s. and 2 target.*one input and one target'),
+    inputs=((ImageBlock,ImageBlock,CategoryBlock), [noop, parent_label], 2, '2 input.s. and 1 target.*one input and one target'))
+
+@pytest.mark.parametrize('name', several)
+def test_boxes_and_several_targets_are_refused(name, root):
+    blocks,get,n_inp,says = several[name]
+    dls = DataBlock(blocks, get_items=get_image_files, getters=[noop, *get], n_inp=n_inp, item_tfms=Resize(24)).dataloaders(root/'pics', bs=4, num_workers=0, device='cpu')
+    with pytest.raises(ValueError, match=says): quiet(Learner(dls, net(3), loss_func=nn.CrossEntropyLoss(), path=root)).export_app('refused')
+    assert not (root/'refused').exists()
 
 def test_folders(app, root):
     q,_ = app

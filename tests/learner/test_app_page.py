@@ -1,5 +1,5 @@
 "The page of an app in a real browser, against the Learner"
-import json, os, struct, zlib
+import json, os
 from pathlib import Path
 import numpy as np, onnx, pytest
 from fastai.vision.all import CategoryBlock, DataBlock, Image, ImageBlock, Learner, MaskBlock, Normalize, PILImageBW, RandomSplitter, Resize, \
@@ -9,6 +9,7 @@ from fastquant.export.intact import metadata_of, sealed_bytes
 from ..helpers.browser import chromium, chromium_at, driver, served
 from ..helpers.data import digits
 from ..helpers.learners import quiet
+from ..helpers.photos import huge_png, interlaced_png
 
 pytest.importorskip('selenium.webdriver', reason='selenium drives the browser: pip install -e ".[dev]"')
 from selenium.webdriver.support.ui import WebDriverWait
@@ -87,10 +88,21 @@ def test_the_page_says_what_the_learner_does(name, apps, root, url, browser):
     assert len(bad)<=.02*len(files), bad
     assert np.mean([o['said'][0][0]==learn.dls.vocab[i] for o,i in zip(found, p.argmax(1))])>=.99
 
-def huge(w, h):
-    "The head of a PNG that says it is as large"
-    def chunk(k, d): return struct.pack('>I', len(d))+k+d+struct.pack('>I', zlib.crc32(k+d))
-    return b'\x89PNG\r\n\x1a\n'+chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 8, 2, 0, 0, 0))+chunk(b'IDAT', zlib.compress(b'\0'*100))+chunk(b'IEND', b'')
+def test_transparent_and_interlaced_pictures(apps, root, url, browser):
+    "Colours below what is transparent count, as they do for the Learner"
+    learn,_ = apps['crop']
+    (root/'odd').mkdir()
+    rng,exif = np.random.default_rng(0),Image.Exif()
+    exif[0x0112] = 6
+    for c in 2,3,4: (root/'odd'/f'{c}.png').write_bytes(interlaced_png(rng.integers(0, 256, (33,47,c), dtype=np.uint8)))
+    for c,how in (3,{}),(4,{}),(4,dict(exif=exif)): Image.fromarray(rng.integers(0, 256, (33,47,c), dtype=np.uint8)).save(root/'odd'/f'{c}{len(how)}.webp', lossless=True, exact=True, **how)
+    files = sorted((root/'odd').iterdir())
+    browser.get(f'{url}apps/crop/index.html')
+    found = browser.execute_async_script(asked, [f'../../odd/{f.name}' for f in files])
+    x, = learn.dls.test_dl(files, bs=len(files), num_workers=0).one_batch()
+    std = np.float32(imagenet_stats[1])[:,None,None]
+    off = {f.name:float(np.abs((np.float32(o['x']).reshape(t.shape)-t.numpy())*std).max()*255) for f,o,t in zip(files, found, x)}
+    assert max(off.values())<1.01, off
 
 def requests(b):
     "What the page has asked for"
@@ -114,7 +126,7 @@ def test_a_photo_is_taken(apps, root, url, browser):
 def test_what_is_wrong_with_a_picture(apps, root, url, browser):
     whole = (root/'pics'/'0'/'0.jpg').read_bytes()
     png = next((root/'pics').rglob('1.png')).read_bytes()
-    wrong = {'short.jpg':whole[:-200], 'short.png':png[:-40], 'text.jpg':b'no picture', 'empty.png':b'', 'rows.csv':b'a,b\n1,2\n', 'huge.png':huge(10**6, 10**6)}
+    wrong = {'short.jpg':whole[:-200], 'short.png':png[:-40], 'text.jpg':b'no picture', 'empty.png':b'', 'rows.csv':b'a,b\n1,2\n', 'huge.png':huge_png()}
     for k,b in wrong.items(): (root/k).write_bytes(b)
     browser.get(f'{url}apps/crop/index.html')
     found = browser.execute_async_script(asked, [f'../../{k}' for k in wrong])
