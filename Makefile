@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## Run every test, in a process for each processor, up to fou
 check: $(VENV)/.dev ## What CI checks besides the tests: everything generated is in step, style, docs
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" scripts/check
 
-docs: $(VENV)/.dev ## Build the docs in _docs/, without Quarto or a network
+docs: $(VENV)/.dev ## Build the docs in _docs/, as they are published; it needs no network
 	@$(py) scripts/docs.py
 
 fix: $(VENV)/.dev ## Bring the package, the notebooks' metadata and README.md in step with the notebooks

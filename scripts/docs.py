@@ -1,10 +1,10 @@
-"""Build the docs site without Quarto, from the same processed notebooks that nbdev-docs renders.
+"""Build the docs site, the one that is tested and published, from the notebooks as nbdev processes them.
 
     python scripts/docs.py            # build _docs/, then check that every internal link and image resolves
     python scripts/docs.py --readme   # write README.md from nbs/index.ipynb
 
-nbdev-docs and nbdev-readme do the same with Quarto where it is installed. Quarto's Markdown is pandoc's,
-so pandoc (the pypandoc_binary package) reads these pages as Quarto does, heading ids included.
+It stands for nbdev-docs and nbdev-readme, which would need Quarto. Their Markdown is pandoc's, so pandoc
+(the pypandoc_binary package) reads these pages; groups of the navigation are where nbdev has them, in nbs/_quarto.yml.
 The pages ask nothing of other hosts: one that would fails the build as a broken link does.
 """
 import base64, gc, html, html.parser, itertools, json, os, re, shutil, sys
@@ -131,10 +131,17 @@ def to_page(here, link, page_of):
     to = Path(os.path.normpath(here.parent/link)).as_posix()
     return os.path.relpath(page_of[to], here.parent) if to in page_of else link
 
+def address(cfg, nm): return f"{cfg.doc_url.rstrip('/')}/{'' if nm=='index.html' else nm}"
+
+def sitemap(cfg, names):
+    "All pages, for search engines"
+    urls = ''.join(f'<url><loc>{html.escape(address(cfg, n))}</loc></url>\n' for n in names)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+
 def render(nm, meta, md, fn, menu, cfg):
     "The page `nm`, as HTML"
     root = '../'*nm.count('/')
-    head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url,
+    head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url, address=address(cfg, nm),
         notebook=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{fn.as_posix()}')
     head['description-meta'] = head['description'].replace('`', '')
     out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
@@ -169,6 +176,7 @@ def build():
     pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}
     index = [dict(href=f'{n}#{i}', page=t, title=h.strip(), text=' '.join(b.split())) for n,t,_ in menu for i,h,b in pages[n].sections]
     (site/'search-index.js').write_text(f'const search_index = {json.dumps(index, indent=0)}\n', encoding='utf-8')
+    (site/'sitemap.xml').write_text(sitemap(cfg, pages), encoding='utf-8')
     bad = list(broken(pages, site))
     for b in bad: print(b, file=sys.stderr)
     print(f'{len(srcs)} pages in {cfg.doc_path.name}/')

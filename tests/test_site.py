@@ -1,4 +1,4 @@
-"Every page of the docs, as the offline builder makes it, in a real browser"
+"Every page of the docs, as it is published, in a real browser"
 import functools, json, re, shutil, subprocess, sys, threading
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -103,6 +103,11 @@ def test_checks_find_what_is_wrong(browser, tmp_path):
     assert all(check(p) for check in checks.values())
 
 def test_every_notebook_has_a_page(pages): assert len(pages)==len(list(root.glob('nbs/**/[!_.]*.ipynb')))
+def test_what_is_tested_is_published(site, pages):
+    workflow = (root/'.github'/'workflows'/'docs.yaml').read_text()
+    assert 'run: python scripts/docs.py' in workflow and f'path: {site.name}' in workflow and 'quarto' not in workflow
+    listed = re.findall('<loc>https://[^/]+/[^/]+/(.*?)</loc>', (site/'sitemap.xml').read_text())
+    assert {n or 'index.html' for n in listed}==set(pages)
 def test_formulas(pages):
     assert len(pages['quant/grid.html']['formulas'])>10
     assert not each(pages, lambda p: [w for w in p['formulas'] if not w])
