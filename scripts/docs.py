@@ -36,22 +36,22 @@ def directives(src):
         lines.pop(0)
     return found,'\n'.join(lines).strip('\n')
 
-def picture(data, mime, f, dest):
+def picture(data, mime, f, dest, alt):
     "Markdown for the picture in `data`, once it is in the file `f` below `dest`; one with twice the usual dots is shown in the usual size"
     f,raw = f.with_suffix(pictures[mime]),text(data[mime])
     (dest/f).parent.mkdir(exist_ok=True, parents=True)
     (dest/f).write_bytes(raw.encode() if mime.endswith('xml') else base64.b64decode(raw))
-    if mime!='image/png': return f'![]({f.as_posix()})'
+    if mime!='image/png': return f'![{alt}]({f.as_posix()})'
     with Image.open(dest/f) as im: fine,w = im.info.get('dpi', (100,))[0]>150,im.width
-    return f'![]({f.as_posix()})' + (f'{{width={w//2}}}' if fine else '')
+    return f'![{alt}]({f.as_posix()})' + (f'{{width={w//2}}}' if fine else '')
 
-def output(o, f, dest):
+def output(o, f, dest, alt):
     "Markdown for one output of a cell, in the richest form it has; None if it has nothing to show"
     data = o.get('data', {})
     if o['output_type']=='stream': return block(text(o['text']))
     if o['output_type']=='error': return block(f"{o['ename']}: {o['evalue']}")
     mime = next((m for m in pictures if m in data), None)
-    if mime: return picture(data, mime, f, dest)
+    if mime: return picture(data, mime, f, dest, alt)
     if 'text/html' in data: return f"``````{{=html}}\n{text(data['text/html'])}\n``````" # before Markdown, which fastprogress makes of HTML
     if 'text/markdown' in data: return text(data['text/markdown'])
     if 'text/plain' in data: return block(text(data['text/plain']))
@@ -69,7 +69,7 @@ def page(fn, dest):
             if d.get('echo')!='false' and code: out.append(f'````python\n{code}\n````')
             if d.get('output')=='false': continue
             files = Path(f'{fn.stem}_files')/c.get('id', f'cell{n}')
-            out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest) for i,o in enumerate(c.get('outputs', []))))
+            out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '')) for i,o in enumerate(c.get('outputs', []))))
     return meta,'\n\n'.join(out)+'\n'
 
 class Links(html.parser.HTMLParser):
@@ -182,12 +182,22 @@ def build():
     print(f'{len(srcs)} pages in {cfg.doc_path.name}/')
     return len(bad)
 
+def table_md(m): return pypandoc.convert_text(m[1], 'gfm', format='html', extra_args=['--wrap=none'])
+
+def portable(md, cfg):
+    "The Markdown `md` without what GitHub and PyPI take away: tables of pandas and their style, addresses that are relative"
+    raw = cfg.git_url.replace('github.com', 'raw.githubusercontent.com')
+    md = re.sub(r'<div>\s*<style scoped>.*?</style>\s*(<table.*?</table>)\s*</div>', table_md, md, flags=re.S)
+    md = re.sub(r'(?<=<img src=")(?!\w+:)', f'{raw}/{cfg.branch}/', md)
+    return re.sub(r'(?<=\]\()(?!\w+:|#)', f"{cfg.doc_url.rstrip('/')}/", md)
+
 def readme():
     cfg = get_config()
     shutil.rmtree(cfg.config_path/f'{Path(cfg.readme_nb).stem}_files', ignore_errors=True)
     meta,md = page(proc_nbs(n_workers=1)/cfg.readme_nb, cfg.config_path)
     head = f"# {meta['title']}\n\n" + (f"> {meta['description']}\n\n" if meta['description'] else '')
-    (cfg.config_path/'README.md').write_text(pypandoc.convert_text(head+md, 'gfm', format=dialect, extra_args=['--wrap=preserve']), encoding='utf-8')
+    md = pypandoc.convert_text(head+md, 'gfm', format=dialect, extra_args=['--wrap=preserve'])
+    (cfg.config_path/'README.md').write_text(portable(md, cfg), encoding='utf-8')
 
 if __name__=='__main__':
     lib = get_config().lib_path.name

@@ -52,7 +52,7 @@ def compare(self:Learner,
     alone = {_in_float(k):_float_twin(l) for k,l in int8.items()}
     timed = {**dict(zip(names, learns)), **alone}
     ms = latency({k:_one_item(l, dl) for k,l in timed.items()}, **kwargs)
-    def row(name, learn, run): return dict(_row(learn, run, runs[0], dl), **_times(ms, name))
+    def row(name, learn, run): return _row(learn, run, runs[0], dl, _times(ms, name))
     return pd.DataFrame([row(*o) for o in zip(names, learns, runs)], index=names)
 
 # %% ../../nbs/learner/04_compare.ipynb #22cmptimes1
@@ -97,16 +97,16 @@ def _check_same(runs):
     raise ValueError("The data gives something else each time that it is asked, so what Learners make of it cannot be compared. Pass batches that stay, `dl=list(learn.dls.valid)`, or draw them from `random` or `torch`, which are seeded for each Learner.")
 
 # %% ../../nbs/learner/04_compare.ipynb #22leardaaf62
-def _row(learn, run, first, dl):
+def _row(learn, run, first, dl, times):
     (record,probs,pred,_),(_,probs0,pred0,_) = run,first
-    names = ['loss',*learn.metrics.attrgot('name')]
+    names = learn.metrics.attrgot('name')
     model,nan = learn.model,float('nan')
     shares = [s for s in map(agreement, pred, pred0) if s is not None]
     same = min(shares, default=nan)
     far = max(((a-b).abs().max().item() for a,b in zip(probs, probs0)), default=nan)
     macs = n_macs(model, *_items(learn, dl))
-    size = dict(bytes=n_bytes(model), parameters=n_params(model), MACs=macs)
-    return {**size, **dict(zip(names, record)), 'agrees':same, 'max difference':far}
+    metrics = dict(zip(names, record[1:]))
+    return {'bytes':n_bytes(model), **times, **metrics, 'agrees':same, 'loss':record[0], 'max difference':far, 'parameters':n_params(model), 'MACs':macs}
 
 def _items(learn, dl):
     with no_random(reproducible=False): return inputs(learn, dl, 1)[0]
