@@ -149,6 +149,13 @@ def render(nm, meta, md, fn, menu, cfg):
         '--variable', f'nav={nav(menu, nm, root)}', '--variable', f'turn={turn(menu, nm, root)}'])
     return re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S)
 
+def index(menu, srcs, pages):
+    "All sections of all pages, for search.js; the first of a page has what the page is about, and its keywords"
+    for (n,title,group),(_,meta,_,_) in zip(menu, srcs):
+        for i,(id,head,body) in enumerate(pages[n].sections):
+            first = {} if i else dict(about=meta['description'], keywords=meta.get('keywords', ''))
+            yield dict(href=f'{n}#{id}', page=title, group=group, title=head.strip(), **first, text=' '.join(body.split()))
+
 def build():
     cfg = get_config()
     proc,site,url = cfg.config_path/'_proc',cfg.doc_path.resolve(),cfg.doc_url.rstrip('/')
@@ -174,8 +181,7 @@ def build():
         (site/nm).parent.mkdir(exist_ok=True, parents=True)
         (site/nm).write_text(out.replace(f'href="{url}/', f'href="{"../"*nm.count("/")}') if url else out, encoding='utf-8')
     pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}
-    index = [dict(href=f'{n}#{i}', page=t, title=h.strip(), text=' '.join(b.split())) for n,t,_ in menu for i,h,b in pages[n].sections]
-    (site/'search-index.js').write_text(f'const search_index = {json.dumps(index, indent=0)}\n', encoding='utf-8')
+    (site/'search-index.js').write_text(f'const search_index = {json.dumps(list(index(menu, srcs, pages)), indent=0)}\n', encoding='utf-8')
     (site/'sitemap.xml').write_text(sitemap(cfg, pages), encoding='utf-8')
     bad = list(broken(pages, site))
     for b in bad: print(b, file=sys.stderr)

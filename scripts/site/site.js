@@ -1,21 +1,20 @@
 const $ = s => document.querySelector(s), all = s => [...document.querySelectorAll(s)]
 function make(tag, attrs, ...children) { const e = Object.assign(document.createElement(tag), attrs); e.append(...children); return e }
 
-// Search. Pages and their sections are in `search_index` (search-index.js), so it works from file:// too.
+// Search. Its index and how it ranks are fetched when somebody begins to search, as scripts, which works from file:// too.
 const q = $('#q'), hits = $('#hits')
-let at = 0
-function score(s, text, words) {
-  const title = s.title.toLowerCase()
-  if (!words.every(w => title.includes(w) || s.text.toLowerCase().includes(w))) return 0
-  return 1 + 4*(title === text) + 2*title.startsWith(text) + words.filter(w => title.includes(w)).length
+let at = 0, loaded, shown
+function load(name) { return new Promise((done, fail) => document.head.append(make('script', {src: root+name, onload: done, onerror: fail}))) }
+function ready() { return loaded ??= load('search-index.js').then(() => load('search.js')) }
+function hit(s, i) {
+  return make('li', {role: 'option', id: 'hit'+i}, make('a', {href: root+s.href, tabIndex: -1}, s.title || s.page, make('small', {}, s.page + ' – ' + (s.about || s.text).slice(0, 90))))
 }
-function show() {
-  const text = q.value.trim().toLowerCase(), words = text.split(/\s+/).filter(w => w)
-  const found = words.length ? search_index.map(s => [score(s, text, words), s]).filter(o => o[0]).sort((a, b) => b[0]-a[0]).slice(0, 12) : []
-  hits.replaceChildren(...found.map(([_, s]) => make('li', {role: 'option'},
-    make('a', {href: root+s.href, tabIndex: -1}, s.title || s.page, make('small', {}, s.page + ' – ' + s.text.slice(0, 90))))))
-  if (words.length && !found.length) hits.append(make('li', {className: 'none'}, 'Nothing found'))
-  hits.hidden = !words.length
+async function show() {
+  if (q.value.trim()) await ready()
+  const text = q.value.trim(), found = text ? search(text).slice(0, 12) : []
+  hits.replaceChildren(...found.map(hit))
+  if (text && !found.length) hits.append(make('li', {className: 'none', role: 'status'}, 'Nothing found'))
+  hits.hidden = !text
   q.setAttribute('aria-expanded', String(!hits.hidden))
   move(0)
 }
@@ -24,18 +23,20 @@ function move(i) {
   at = n ? (i+n)%n : 0;
   [...hits.children].forEach((li, j) => li.setAttribute('aria-selected', String(j === at)))
   if (n) hits.children[at].scrollIntoView({block: 'nearest'})
+  q.setAttribute('aria-activedescendant', n ? hits.children[at].id : '')
 }
 function close() { q.value = ''; show() }
-q.addEventListener('input', show)
-q.addEventListener('keydown', e => {
+q.addEventListener('input', () => { shown = show() })
+q.addEventListener('focus', ready)
+q.addEventListener('keydown', async e => {
   const step = {ArrowDown: 1, ArrowUp: -1}[e.key]
   if (step) { e.preventDefault(); move(at+step) }
-  if (e.key === 'Enter') { hits.children[at]?.querySelector('a')?.click(); q.blur() }
+  if (e.key === 'Enter') { await shown; hits.children[at]?.querySelector('a')?.click(); q.blur() }
 })
 hits.addEventListener('click', () => setTimeout(close))
 document.addEventListener('click', e => { if (!e.target.closest('.search')) hits.hidden = true })
 document.addEventListener('keydown', e => {
-  if (e.key === '/' && document.activeElement !== q) { e.preventDefault(); q.focus() }
+  if (e.key === '/' && !document.activeElement.matches('input, textarea')) { e.preventDefault(); q.focus() }
   if (e.key === 'Escape') { close(); q.blur(); menu(false) }
 })
 
