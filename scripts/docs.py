@@ -73,10 +73,11 @@ def page(fn, dest):
     return meta,'\n\n'.join(out)+'\n'
 
 class Links(html.parser.HTMLParser):
-    "Ids, internal references, outside files and searchable sections of a page"
+    "Ids, internal references, outside files, pictures that say nothing, levels of headings and searchable sections of a page"
     def __init__(self, src):
         super().__init__()
         self.ids,self.refs,self.outside,self.sections,self.inside,self.head = set(),[],[],[],0,None
+        self.silent,self.levels = [],[]
         self.feed(src)
     def handle_starttag(self, tag, attrs):
         a = dict(attrs)
@@ -84,9 +85,11 @@ class Links(html.parser.HTMLParser):
         refs = [a[k] for k in ('href','src') if a.get(k)]
         self.refs += [r for r in refs if not urlparse(r).scheme and not urlparse(r).netloc]
         if tag!='a': self.outside += [r for r in refs if urlparse(r).netloc]
+        if tag=='img' and not (a.get('alt') or '').strip(): self.silent.append(a['src'])
         if tag=='main': self.inside = 1
         if self.inside and re.fullmatch('h[1-6]', tag):
             self.head = tag
+            self.levels.append(int(tag[1]))
             self.sections.append([a.get('id',''), '', ''])
     def handle_endtag(self, tag):
         if tag=='main': self.inside = 0
@@ -98,6 +101,9 @@ def broken(pages, site):
     "What is wrong with the references of the built pages"
     for nm,pg in pages.items():
         for ref in pg.outside: yield f'{nm}: {ref} is fetched from another host'
+        for src in pg.silent: yield f'{nm}: {src} says nothing to who cannot see it. Put a line "#| fig-alt: ..." on top of its cell'
+        for a,b in itertools.pairwise(pg.levels):
+            if b>a+1: yield f'{nm}: a heading of level {b} follows one of level {a}'
         for ref in pg.refs:
             u = urlparse(ref)
             to = ((site/nm).parent/unquote(u.path) if u.path else site/nm).resolve()
@@ -116,9 +122,12 @@ def place(nm, sections):
     sys.exit(f'{nm} is in no group of the navigation: call it otherwise, or add it to the sidebar in nbs/_quarto.yml')
 
 def nav(pages, here, root):
-    "Links to all `pages`, a list of (address, title, group), in their groups"
+    "Links to all `pages`, a list of (address, title, group), in their groups; those of modules are open where one is in them"
     link = lambda n,t: f'<li><a href="{root}{n}"{" aria-current=page" if n==here else ""}>{html.escape(t)}</a></li>'
-    return ''.join(f'<b>{g}</b><ul>{"".join(link(n,t) for n,t,_ in ps)}</ul>' for g,ps in itertools.groupby(pages, lambda p: p[2]))
+    def group(name, ps):
+        shown = any('/' not in n or n==here for n,*_ in ps)
+        return f'<details{" open" if shown else ""}><summary>{name}</summary><ul>{"".join(link(n,t) for n,t,_ in ps)}</ul></details>'
+    return ''.join(group(g, list(ps)) for g,ps in itertools.groupby(pages, lambda p: p[2]))
 
 def turn(pages, here, root):
     "Links to the pages before and after this one"
@@ -131,6 +140,35 @@ def to_page(here, link, page_of):
     to = Path(os.path.normpath(here.parent/link)).as_posix()
     return os.path.relpath(page_of[to], here.parent) if to in page_of else link
 
+def leveled(out):
+    "The page `out` with headings that skip no level: each is one below the nearest before it that was higher"
+    above = []
+    def level(m):
+        if not m[1]:
+            while above and above[-1]>=m[2]: above.pop()
+            above.append(m[2])
+        return f'<{m[1]}h{len(above)}'
+    return re.sub(r'<(/?)h([1-6])(?=[\s>])', level, out)
+
+def glossary(outs):
+    "The page with the glossary, and from each of its terms that is no everyday word to its id"
+    for nm,meta,out in outs:
+        if 'everyday' in meta: return nm,{t.lower():i for i,t in re.findall(r'<h2 id="(.*?)">(.*?)</h2>', out) if t not in meta['everyday'].split(', ')}
+
+def explained(out, terms, to):
+    "The page `out` with a link to the glossary `to` where its text first has each of `terms`"
+    left,silent = dict(terms),0
+    find = re.compile(rf"(?<![\w/-])({'|'.join(map(re.escape, sorted(terms, key=len, reverse=True)))})(?![\w/-])", re.I)
+    def link(m):
+        id = left.pop(m[0].lower(), None)
+        return m[0] if id is None else f'<a class="term" href="{to}#{id}">{m[0]}</a>'
+    head,main,rest = re.split(r'(?s)(<main.*</main>)', out)
+    parts = re.split(r'(<[^>]+>)', main)
+    for i,part in enumerate(parts):
+        if m:=re.match(r'<(/?)(?:a|code|pre|h[1-6]|math|th|script|style|svg|footer)[\s>]', part): silent += -1 if m[1] else 1
+        elif not part.startswith('<') and not silent: parts[i] = find.sub(link, part)
+    return head+''.join(parts)+rest
+
 def address(cfg, nm): return f"{cfg.doc_url.rstrip('/')}/{'' if nm=='index.html' else nm}"
 
 def sitemap(cfg, names):
@@ -142,12 +180,12 @@ def render(nm, meta, md, fn, menu, cfg):
     "The page `nm`, as HTML"
     root = '../'*nm.count('/')
     head = dict(title=meta['title'], description=meta['description'], site=cfg.title, root=root, repo=cfg.git_url, address=address(cfg, nm),
-        notebook=f'{cfg.git_url}/blob/{cfg.branch}/{cfg.nbs_path.name}/{fn.as_posix()}')
+        notebook=f'{cfg.branch}/{cfg.nbs_path.name}/{fn.as_posix()}', branch=cfg.branch, project=urlparse(cfg.git_url).path.strip('/'))
     head['description-meta'] = head['description'].replace('`', '')
     out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
         '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}',
         '--variable', f'nav={nav(menu, nm, root)}', '--variable', f'turn={turn(menu, nm, root)}'])
-    return re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S)
+    return leveled(re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S))
 
 def index(menu, srcs, pages):
     "All sections of all pages, for search.js; the first of a page has what the page is about, and its keywords"
@@ -176,7 +214,9 @@ def build():
     page_of = {fn.as_posix():nm for nm,_,_,fn in srcs}
     menu = [(n, m['title'].replace('`', ''), sections[place(fn.as_posix(), sections)[0]]['section']) for n,m,_,fn in srcs]
     with ThreadPoolExecutor(os.cpu_count()) as pool: outs = list(pool.map(lambda s: render(*s, menu, cfg), srcs))
+    words,terms = glossary((nm,meta,out) for (nm,meta,_,_),out in zip(srcs, outs))
     for (nm,_,_,fn),out in zip(srcs, outs):
+        if nm!=words: out = explained(out, terms, '../'*nm.count('/')+words)
         out = re.sub(r'(?<=href=")[^":#]+\.ipynb', lambda m: to_page(fn, m[0], page_of), out)
         (site/nm).parent.mkdir(exist_ok=True, parents=True)
         (site/nm).write_text(out.replace(f'href="{url}/', f'href="{"../"*nm.count("/")}') if url else out, encoding='utf-8')

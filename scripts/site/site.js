@@ -51,7 +51,7 @@ $('#theme').addEventListener('click', () => {
 function menu(open) { document.body.classList.toggle('menu', open); $('#menu').setAttribute('aria-expanded', String(open)) }
 $('#menu').addEventListener('click', () => menu(!document.body.classList.contains('menu')))
 const here = $('nav a[aria-current]')
-if (here) here.closest('div').scrollTop = here.offsetTop-200
+if (here) here.closest('nav > div').scrollTop = here.offsetTop-200
 
 // Links to headings, and buttons that copy code
 for (const h of all('main :is(h2,h3,h4)[id]')) h.append(make('a', {className: 'anchor', href: '#'+h.id, ariaLabel: 'Link to here'}, '#'))
@@ -64,6 +64,9 @@ for (const div of all('div.sourceCode')) {
   })
   div.append(button)
 }
+
+// What scrolls within the page can be scrolled with keys
+for (const o of all('main :is(pre,.wide)')) if (o.scrollWidth > o.clientWidth) o.tabIndex = 0
 
 // Where on the page we are
 const toc = new Map(all('aside a').map(a => [decodeURIComponent(a.hash.slice(1)), a]))
