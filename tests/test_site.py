@@ -4,7 +4,8 @@ from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlparse
-import pytest
+import pytest, torch
+from fastquant.quant.grid import Grid, fake_quant, qparams
 
 webdriver = pytest.importorskip('selenium.webdriver', reason='selenium drives the browser: pip install -e ".[dev]"')
 from selenium.webdriver.chrome.service import Service
@@ -272,3 +273,32 @@ def test_first_questions_are_answered_in_two_clicks(question, pages, url):
     once = inside('index.html')
     assert name in {'index.html'} | once | {m for n in once for m in inside(n)}
     assert words in pages[name]['shown']
+
+def test_a_number_line_to_play_with(browser, url):
+    "Moved by keys, it says the scale, the zero point and the error that the library has"
+    open_page(browser, url, 'lesson.quant.html', 390)
+    play = wait(browser, lambda b: one(b, '.play-line.play'))
+    values = torch.tensor([float(v) for v in play.get_attribute('data-values').split()])
+    torch.manual_seed(0)
+    assert (values-torch.randn(12).sort().values).abs().max()<1e-3, 'the weights of the figure'
+    bits,lo,hi,symmetric = play.find_elements(By.CSS_SELECTOR, 'input')
+    bits.send_keys(Keys.ARROW_LEFT)
+    hi.send_keys(Keys.ARROW_LEFT*8)
+    for signed in (True,False):
+        grid = Grid(3, signed)
+        s,z = qparams(torch.tensor(-2.2), torch.tensor(1.4), grid)
+        mse = (fake_quant(values, s, z, grid)-values).pow(2).mean().item()
+        said = play.find_element(By.CSS_SELECTOR, '[role=status]').text
+        assert f'{len(range(grid.lo, grid.hi+1))} values, {s.item():.3f} apart, zero point {int(z)}. Mean squared error {mse:.3g}'[:-1] in said, said
+        symmetric.send_keys(Keys.SPACE)
+
+def test_a_net_to_click_on(browser, url):
+    "Each place tells what the table has of it"
+    open_page(browser, url, 'lesson.quant.html')
+    wait(browser, lambda b: one(b, '.chain button'))
+    rows = browser.execute_script("return [...document.querySelectorAll('.play-net tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    buttons = browser.find_elements(By.CSS_SELECTOR, '.chain button')
+    assert len(rows)==len(buttons)>5
+    for b,row in zip(buttons, rows):
+        b.send_keys(Keys.ENTER)
+        assert b.get_attribute('aria-pressed')=='true' and [d.text for d in browser.find_elements(By.CSS_SELECTOR, '.play dd')]==[v for v in row if v]

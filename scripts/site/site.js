@@ -66,7 +66,10 @@ for (const div of all('div.sourceCode')) {
 }
 
 // What scrolls within the page can be scrolled with keys
-for (const o of all('main :is(pre,.wide)')) if (o.scrollWidth > o.clientWidth) o.tabIndex = 0
+for (const o of all('main :is(pre,.wide,p)')) if (o.scrollWidth > o.clientWidth) o.tabIndex = 0
+
+// What can be moved and clicked in lessons
+if ($('.play-line, .play-net')) load('play.js')
 
 // Where on the page we are
 const toc = new Map(all('aside a').map(a => [decodeURIComponent(a.hash.slice(1)), a]))
