@@ -69,7 +69,7 @@ def page(fn, dest):
             if d.get('echo')!='false' and code: out.append(f'````python\n{code}\n````')
             if d.get('output')=='false': continue
             files = Path(f'{fn.stem}_files')/c.get('id', f'cell{n}')
-            out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '')) for i,o in enumerate(c.get('outputs', []))))
+            out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '').strip('"')) for i,o in enumerate(c.get('outputs', []))))
     return meta,'\n\n'.join(out)+'\n'
 
 class Links(html.parser.HTMLParser):
