@@ -12,7 +12,7 @@ measured = re.compile(rf'(?<![\w.,-])({number})(?=\s?(?:%|dB\b|ms\b|kB\b|MB\b|se
 said = re.compile(r'(?:Python|ONNX Runtime|ONNX|torch|numpy|opset|version|eq\.|eqs\.|section|from|at least) $')
 # What is true by definition, was decided by who wrote the page, or is the difference of two numbers in a cell
 known = {'10_glossary.ipynb':{'20','40'}, '70_benchmarks.ipynb':{'10'}, '80_howto.int8.ipynb':{'95'}, '81_howto.accuracy.ipynb':{'6','20','40'}, '86_howto.supported.ipynb':{'10'}, '90_lesson.quant.ipynb':{'6','40','6.02'},
-    '94_lesson.distill.ipynb':{'1.2'}}
+    '94_lesson.distill.ipynb':{'1.2'}, '97_lesson.binary.ipynb':{'4.4'}}
 
 def prose(cells): return [quoted.sub(' ', ''.join(c['source'])) for c in cells if c['cell_type']=='markdown']
 def numbers(text): return {float(n.replace(',', '')) for n in re.findall(number, text)}
