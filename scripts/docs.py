@@ -18,6 +18,7 @@ import pypandoc, yaml
 from PIL import Image
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
+from visible import imports, module
 
 here = Path(__file__).parent/'site'
 directive = re.compile(r'^#\|\s*([\w-]+):?\s*(.*)$')
@@ -71,6 +72,8 @@ def page(fn, dest):
             files = Path(f'{fn.stem}_files')/c.get('id', f'cell{n}')
             out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '').strip('"')) for i,o in enumerate(c.get('outputs', []))))
     return meta,'\n\n'.join(out)+'\n'
+
+def folded(title, code): return f'<details><summary>{title}</summary>\n\n````python\n{code}\n````\n\n</details>\n\n'
 
 class Links(html.parser.HTMLParser):
     "Ids, internal references, outside files, pictures that say nothing, levels of headings and searchable sections of a page"
@@ -210,6 +213,7 @@ def build():
     found = (f.relative_to(proc) for f in proc.rglob('*.ipynb'))
     for fn in sorted(found, key=lambda f: (place(f.as_posix(), sections), f)):
         meta,md = page(proc/fn, site/fn.parent)
+        if module(cfg.nbs_path/fn): md = folded('Imports', imports(cfg.nbs_path/fn))+md
         srcs.append(((fn.parent/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
     page_of = {fn.as_posix():nm for nm,_,_,fn in srcs}
     menu = [(n, m['title'].replace('`', ''), sections[place(fn.as_posix(), sections)[0]]['section']) for n,m,_,fn in srcs]

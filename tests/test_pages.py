@@ -1,0 +1,44 @@
+"The pages of the docs: what they show runs as it stands, and says nothing of the machine that it was made on"
+import importlib.util, json, os, re, subprocess, sys
+from pathlib import Path
+import fastai.text.all, fastai.vision.all, pytest
+
+root = Path(__file__).parent.parent
+spec = importlib.util.spec_from_file_location('visible', root/'scripts'/'visible.py')
+visible = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(visible)
+notebooks = sorted(root.glob('nbs/**/[!_.]*.ipynb'))
+name = lambda fn: fn.relative_to(root/'nbs').as_posix()
+fast = '80_howto.int8','83_howto.deploy'
+
+def lacking(fn):
+    "Names that the code on a page uses, and neither it nor the imports that a page of a module begins with have made"
+    first = visible.imports(fn) if visible.module(fn) else ''
+    return {*visible.missing(fn)} - visible.names(first)[0]
+
+def test_each_name_is_made_on_the_page(): assert not {name(fn):bad for fn in notebooks if (bad:=lacking(fn))}
+
+def test_finds_what_is_missing(tmp_path):
+    cells = ['#| hide\npath = 1', 'path+1', 'def f(): return g()', '#| hide\nimport os', 'os.sep\nx = [o for o in path]', '#| echo: false\nx = 2', 'x']
+    (tmp_path/'bad.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='code', source=[o]) for o in cells])))
+    assert lacking(tmp_path/'bad.ipynb')=={'path','g','os'} and visible.imports(tmp_path/'bad.ipynb')=='import os'
+
+@pytest.mark.parametrize('fn', notebooks, ids=name)
+def test_runs_when_it_is_copied(fn, tmp_path, request):
+    if not fn.stem in fast and 'slow' not in request.config.getoption('--flags'): pytest.skip('takes long: --flags slow')
+    r = subprocess.run([sys.executable, '-c', visible.code(fn)], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH':str(root)})
+    assert r.returncode==0, r.stderr[-3000:]
+
+# What is saved in notebooks
+
+machine = re.compile(rf'(?<![\w.~:/])/(?:home|root|tmp|var|usr|opt|mnt|work|private|Users)/|[A-Z]:\\|{re.escape(str(root))}|object at 0x|function .* at 0x')
+
+def written(out):
+    "What an output says in words"
+    return [''.join(v) for v in [out.get('text', ''), *(v for k,v in out.get('data', {}).items() if k.startswith('text/'))]]
+
+def test_no_output_names_the_machine():
+    assert machine.search('in /tmp/x') and machine.search(str(root)) and not machine.search('https://arxiv.org/tmp/x')
+    found = {(name(fn),c['id']):m[0] for fn in notebooks for c in json.loads(fn.read_text())['cells']
+        for o in c.get('outputs', []) for s in written(o) if (m:=machine.search(s))}
+    assert not found
