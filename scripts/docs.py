@@ -67,7 +67,7 @@ def page(fn, dest):
         elif c['cell_type']=='code':
             d,code = directives(src)
             if d.get('include')=='false': continue
-            if d.get('echo')!='false' and code: out.append(f'````python\n{code}\n````')
+            if d.get('echo')!='false' and code: out.append(folded(d.get('code-summary', 'Code').strip('"'), code) if d.get('code-fold')=='true' else f'````python\n{code}\n````')
             if d.get('output')=='false': continue
             files = Path(f'{fn.stem}_files')/c.get('id', f'cell{n}')
             out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '').strip('"')) for i,o in enumerate(c.get('outputs', []))))

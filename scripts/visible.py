@@ -52,7 +52,8 @@ def missing(fn):
 
 def imports(fn):
     "What to import before the code on the page `fn`: its module, and what hidden and exported cells import for it"
-    need,out,mod = {*missing(fn)},[],module(fn)
+    need,mod = {*missing(fn)},module(fn)
+    out = ['from __future__ import annotations'] if any('from __future__ import annotations' in src for *_,src in cells(fn)) else []
     for shown,_,src in cells(fn):
         for s in [] if shown else imports_of(src):
             star = isinstance(s, ast.ImportFrom) and s.names[0].name=='*'
