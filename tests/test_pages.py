@@ -1,7 +1,7 @@
 "The pages of the docs: what they show runs as it stands, and says nothing of the machine that it was made on"
 import importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
-import fastai.text.all, fastai.vision.all, pytest
+import pytest
 
 root = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location('visible', root/'scripts'/'visible.py')
