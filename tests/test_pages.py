@@ -42,3 +42,10 @@ def test_no_output_names_the_machine():
     found = {(name(fn),c['id']):m[0] for fn in notebooks for c in json.loads(fn.read_text())['cells']
         for o in c.get('outputs', []) for s in written(o) if (m:=machine.search(s))}
     assert not found
+
+# Where a page leads to
+
+def prose(fn): return '\n'.join(''.join(c['source']) for c in json.loads(fn.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown')
+def lacks(pattern, *wanted): return [name(fn) for fn in root.glob(f'nbs/{pattern}') if not all(o in prose(fn) for o in wanted)]
+def test_each_how_to_says_what_to_do_next(): assert lacks('8*.ipynb', '## What do I do next?')==[]
+def test_each_lesson_has_an_exercise_and_says_where_next(): assert lacks('9*.ipynb', '## Exercise', '## Where next')==[]
