@@ -1,12 +1,20 @@
 "What an app answers, against the Learner that it is from, and how fast: `python -m benchmarks.ship --data ../shared/data`"
 from __future__ import annotations
-import fastquant.all, subprocess, tempfile
+import fastquant.all, http.client, shutil, subprocess, tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from statistics import median
 from time import perf_counter
+from importlib.metadata import distributions
 from torchvision.models import resnet18
+from fastai.text.core import SpacyTokenizer, Tokenizer
 from fastquant.app.predict import Model
 from fastquant.app.prepare import prepare_picture
+from fastquant.app.text import Words, text_rules
+from fastquant.learner.text import tables_of
 from tests.helpers.browser import chromium_at, served
 from .common import *
+from .text import newsgroups
 
 sections = Registry('section')
 modes = dict(RGB='jpg', L='png', P='png', RGBA='png', CMYK='jpg', LA='png')
@@ -118,6 +126,28 @@ def page(o):
     return rows, [target('in Chromium: pictures with the pixels of the Learner, the worst way (%)', least['same_pixels'], 98, 99.5),
         target('in Chromium: pictures with the class of the Learner, the worst way (%)', least['same_class'], 99, 100)]
 
+# Texts
+
+def descriptions():
+    "What installed packages say of themselves, in parts of 1,500 characters: addresses, code, tables, other alphabets"
+    for text in sorted(d.metadata.get_payload() or '' for d in distributions()):
+        yield from (text[i:i+1500] for i in range(0, min(len(text), 15000), 1500))
+
+@sections
+def words(o):
+    theirs,rows = Tokenizer(SpacyTokenizer()),[]
+    mine = Words(json.loads(json.dumps(tables_of(theirs.tok)['spacy'])))
+    rules = compose(*(text_rules[f.__name__] for f in theirs.rules))
+    (train,_),(test,_) = newsgroups(o)
+    for k,texts in dict(newsgroups=train+test, packages=list(descriptions())).items():
+        texts = texts[::max(1, len(texts)//o.some(len(texts), 300))]
+        start = perf_counter()
+        found = [mine(rules(t)) for t in texts]
+        between = perf_counter()
+        same = 100*np.mean([a==list(theirs(t)) for a,t in zip(found, texts)])
+        rows.append(dict(texts=k, n=len(texts), same_tokens=round(same, 3), against_spacy=round((between-start)/(perf_counter()-between), 2)))
+    return rows,[target('texts with the tokens of fastai and spaCy, of the worse kind (%)', min(r['same_tokens'] for r in rows), 100, 100)]
+
 # Times
 
 by_learner = "import sys, time; from fastai.vision.all import *; print(load_learner(sys.argv[1]).predict(sys.argv[2])[0])"
@@ -157,5 +187,140 @@ def times(o):
     row = dict(net='resnet18, 224 px, int8', fresh_environment_s=round(fresh, 1), predict_py_s=round(mine, 3), load_learner_s=round(theirs, 3), installed_mb=round(size/1e6, 1))
     return [row], [target('fresh environment: from nothing to an answer (s)', fresh, 60, 30, 1), target('times faster to the answer than load_learner and predict', theirs/mine, 5, 10, 1),
         target('installed, without the model (MB)', size/1e6, 150, 100, 1)]
+
+# Serving
+
+by_app = "import sys; sys.path[:0] = ['.']; from server import *; from predict import *; Server(responder(Model(threads=int(sys.argv[1])), BadInput), int(sys.argv[2]), int(sys.argv[3])).serve_forever()"
+by_learner_server = '''import io, sys
+from fastai.vision.all import *
+sys.path[:0] = ['.']
+from server import Server
+torch.set_num_threads(int(sys.argv[1]))
+learn = load_learner('../learner.pkl')
+def respond(body):
+    with learn.no_bar(): p = learn.predict(PILImage.create(io.BytesIO(body)))[2]
+    return 200,dict(zip(learn.dls.vocab, p.tolist()))
+Server(respond, int(sys.argv[2]), int(sys.argv[3])).serve_forever()'''
+servers = { # folder, program, threads of an answer, answers at once, processes; a Learner answers one at a time
+    'int8, 2 at once':('int8',by_app,1,2,1), 'int8, 2 threads':('int8',by_app,2,1,1), 'float, 2 at once':('float',by_app,1,2,1),
+    'load_learner':('float',by_learner_server,1,1,1), 'load_learner, 2 processes':('float',by_learner_server,1,1,2)}
+
+def ask(connection, body):
+    "Seconds until the answer is there"
+    start = perf_counter()
+    connection.request('POST', '/', body)
+    r = connection.getresponse()
+    r.read()
+    assert r.status==200
+    return perf_counter()-start
+
+def first_answer(port, body, start):
+    "Seconds from `start` until a server that is being started answers"
+    while True:
+        try: ask(http.client.HTTPConnection('127.0.0.1', port), body)
+        except ConnectionError: time.sleep(.005)
+        else: return perf_counter()-start
+
+def load(ports, bodies, clients, seconds):
+    "Seconds of each answer, of clients that ask again as soon as they have one, and answers in a second"
+    def one(k):
+        c,found = http.client.HTTPConnection('127.0.0.1', ports[k%len(ports)]),[]
+        while perf_counter()<end: found.append(ask(c, bodies[(k+len(found))%len(bodies)]))
+        return found
+    start = perf_counter()
+    end = start+seconds
+    with ThreadPoolExecutor(clients) as pool: found = [t for ts in pool.map(one, range(clients)) for t in ts]
+    return found,len(found)/(perf_counter()-start)
+
+def peak_memory(p):
+    "Bytes that a process has had in memory"
+    return 1024*int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{p.pid}/status').read_text())[1])
+
+def computed(ps):
+    "Seconds that processes have computed, on whatever core"
+    fields = [Path(f'/proc/{p.pid}/stat').read_text().rpartition(')')[2].split() for p in ps]
+    return sum(int(f[11])+int(f[12]) for f in fields)/os.sysconf('SC_CLK_TCK')
+
+def larger_photos(o, n=40):
+    "CIFAR-10 pictures as JPEGs of 500 x 375"
+    with np.load(o.data/'cifar10_jpeg.npz') as f: jpegs = {k:f[f'test_{k}'] for k in ('jpeg','offset','label')}
+    for i in range(n):
+        out = io.BytesIO()
+        Image.fromarray(decode(jpegs, i)).resize((500,375), Image.BICUBIC).save(out, 'jpeg', quality=90)
+        yield out.getvalue()
+
+def apps(folder, learn):
+    "Apps in int8 and in float with a server, beside the exported Learner"
+    with learn.no_bar(): q = learn.quantize(timed=False)
+    for l,k in (q,'int8'),(learn,'float'): shutil.copy('examples/server.py', l.export_app(k))
+    learn.export('learner.pkl')
+    return folder
+
+def started(folder, name, port, body):
+    "The processes of a server at ports from `port`, and how long the first took to answer"
+    where,code,threads,at_once,n = servers[name]
+    env,start = {k:v for k,v in os.environ.items() if not k.startswith('OMP_')},perf_counter()
+    found = [subprocess.Popen([sys.executable, '-c', code, *map(str, (threads,port+i,at_once))], cwd=folder/where, env=env) for i in range(n)]
+    took = [first_answer(port+i, body, start) for i in range(n)]
+    return found,took[0]
+
+def all_started(folder, body, stack, n):
+    "Processes of all servers, and how long each of `n` starts took"
+    running,first = {},{k:[] for k in servers}
+    for i in range(n):
+        for port,k in enumerate(servers):
+            ps,t = started(folder, k, 8100+100*i+2*port, body)
+            first[k].append(t)
+            for p in ps: stack.callback(p.kill)
+            if i<n-1: [p.kill() for p in ps]
+            else: running[k] = 8100+100*i+2*port,ps
+    return running,first
+
+@per_processor
+@sections
+def serving(o):
+    bodies,found = list(larger_photos(o)),{(k,c):[] for k in servers for c in (1,4)}
+    with tempfile.TemporaryDirectory() as d, ExitStack() as stack:
+        folder = Path(d)
+        classes_of_cifar(o, folder/'train', 60)
+        apps(folder, app_learner(folder, [Resize(224)], model=resnet18(num_classes=10), epochs=1))
+        running,first = all_started(folder, bodies[0], stack, o.some(3, 1))
+        for _ in range(o.some(7, 1)): # in turns, as others may use the machine
+            for (k,c),rounds in found.items():
+                port,ps = running[k]
+                before = computed(ps)
+                times,rate = load(range(port, port+len(ps)), bodies, c, o.some(3, 1))
+                rounds.append((times,rate,(computed(ps)-before)/len(times)))
+        memory = {k:sum(map(peak_memory, ps)) for k,(_,ps) in running.items()}
+    return served_rows(found, first, memory)
+
+def served_rows(found, first, memory):
+    "A row for each server and number of clients, and what was to be reached"
+    rows = []
+    for (k,c),rounds in found.items():
+        p50,p99 = (1000*median([np.percentile(ts, q) for ts,*_ in rounds]) for q in (50,99))
+        rows.append(dict(server=k, clients=c, per_second=round(median([n for _,n,_ in rounds]), 1), computed_ms=round(1000*median([t for *_,t in rounds]), 1), p50_ms=round(p50, 1), p99_ms=round(p99, 1),
+            first_answer_s=round(median(first[k]), 2), peak_mb=round(memory[k]/1e6)))
+    app,learner = (next(r for r in rows if r['server']==k and r['clients']==4) for k in ('int8, 2 at once','load_learner'))
+    return rows,[target('ResNet-18 at 224 px, 4 clients: answers in a second against load_learner in one process', app['per_second']/learner['per_second'], 3, 5, 1),
+        target('the same in seconds that the server computed', learner['computed_ms']/app['computed_ms'], 3, 5, 1)]
+
+@per_processor
+@sections
+def batches(o):
+    "What a picture costs in a batch: in the time that the process computes, so that others do not matter"
+    with tempfile.TemporaryDirectory() as d:
+        folder = Path(d)
+        classes_of_cifar(o, folder/'train', 60)
+        apps(folder, app_learner(folder, [Resize(224)], model=resnet18(num_classes=10), epochs=1))
+        sessions = {k:Model(folder/k/'model.onnx', threads=1).session for k in ('int8','float')}
+    xs,found = {n:np.random.default_rng(0).normal(size=(n,3,224,224)).astype(np.float32) for n in (1,4,16)},{}
+    for _ in range(o.some(9, 2)):
+        for k,s in sessions.items():
+            for n,x in xs.items():
+                start = time.process_time()
+                for _ in range(16//n): s.run(None, {'input':x})
+                found.setdefault((k,n), []).append((time.process_time()-start)/16)
+    return [dict(file=k, batch=n, ms_a_picture=round(1000*median(t), 2)) for (k,n),t in found.items()],[]
 
 if __name__=='__main__': run(sections, 'ship')

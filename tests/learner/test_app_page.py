@@ -95,7 +95,8 @@ def test_transparent_and_interlaced_pictures(apps, root, url, browser):
     rng,exif = np.random.default_rng(0),Image.Exif()
     exif[0x0112] = 6
     for c in 2,3,4: (root/'odd'/f'{c}.png').write_bytes(interlaced_png(rng.integers(0, 256, (33,47,c), dtype=np.uint8)))
-    for c,how in (3,{}),(4,{}),(4,dict(exif=exif)): Image.fromarray(rng.integers(0, 256, (33,47,c), dtype=np.uint8)).save(root/'odd'/f'{c}{len(how)}.webp', lossless=True, exact=True, **how)
+    for k,c,how in ('a',3,{}),('b',4,{}),('c',4,dict(exif=exif)):
+        Image.fromarray(rng.integers(0, 256, (33,47,c), dtype=np.uint8)).save(root/'odd'/f'{k}.webp', lossless=True, exact=True, **how)
     files = sorted((root/'odd').iterdir())
     browser.get(f'{url}apps/crop/index.html')
     found = browser.execute_async_script(asked, [f'../../odd/{f.name}' for f in files])
