@@ -28,7 +28,7 @@ def open_picture(
     mode='RGB' # Pillow's name of what it becomes
 )->Image.Image:
     "The picture in `o`; raises `BadInput` if there is none"
-    if isinstance(o, Image.Image): return o.convert(mode)
+    if isinstance(o, Image.Image): return _opened(o, mode, 'This')
     if isinstance(o, np.ndarray): return _of_array(o).convert(mode)
     if isinstance(o, bytes): return _opened(BytesIO(o), mode, 'This', _usual)
     if not isinstance(o, (str,Path)): raise BadInput(f"{o!r} is no picture: pass a path, bytes, an array, or a picture of Pillow's.")
@@ -40,7 +40,7 @@ def _opened(file, mode, name, formats=None):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-            im = Image.open(file, formats=formats)
+            im = file if isinstance(file, Image.Image) else Image.open(file, formats=formats)
         im.load()
         return im.convert(mode)
     except Image.DecompressionBombError: raise BadInput(f"{name} has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels, which is too large.") from None

@@ -13,7 +13,7 @@ from fastquant.export.intact import metadata_of, sealed_bytes
 from fastquant.learner.pipeline import pipeline_of
 from ..helpers.data import digits
 from ..helpers.learners import quiet
-from ..helpers.photos import interlaced_png
+from ..helpers.photos import huge_png, interlaced_png
 
 blocker = '''
 import sys
@@ -220,10 +220,16 @@ def test_what_is_wrong_with_a_picture(app, tmp_path):
     (tmp_path/'b_text.png').write_text('no picture')
     (tmp_path/'c_none.png').write_bytes(b'')
     shutil.copy(whole, tmp_path/'d_whole.png')
+    (tmp_path/'e_huge.png').write_bytes(huge_png())
     r = program(app[1], tmp_path, tmp_path/'gone.jpg', app[1]/'README.md', app[1]/'predict.py')
     assert r.returncode==1 and 'Traceback' not in r.stderr and r.stdout.startswith(str(tmp_path/'d_whole.png')), r.stderr
-    assert r.stdout.count('\n')==1 and len(r.stderr.splitlines())==6
-    for says in 'damaged or cut short','is no picture that Pillow can read','there is no such file': assert says in r.stderr
+    assert r.stdout.count('\n')==1 and len(r.stderr.splitlines())==7
+    for says in 'damaged or cut short','pixels, which is too large','is no picture that Pillow can read','there is no such file': assert says in r.stderr
+
+def test_what_is_wrong_with_a_picture_that_is_open(app, tmp_path):
+    (tmp_path/'short.png').write_bytes((app[1]/'examples'/'1.png').read_bytes()[:400])
+    for bad in Image.open(tmp_path/'short.png'),(tmp_path/'short.png').read_bytes():
+        with pytest.raises(BadInput, match='This is damaged or cut short'): Model(app[1]/'model.onnx')(bad)
 
 def test_what_is_wrong_with_a_model(app, tmp_path):
     data = (app[1]/'model.onnx').read_bytes()
