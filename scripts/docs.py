@@ -217,12 +217,13 @@ def build():
         srcs.append(((fn.parent/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
     page_of = {fn.as_posix():nm for nm,_,_,fn in srcs}
     menu = [(n, m['title'].replace('`', ''), sections[place(fn.as_posix(), sections)[0]]['section']) for n,m,_,fn in srcs]
+    for nm,*_ in srcs: (site/nm).parent.mkdir(exist_ok=True, parents=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool: outs = list(pool.map(lambda s: render(*s, menu, cfg), srcs))
+    for nm,meta,md,_ in srcs: (site/f'{nm}.md').write_text(f"# {meta['title']}\n\n> {meta['description']}\n\n{md}", encoding='utf-8') # docstrings of modules lead here
     words,terms = glossary((nm,meta,out) for (nm,meta,_,_),out in zip(srcs, outs))
     for (nm,_,_,fn),out in zip(srcs, outs):
         if nm!=words: out = explained(out, terms, '../'*nm.count('/')+words)
         out = re.sub(r'(?<=href=")[^":#]+\.ipynb', lambda m: to_page(fn, m[0], page_of), out)
-        (site/nm).parent.mkdir(exist_ok=True, parents=True)
         (site/nm).write_text(out.replace(f'href="{url}/', f'href="{"../"*nm.count("/")}') if url else out, encoding='utf-8')
     pages = {n: Links((site/n).read_text(encoding='utf-8')) for n,*_ in srcs}
     (site/'search-index.js').write_text(f'const search_index = {json.dumps(list(index(menu, srcs, pages)), indent=0)}\n', encoding='utf-8')

@@ -135,6 +135,9 @@ def test_what_is_tested_is_published(site, pages):
     assert 'run: python scripts/docs.py' in workflow and f'path: {site.name}' in workflow and 'quarto' not in workflow
     listed = re.findall('<loc>https://[^/]+/[^/]+/(.*?)</loc>', (site/'sitemap.xml').read_text())
     assert {n or 'index.html' for n in listed}==set(pages)
+def test_docstrings_lead_to_pages(site):
+    led = {m[1] for f in root.glob('fastquant/*/**/*.py') if (m:=re.search(r'^Docs: https://[^/]+/[^/]+/(\S+?)"""', f.read_text(), re.M))}
+    assert len(led)>90 and not [o for o in led if not (site/o).is_file()]
 def test_formulas(pages):
     assert len(pages['quant/grid.html']['formulas'])>10
     assert not each(pages, lambda p: [w for w in p['formulas'] if not w])
