@@ -9,7 +9,7 @@ visible = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(visible)
 notebooks = sorted(root.glob('nbs/**/[!_.]*.ipynb'))
 name = lambda fn: fn.relative_to(root/'nbs').as_posix()
-fast = '80_howto.int8','83_howto.deploy'
+fast = '83_howto.deploy',
 
 def lacking(fn):
     "Names that the code on a page uses, and neither it nor the imports that a page of a module begins with have made"
