@@ -9,7 +9,7 @@ from __future__ import annotations
 import pandas as pd
 from dataclasses import dataclass
 from fastai.basics import *
-from .core import describe, first_metric, trainable_twin
+from .core import describe, first_metric, trainable_twin, vocab_of
 from ..core.arguments import *
 from ..core.basics import *
 from ..core.model import *
