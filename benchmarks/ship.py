@@ -173,13 +173,13 @@ def times(o):
         with learn.no_bar(): app = learn.quantize(timed=False).export_app('app')
         learn.export('learner.pkl')
         pic = learn.dls.valid_ds.items[0]
+        clean = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
         start = perf_counter()
         subprocess.run([sys.executable, '-m', 'venv', folder/'env'], check=True)
         py = folder/'env'/'bin'/'python'
-        subprocess.run([py, '-m', 'pip', 'install', '-q', '-r', app/'requirements.txt'], check=True, env={k:v for k,v in os.environ.items() if k!='PYTHONPATH'})
+        subprocess.run([py, '-m', 'pip', 'install', '-q', '-r', app/'requirements.txt'], check=True, env=clean)
         subprocess.run([py, app/'predict.py', pic], check=True, capture_output=True)
         fresh = perf_counter()-start
-        clean = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
         mine,_ = seconds(py, app/'predict.py', pic, n=o.some(7, 3), env=clean)
         theirs,_ = seconds(sys.executable, '-c', by_learner, folder/'learner.pkl', pic, n=o.some(5, 3))
         site = next((folder/'env'/'lib').iterdir())/'site-packages'

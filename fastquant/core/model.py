@@ -117,7 +117,7 @@ def few_items(
     xb # Inputs, nested as the model takes them
 ): # Like `xb`
     "As many of the first items as have 2^16 values, from two to eight"
-    values = sum(t[0].numel() for t,rows in zip(tensors(xb), has_rows(xb)) if rows)
+    values = sum(t[:1].numel() for t,rows in zip(tensors(xb), has_rows(xb)) if rows)
     return first_items(xb, max(2, min(8, 2**16//max(values, 1))))
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009

@@ -269,12 +269,17 @@ def verify(
     proto,run = onnx.load_from_string(data),engine(data)
     few = [few_items(xb) for xb in (*batches,*others)]
     held = batches if trained else few[:len(batches)]
-    near = min(ties(sim, xb) for xb in few)
-    for xb in few: check_plain(gate(rounded, sim, proto, xb), outputs_of(run, xb), near)
+    near,plain = min(ties(sim, xb) for xb in few),[]
+    for xb in few:
+        asked = gate(rounded, sim, proto, xb)
+        plain.append(outputs_of(run, xb))
+        check_plain(asked, plain[-1], near)
     def outputs(m, batches): return list(zip(*[outputs_of(m, xb) for xb in batches]))
     with evaluating(model), evaluating(rounded):
         names = names_of(structure_of(model(*few[0])))
-        found = [outputs(m, batches) for m in (model,run)]+[outputs(m, held) for m in (rounded,sim,run)]
+        f,e = (outputs(m, batches) for m in (model,run))
+        own = e if trained else list(zip(*plain[:len(batches)]))
+        found = f,e,*(outputs(m, held) for m in (rounded,sim)),own
     says = says or [None]*len(names)
     checks = [check_output(k, say, batches, *outs) for k,say,*outs in zip(names, says, *found, strict=True)]
     facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
