@@ -9,6 +9,7 @@ from fastquant.export.engine import Engine
 from fastquant.export.portable import int8_weights, unsigned
 from fastquant.export.onnx import to_onnx
 from fastquant.core.model import copy_model
+from fastquant.quant.fakequant import fake_quant_of
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.core.outputs import sqnr
 from fastquant.export.verify import ExportMismatch, file_integers, gate as go_through, outputs_of, replay, run_as_written, run_file, ties
@@ -105,13 +106,22 @@ def near(spec, by, cpu, got, sim, float_):
     return dict(spec=spec, by=by, processor=cpu, n=len(got), sqnr=round(min(sqnr(sim, got), 200.), 2), same_top1=same_top(sim, got),
         sqnr_float=round(sqnr(float_, got), 2), same_top1_float=same_top(float_, got))
 
+def in_floats(sim):
+    "`sim`, with layers that add products of floats instead of integers"
+    def run(x):
+        fake_quant_of(sim).how = lambda site, x: site.through_integers(x)
+        return sim(x)
+    return run
+
 def file_rows(data, spec, sets, sim, float_, few):
     "A row for each engine and set of items on this processor, and one for each engine on a processor without VNNI, which takes long and gets `few` photos"
     engines = {k:f for k,f in plain_engines.items() if installed(f)}
-    outs = {k:{s:batched(m, x) for s,x in sets.items()} for k,m in dict(sim=sim, float_=float_).items()}
+    models = dict(sim=sim, in_floats=in_floats(sim), float_=float_)
+    outs = {k:{s:batched(m, x) for s,x in sets.items()} for k,m in models.items()}
     def row(by, cpu, s, got, i=slice(None)): return dict(items=s, **near(spec, by, cpu, got, outs['sim'][s][i], outs['float_'][s][i]))
     for s,x in sets.items():
         yield dict(row('simulation', 'any', s, outs['sim'][s]), sqnr_ties=round(ties(sim, [x]), 2))
+        yield row('simulation, sums in floats', 'any', s, outs['in_floats'][s])
         for k,f in engines.items(): yield row(f'{k}, plain', kind_of(processor()[1]), s, plain_output(data, x, f))
     if not shutil.which('qemu-x86_64'): return
     for k,f in engines.items(): yield row(f'{k}, plain', 'no VNNI: Haswell by qemu', 'photos', plain_output(data, sets['photos'][few], f, 'Haswell'), few)

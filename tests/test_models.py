@@ -16,6 +16,7 @@ from tests.helpers.models import learner_of, models
 from tests.helpers.nets import same, state
 
 in_float = {} # By model, the layers that stay in float
+not_to_the_bit = 'convnext_atto','vit_tiny' # since they normalize and attend in floats
 
 columns = 'int8','OpenVINO','pruned','channels','trained'
 committed = Path(__file__).parent/'support.json'
@@ -49,6 +50,7 @@ def test_model(name, quantized, supports):
     report = qlearn.model.report
     print(f'{name}: {report}, {report.sqnr:.1f} dB from its simulation, {report.sqnr_float:.1f} dB from float')
     assert set(report.float_layers)==set(in_float.get(name, []))
+    assert report.sqnr==200 or name in not_to_the_bit
     kernels = Counter(n.op_type for n in optimized(qlearn.model.data).graph.node)
     assert not {'Conv','FusedConv','Gemm','FusedGemm'} & set(kernels)
     assert kernels['QLinearConv']==sum(isinstance(m, nn.Conv2d) for m in learn.model.modules())

@@ -81,6 +81,8 @@ class Product:
     run:object    # A function of these that computes it, given a weight with output channels first; and of what a linear layer computes with, if not `F.linear`
     turn:tuple=() # What makes a weight with output channels first, if it is none: a function, and its further arguments
     groups:int=1  # Of a convolution
+    @property
+    def is_linear(self)->bool: return self.run is _linear
 
 def channels_first(
     o:Product, # The layer

@@ -25,6 +25,7 @@ from .half import *
 from .site import *
 from .weights import *
 from .live import *
+from .kernels import *
 
 # %% auto #0
 __all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
@@ -80,13 +81,14 @@ def set_sites(self:FakeQuant, plan):
     self.sites = {o.key:here[v] for o in plan.tr.ops for v in o.outs if v in here}
     self.parts = {o.key:{i:here[v] for i,v in enumerate(o.outs) if v in here} for o in plan.tr.ops}
     self.set_effects(plan, {v:at[v] for v in plan.loose})
+    self.set_kernels(plan, here)
     for k,s in self.sites.items(): s.at = s.at or plan.tr.line(k)
     self.gates = _gates(plan, self.sites)
     self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
     self.doors = {k:site[k] for k in plan.doors}
     self.layers = {k:at[vs[0]] if vs else None for k,vs in plan.layers.items()}|self.doors
     own = [o.key for o in plan.tr.ops if o.own or plan.is_lstm(o)]
-    found = [*self.sites,*self.reads,*plan.norms.values(),*own]
+    found = [*self.sites,*self.reads,*self.after,*plan.norms.values(),*own]
     self.places,self.bare = places(plan.whole, found),plan.tr.bare
     clipped = plan.clipped()
     self.capped = [s.i for g,s in site.items() if g in clipped and s.spec.learned]
@@ -99,6 +101,24 @@ def set_effects(self:FakeQuant, plan, loose):
     self.reads = {o.key:read(o) for o in plan.tr.ops if o.key in plan.int8 and read(o)}
     wrote = [o for o in plan.tr.ops if o.writes is not None and plan.tr.reread.intersection(o.outs)]
     self.wrote = {o.key:o.writes for o in wrote if o.key in self.sites}
+
+# %% ../../nbs/quant/06_fakequant.ipynb #06fqkern02
+_sums = 'add','add_','__add__','__radd__','__iadd__'
+
+@patch
+def set_kernels(self:FakeQuant, plan, here):
+    "Say where what layers and sums of two activations make is rounded, and where what goes into these was"
+    ran,at = [o for o in plan.tr.ops if o.key in plan.int8],self.of_value
+    self.after = {o.key:here[v] for o in ran if (v:=plan.ends[o.key]) in here}
+    pairs = [o for o in ran if o.name in _sums and o.key in self.after and len(o.given)==2]
+    self.adds = {o.key:[at[v] for v in o.given] for o in pairs if all(v in at for v in o.given)}
+
+@patch
+def add(self:FakeQuant, key, args, kwargs)->Tensor:
+    "A sum of two activations, as a kernel computes it"
+    (a,of_a),(b,of_b) = zip(floats((args,kwargs)), [s.constants for s in self.adds[key]])
+    y = add_in_steps(a, of_a, b, of_b, self.after[key].constants)
+    return a.copy_(y) if key[1] in ('add_','__iadd__') else y
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
 def blank(
@@ -205,7 +225,8 @@ class FakeQuantMode(Matching):
         x = argument(args, kwargs, 0, 'input')
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, x, cap)
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
-        elif layer is not None: out = self.layer(layer, name, func, args, kwargs)
+        elif key in r.adds and r.on_integers and kwargs.get('alpha', 1)==1: out = r.add(key, args, kwargs)
+        elif layer is not None: out = self.layer(layer, key, func, args, kwargs)
         elif name=='lstm' and key[0] in r.lstms: out = r.lstm(key[0], func, args)
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
@@ -217,14 +238,15 @@ class FakeQuantMode(Matching):
         if cap is None or r.act not in (Site.forward, Site.follow) or not r.ready: return False
         s,z = r.numbers[site.i]
         return z==0 and grid.lo==0 and s*(grid.hi-.5)<=cap
-    def layer(self, path, *call):
+    def layer(self, path, key, *call):
         "What comes out of the layer at `path`"
         r = self.fake_quant
-        o = as_layer(*call, left=r.from_left(path))
+        o = as_layer(key[1], *call, left=r.from_left(path))
         x,w = o.x,channels_first(o, o.w)
         b = r.bias_of(path) if r.norms.get(path) in r.folded else o.b # that has the batchnorm's, even if `forward` passes none
         if path in r.doors: x = r.act(r.doors[path], x)
         if path in r.live: o = replace(o, run=partial(o.run, linear=partial(r.linear, path)))
+        elif r.on_integers and (y:=r.kernel(path, replace(o, x=x), r.after.get(key))) is not None: return y
         elif r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
         return r.visit(path, replace(o, x=x, w=w, b=b)) if r.visit else o.run(x, w, b)

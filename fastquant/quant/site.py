@@ -86,11 +86,15 @@ def note(self:Site, x, cap=None):
     return x
 
 # %% ../../nbs/quant/05_site.ipynb #05prepd091c6
+@patch(as_prop=True)
+def constants(self:Site)->tuple:
+    "Scale and zero point in a converted model"
+    return tuple(getattr(self.of.model, f'site_{self.i}_{k}') for k in ('scale','zero_point'))
+
 @patch
 def through_integers(self:Site, x):
     "`x` as integers, and as floats again"
-    model,name = self.of.model,f'site_{self.i}'
-    s,z = getattr(model, f'{name}_scale'),getattr(model, f'{name}_zero_point')
+    s,z = self.constants
     return dequantize(quantize(x, s, z, self.spec.grid), s, z)
 
 # %% ../../nbs/quant/05_site.ipynb #06fqgate002
