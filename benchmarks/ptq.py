@@ -186,14 +186,15 @@ def calibration(o):
 @sections
 @per_processor
 def pareto(o):
-    "Size and latency of the nets whose accuracy `cifar` and `other` measure"
+    "Size and latency of the nets whose accuracy `cifar` and `other` measure, and the latency of float in the same engine"
     rows = []
     for net in (partial(resnet20, o),vgg,resnet14b,mobilenet):
         name,model,data = getattr(net, '__name__', 'resnet20'),settled(net, 32),noise(16, 32)
         learn,x = learner(model, data, data, bs=8),data.tensors[0][:1]
         file = learn.quantize().model.data
-        with torch.inference_mode(): ms = in_turns({'float':lambda: model(x), 'int8':ort_run(file, x)}, o.some(200, 5), seconds=60).round(3)
-        bytes_ = {'float':n_bytes(model), 'int8':len(file)}
+        runs = {'float':lambda: model(x), 'float, ONNX Runtime':ort_run(float_file(model, x), x), 'int8':ort_run(file, x)}
+        with torch.inference_mode(): ms = in_turns(runs, o.some(200, 5), seconds=60).round(3)
+        bytes_ = {**dict.fromkeys(runs, n_bytes(model)), 'int8':len(file)}
         rows += [dict(net=name, by=k, bytes=bytes_[k], median_ms=r['median'], spread_ms=r['spread']) for k,r in ms.iterrows()]
     return rows, []
 
