@@ -246,11 +246,12 @@ def quantized(learn, *specs, **kw):
 def with_peers(
     float_:bytes, # A file
     ours:dict,    # Files of ours, by spec
+    too=('dynamic','w4') # Specs whose files OpenVINO runs as well
 )->dict: # What runs each, by name
     "Files of ours, in OpenVINO too, and those that ONNX Runtime makes of `float_`"
     theirs = {"ONNX Runtime's dynamic":ort_dynamic(float_), "ONNX Runtime's dynamic, per channel":ort_dynamic(float_, per_channel=True)}
     found = {'float':Engine(float_), **ours, **{k:Engine(v) for k,v in theirs.items()}}
-    return {**found, **{f'{k}, OpenVINO':InOpenVINO(ours[k].data) for k in ('dynamic','w4') if installed('openvino') and k in ours}}
+    return {**found, **{f'{k}, OpenVINO':InOpenVINO(ours[k].data) for k in too if installed('openvino') and k in ours}}
 
 def embedded(model, *xs, bs=32):
     with torch.inference_mode(): return torch.cat([model(*b) for b in zip(*[x.split(bs) for x in xs])])
@@ -335,7 +336,7 @@ def voice_learner(o):
 def voice_models(o):
     learn,x = voice_learner(o)
     with tempfile.TemporaryDirectory() as d: float_ = learn.export_onnx(Path(d)/'f.onnx').read_bytes()
-    return with_peers(float_, quantized(learn, 'dynamic', 'w8', 'fp16')),x
+    return with_peers(float_, quantized(learn, 'dynamic', 'w8', 'w4', 'fp16'), ('dynamic','w8','w4')),x
 
 @sections
 @per_processor
@@ -371,13 +372,13 @@ class WholeGRU(nn.Module):
 @sections
 @per_processor
 def gru(o):
-    "One layer of 256, for 32 steps of 40: the operator in float, and its products one by one, in float and on integers"
+    "One layer of 256, for 32 steps of 40: the operator in float, with weights of fewer bits, and its products one by one, in float and on integers"
     set_seed(42)
     rnn,head,x = nn.GRU(40, 256, batch_first=True),nn.Linear(256, 8),torch.randn(16, 32, 40)
     data = TensorDataset(x, torch.zeros(16).long())
     whole,stepped = (learner(m.eval(), data, data, bs=8) for m in (WholeGRU(rnn, head),SteppedGRU(rnn, head)))
     with tempfile.TemporaryDirectory() as d: floats = [Engine(l.export_onnx(Path(d)/'f.onnx').read_bytes()) for l in (whole,stepped)]
-    models = dict(zip(('float','products in float'), floats))|{'products, dynamic':quantized(stepped, 'dynamic')['dynamic']}
+    models = dict(zip(('float','products in float'), floats))|{'products, dynamic':quantized(stepped, 'dynamic')['dynamic'], **quantized(whole, 'w8', 'w4')}
     return [dict(by=k, mb=mb(models[k]), cosine=cosine(models['float'](x), models[k](x)), **v) for k,v in all_times(o, models, x[:1]).items()],[]
 
 # Classifiers

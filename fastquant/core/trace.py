@@ -74,6 +74,8 @@ class Op:
     @property
     def is_layer(self)->bool: return self.kind=='layer' or self.own is not None
     @property
+    def is_linear(self)->bool: return self.is_layer and not self.name.startswith('conv')
+    @property
     def layer(self)->str:
         "What it is of: a layer, if it is one, or a module"
         return self.own.name if self.own else self.path
@@ -237,7 +239,7 @@ class Trace:
     reread:frozenset=frozenset() # Values that an operation wrote into a tensor, or that no operation was seen to make
     marks:dict=field(default_factory=dict, repr=False) # What tells each operation from others, by key
     bare:set=field(default_factory=set, repr=False) # Paths of modules without tensors of their own
-    lstms:dict=field(default_factory=dict, repr=False) # Modules that ran an LSTM on a batch of sequences, by path
+    lstms:dict=field(default_factory=dict, repr=False) # Modules that ran an LSTM or a GRU on a batch of sequences, by path
     elsewhere:set=field(default_factory=set, repr=False) # Names of parameters that something uses that is no layer
     consumers:dict=field(default_factory=lambda: defaultdict(list), repr=False) # Operations that use a value
     def __post_init__(self):
@@ -261,7 +263,7 @@ def trace(
     ends = {*t.known(floats(out)),*(t.behind(tensors(out)) or ())}
     if not ends: raise ValueError(_nothing.format(model=type(model).__name__, out=type(out).__name__, xb=_shapes(xb)))
     ops = name_products(t.ops, {o.path for o in t.ops if o.kind=='layer'}, model)
-    lstms = {o.path:model.get_submodule(o.path) for o in ops if o.name=='lstm' and o.ndim==3}
+    lstms = {o.path:model.get_submodule(o.path) for o in ops if o.name in ('lstm','gru') and o.ndim==3}
     return Trace(ops, inputs, ends, t.ran, t.users, t.reread, t.found, t.bare, lstms=lstms, elsewhere=t.elsewhere)
 
 _nothing = ("Nothing that {model} returns (a {out}) can be followed back to the batch ({xb}), so it cannot be said what it does. "
@@ -278,4 +280,6 @@ def needed(self:Trace)->Trace:
         if wanted.isdisjoint(o.outs): continue
         wanted.update(o.ins)
         kept.append(o)
-    return replace(self, ops=kept[::-1], consumers=defaultdict(list))
+    paths = {o.path for o in kept}
+    lstms = {k:m for k,m in self.lstms.items() if k in paths}
+    return replace(self, ops=kept[::-1], lstms=lstms, consumers=defaultdict(list))

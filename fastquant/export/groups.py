@@ -63,12 +63,12 @@ def _by_kernel(n, name, scale, q, spec, taken):
     return nodes+[onnx.helper.make_node('Add', [to,b], [out]) for b in bias]
 
 # %% ../../nbs/export/00_groups.ipynb #00grou0012
-def _unpacked(name, scale, q, spec, out, opset):
+def _unpacked(name, scale, q, spec, out):
     "An initializer, and nodes that make the floats `out` of it"
     bits,n = spec.grid.bits,spec.granularity.n
     rows,consts = _rows(q, n),dict(column=[-1,1], matrix=[len(q),-1], start=[0], end=[q.shape[1]], along=[1])
     if bits>4: small,front,x = onnx.numpy_helper.from_array(rows, name),[],name
-    else: small,front,x = *packed_bytes(name, rows, 1, 2 if bits==2 else 4, opset),f'{name}_int8'
+    else: small,front,x = *packed_bytes(name, rows, 1, 2 if bits==2 else 4),f'{name}_int8'
     front += [constant_node(f'{name}_{k}', INT64, v) for k,v in consts.items()]
     def then(kind, made, *ins, **attrs): front.append(onnx.helper.make_node(kind, ins, [made], **attrs))
     floats,column,each,whole = (f'{name}_{k}' for k in ('floats','by','each','whole'))
@@ -82,8 +82,7 @@ def _unpacked(name, scale, q, spec, out, opset):
 # %% ../../nbs/export/00_groups.ipynb #00grou0014
 def keep_groups(
     proto:onnx.ModelProto, # Changed in place
-    specs:dict,            # How the weight of each layer is rounded, by its path: those in groups
-    opset:int=None         # Version of ONNX that it is for
+    specs:dict             # How the weight of each layer is rounded, by its path: those in groups
 )->onnx.ModelProto: # `proto`
     "Store integers in groups in as few bytes as they take, and let a kernel multiply with them if there is one"
     g,found,new = proto.graph,{},{}
@@ -97,7 +96,7 @@ def keep_groups(
             rename(g, {d.output[0]:first.output[0]})
             del d.input[:]
         spec = specs.get(path_of(scale)) or specs[path_of(q)]
-        new.update(_kept(g, first, _own(g, first, ini[q], taken), spec, taken, opset))
+        new.update(_kept(g, first, _own(g, first, ini[q], taken), spec, taken))
     replace_nodes(g, new)
     if nodes_of(g, 'MatMulNBits'): proto.opset_import.append(onnx.helper.make_opsetid(nbits_domain, 1))
     return proto
@@ -110,7 +109,7 @@ def _own(g, d, i, taken):
     d.input[0] = new.name = free_name(f'{i.name}_own', taken)
     return new
 
-def _kept(g, d, i, spec, taken, opset):
+def _kept(g, d, i, spec, taken):
     "What to put in the place of nodes, by their ids, for the weight that `d` makes of the initializer `i`"
     q = onnx.numpy_helper.to_array(i)
     products,between = _products(g, d.output[0])
@@ -118,7 +117,7 @@ def _kept(g, d, i, spec, taken, opset):
         i.CopyFrom(onnx.numpy_helper.from_array(nibbles(q, spec.granularity.n), i.name))
         gone = {id(n):[] for n in (d,*between)}
         return {**gone, **{id(n):_by_kernel(n, i.name, d.input[1], q, spec, taken) for n in products}}
-    small,nodes = _unpacked(i.name, d.input[1], q, spec, d.output[0], opset)
+    small,nodes = _unpacked(i.name, d.input[1], q, spec, d.output[0])
     i.CopyFrom(small)
     return {id(d):nodes}
 

@@ -43,7 +43,7 @@ def pack(
 def _packed(name, q, room, grid, opset):
     "The way that there is for this grid and version"
     if grid.bits>2 and (opset is None or opset>=21): return packed_four(name, q, room)
-    return packed_bytes(name, q, room, 2 if grid.bits==2 else 4, opset)
+    return packed_bytes(name, q, room, 2 if grid.bits==2 else 4)
 
 # %% ../../nbs/export/00_lowbit.ipynb #07expo6e2f03
 def _step(kind, *consts, **attrs):
@@ -71,16 +71,15 @@ def packed_four(
     u = even.astype(np.uint8)&15
     pairs = u[::2]|u[1::2]<<4
     small = onnx.helper.make_tensor(name, INT4, q.shape, pairs.tobytes(), raw=True)
-    nodes = _nodes(name, _step('Cast', to=INT8), _step('Mul', 'room'))
-    return small,[constant_node(f'{name}_room', INT8, room),*nodes]
+    nodes = _nodes(name, _step('Cast', to=INT32), _step('Mul', 'room'), _step('Cast', to=INT8))
+    return small,[constant_node(f'{name}_room', INT32, room),*nodes]
 
 # %% ../../nbs/export/00_lowbit.ipynb #00lowbt0007
 def packed_bytes(
     name:str,      # Of the weight
     q,             # Its integers, an array
     room:int,      # What they are multiplied by in a byte
-    bits:int,      # Of each, 2 or 4
-    opset:int=None # Version of ONNX that it is for
+    bits:int       # Of each, 2 or 4
 )->tuple: # An initializer, and a list of nodes
     "An initializer of bytes that hold several integers each, and the nodes that make int8 of it"
     n,more = 8//bits,1 if bits==2 else 8 # what makes them positive
@@ -88,14 +87,12 @@ def packed_bytes(
     whole = np.pad(q.flatten()+more, (0, -q.size%n))
     bytes_ = (whole.reshape(-1, n)<<shifts).sum(1)
     small = onnx.numpy_helper.from_array(bytes_.astype(np.uint8), name)
-    has_and = opset is None or opset>=18
-    lower,by = ('BitwiseAnd',2**bits-1) if has_and else ('Mod',2**bits)
-    of_bits = dict(axis=(INT64,[1]), shifts=(UINT8,shifts), mask=(UINT8,by))
+    of_bits = dict(axis=(INT64,[1]), shifts=(INT32,[2**k for k in shifts]), mask=(INT32,2**bits))
     of_values = dict(one=(INT32,more), room=(INT32,room))
     of_shape = dict(flat=(INT64,[-1]), zero=(INT64,[0]), size=(INT64,[q.size]), shape=(INT64,q.shape))
     consts = {**of_bits, **of_values, **of_shape}
-    steps = _step('Unsqueeze', 'axis'),_step('BitShift', 'shifts', direction='RIGHT'),_step(lower, 'mask')
-    values = _step('Cast', to=INT32),_step('Sub', 'one'),_step('Mul', 'room')
+    steps = _step('Unsqueeze', 'axis'),_step('Cast', to=INT32),_step('Div', 'shifts'),_step('Mod', 'mask')
+    values = _step('Sub', 'one'),_step('Mul', 'room')
     shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape')
     nodes = _nodes(name, *steps, *values, *shape, _step('Cast', to=INT8))
     made = [constant_node(f'{name}_{k}', *o) for k,o in consts.items()]

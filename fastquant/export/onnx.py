@@ -141,7 +141,7 @@ def _stored(proto, r, opset):
     groups = {k:w for k,w in r.weights.items() if w.by_group}
     grids = {k:w.grid for k,w in r.weights.items() if not w.half and k not in groups}
     halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups)]
-    proto = keep_groups(pad_biases(proto), groups, opset)
+    proto = keep_groups(pad_biases(proto), groups)
     proto = keep_tables(pack(keep_float(proto, r.weights_only&set(grids)), grids, opset))
     return keep_halves(proto, dict.fromkeys(halves))
 
@@ -215,7 +215,7 @@ def _with_bias(found, biases):
     return {k:own for k,ns in biases.items() if (own:=mine(k, ns))}
 
 _alone = 'MatMulInteger','DynamicQuantizeLSTM' # whose weights go in as they are
-_layers = 'Conv','Gemm','MatMul','MatMulNBits',*_alone # and a lookup, if it is of integers
+_layers = 'Conv','Gemm','MatMul','MatMulNBits','LSTM','GRU',*_alone # and a lookup, if it is of integers
 
 # %% ../../nbs/export/00_onnx.ipynb #07expokeep02
 def keep_float(

@@ -75,7 +75,7 @@ def rounding_errors(
         db = dict(own=sqnr(x, s.forward(x).detach()), sqnr=sqnr(x, got[s]), output=at_end)
         return dict(layer=s.source, exclude=s.touching, **db)
     rows = [row(*o) for o in through(list(ref.items()))]
-    rows += [_of_weight(model, k, [k], out, xb) for k in r.layers if k in r.weights_only]
+    rows += [_of_weight(model, k, [k], out, xb) for k in r.layers if k in r.weights_only and r.owner[k]==k]
     rows += [_of_weight(model, k, [w for w,o in r.owner.items() if o==k], out, xb) for k in r.lstms]
     table = pd.DataFrame(rows, columns=['layer','output','sqnr','own','exclude'])
     return table.sort_values('output', ignore_index=True)

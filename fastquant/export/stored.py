@@ -29,18 +29,26 @@ def altered(
 )->list:
     "Paths of layers of which only the weights are integers, or that hide their integers, and whose weights in the file are other ones"
     r,nodes = fake_quant_of(sim),layer_nodes(proto)
-    names = {k:n.input[n.op_type!='Gather'] for k,n in nodes.items() if k in r.weights_only}
+    names = {k:n.input[_place(k, n)] for k,n in nodes.items() if k in r.weights_only}
     found = constants(proto, list(set(names.values())))
     halves = _in_halves(proto) if any(r.weights[k].half for k in r.weights_only) else {}
     def there(k, shape):
         if r.weights[k].half: return halves.get(shape, [])
         if k in nodes and nodes[k].op_type=='MatMulNBits': return [torch.tensor(nbits_weight(proto.graph, nodes[k]))]
-        return [torch.tensor(found[names[k]])] if k in names else []
+        w = torch.tensor(found[names[k]]) if k in names else None
+        return [] if w is None else [w if r.owner[k]==k else w.flatten(0, 1)] # an LSTM has its directions in a dimension of their own
     def same(k):
         want = r.as_floats(k)[0]
         ways = [want,want.T] if want.ndim==2 else [want]
         return any(o.equal(w) for o in there(k, want.shape) for w in ways)
     return [k for k in r.layers if k in r.weights_only and not same(k)]+_altered_lstms(r, proto, nodes)
+
+def _is_input(k): return '.weight_ih_l' in f'.{k}' # of the two weights that a layer of an LSTM or of a GRU has
+
+def _place(k, n):
+    "Which input of the node `n` is the weight of the layer `k`"
+    if n.op_type in ('LSTM','GRU'): return 1 if _is_input(k) else 2
+    return int(n.op_type!='Gather')
 
 def _both_biases(m):
     "Those of an LSTM, as the operator takes them: one for what comes in, and one for the state"
@@ -49,12 +57,12 @@ def _both_biases(m):
 def _altered_lstms(r, proto, nodes):
     "Weights of LSTMs of which something in the file is another one"
     def of(k, node):
-        i,s = (1,8) if '.weight_ih_l' in f'.{k}' else (2,10)
+        i,s = (1,8) if _is_input(k) else (2,10)
         m,names = r.home(k),[node.input[i],node.input[s],node.input[s+1]]
         if i==1: names.append(node.input[3])
         got,want = constants(proto, [*filter(None, names)]),[m.weight,m.weight_scale,m.weight_zero_point,*_both_biases(m)[:i==1]]
         return all(w is None if not k else w.equal(torch.tensor(got[k])) for k,w in zip(names, want))
-    return [k for k,o in r.owner.items() if o!=k and not (k in nodes and of(k, nodes[k]))]
+    return [k for k,o in r.owner.items() if o!=k and k in r.live and not (k in nodes and of(k, nodes[k]))]
 
 # %% ../../nbs/export/03_stored.ipynb #03storhal8
 def _in_halves(
@@ -78,7 +86,7 @@ def _stored_as(grid): return grid.bits if isinstance(grid, Grid) else str(grid).
 
 def _alone(r):
     "Bits, or the type, of weights that are nothing but stored, by what they are of"
-    found = {k:_stored_as(w.grid) for k,w in r.weights.items() if k in r.weights_only}
+    found = {r.owner[k]:_stored_as(w.grid) for k,w in r.weights.items() if k in r.weights_only}
     for k,dtype in r.halves.items(): found[half_key(r.model, k)] = _stored_as(dtype)
     return found
 

@@ -13,9 +13,11 @@ from .graph import *
 __all__ = ['keep_tables']
 
 # %% ../../nbs/export/00_tables.ipynb #00tabl0007
-def _looked_up(g, const, ini):
-    "The nodes that make tables of integers, if rows of those are all that anybody takes"
-    def others(o): return [n for n in g.node if o in n.input and not (n.op_type=='Gather' and o not in n.input[1:])]
+def _for_good(g, const, ini):
+    "The nodes that make floats of integers for nobody but lookups, LSTMs and GRUs"
+    def once(n, o): return n.op_type in ('LSTM','GRU') or n.op_type=='Gather' and o not in n.input[1:]
+    def shaped(n): return n.op_type=='Reshape' and n.output[0] in const and not others(n.output[0])
+    def others(o): return [n for n in g.node if o in n.input and not once(n, o) and not shaped(n)]
     def centered(n): return len(n.input)<3 or n.input[2] in ini and not onnx.numpy_helper.to_array(ini[n.input[2]]).any()
     outs = {o.name for o in g.output}
     return [n for n in nodes_of(g, 'DequantizeLinear') if const.issuperset(n.input) and centered(n) and n.output[0] not in outs and not others(n.output[0])]
@@ -23,9 +25,9 @@ def _looked_up(g, const, ini):
 def keep_tables(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
-    "Let engines make floats of tables when they open the file, instead of for each batch"
+    "Let engines make floats of tables, and of weights of LSTMs and GRUs, when they open the file, instead of for each batch"
     g,ini = proto.graph,{i.name:i for i in proto.graph.initializer}
-    taken,found = set(values_of(g)),_looked_up(g, constant_names(g), ini)
+    taken,found = set(values_of(g)),_for_good(g, constant_names(g), ini)
     zeros = [k for n in found for k in n.input[2:]]
     replace_nodes(g, {id(n):_as_floats(n, taken) for n in found})
     used = {k for n in g.node for k in n.input}

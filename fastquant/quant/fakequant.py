@@ -26,6 +26,7 @@ from .site import *
 from .weights import *
 from .live import *
 from .kernels import *
+from .recurrent import *
 
 # %% auto #0
 __all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
@@ -50,7 +51,7 @@ class FakeQuant(Attachment, LayerWeights):
         self.lay_out()
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
-        self.folded,self.seen,self.around_lstm = set(),{},None
+        self.folded,self.seen,self.around_lstm,self.around_stored = set(),{},None,None
         self.visit,self.unmended = None,{} # see `quant.rungs`
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
@@ -87,7 +88,7 @@ def set_sites(self:FakeQuant, plan):
     self.moved = {o.key for o in plan.tr.ops if o.kind=='move'}
     self.doors = {k:site[k] for k in plan.doors}
     self.layers = {k:at[vs[0]] if vs else None for k,vs in plan.layers.items()}|self.doors
-    own = [o.key for o in plan.tr.ops if o.own or plan.is_lstm(o)]
+    own = [o.key for o in plan.tr.ops if o.own or plan.is_recurrent(o)]
     found = [*self.sites,*self.reads,*self.after,*plan.norms.values(),*own]
     self.places,self.bare = places(plan.whole, found),plan.tr.bare
     clipped = plan.clipped()
@@ -227,7 +228,7 @@ class FakeQuantMode(Matching):
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
         elif key in r.adds and r.on_integers and kwargs.get('alpha', 1)==1: out = r.add(key, args, kwargs)
         elif layer is not None: out = self.layer(layer, key, func, args, kwargs)
-        elif name=='lstm' and key[0] in r.lstms: out = r.lstm(key[0], func, args)
+        elif name in ('lstm','gru') and key[0] in r.lstms: out = r.recurrent(key[0], func, args)
         else: out = x if key in r.folded else func(*args, **kwargs)
         if site is None: return out
         real = floats(out)

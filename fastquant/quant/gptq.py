@@ -91,16 +91,17 @@ def _products(model, r, mods, lstms, batches):
     found = {}
     def add(k, x): found[k] = found.get(k, 0)+(x:=x.detach().flatten(0, -2)).T@x
     def layer(path, run):
-        (ins,states),x,_ = run.args
+        (ins,states),x,*_ = run.args
         out = run()
         for d,h in enumerate(out[0].chunk(r.lstms[path].dirs, -1)):
             if ins in lstms: add((ins,d), r.features_of(ins, x))
             if states in lstms: add((states,d), h)
         return out
     hooks,r.around_lstm = _hooked(mods, add),layer if lstms else None
+    r.around_stored = r.around_lstm
     try: plain_outputs(model, batches)
     finally:
-        r.around_lstm = None
+        r.around_lstm = r.around_stored = None
         for h in hooks: h.remove()
     return found
 
@@ -129,5 +130,5 @@ def compensate(
         if (k,0) in h: m.weight.copy_(*moved(k, 1))
     for k,ps in lstms.items():
         new = r.own_weight(k, torch.cat(moved(k, len(ps)))) if (k,0) in h else None
-        for p,v in zip(ps, () if new is None else from_gate_rows(new, len(ps))): p.copy_(v)
+        for p,v in zip(ps, () if new is None else from_gate_rows(new, len(ps), r.lstms[r.owner[k]].gates)): p.copy_(v)
     return model

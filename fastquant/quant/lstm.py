@@ -1,4 +1,4 @@
-"""An LSTM on integers, with ranges found at each step
+"""What LSTMs and GRUs multiply with, and an LSTM on integers, with ranges found at each step
 
 Docs: https://fastquant-dev.github.io/fastquant/quant/lstm.html.md"""
 
@@ -15,49 +15,52 @@ from ..core.product import *
 from .dynamic import *
 
 # %% auto #0
-__all__ = ['gate_rows', 'from_gate_rows', 'gate_biases', 'is_plain_lstm', 'LSTMLayers', 'lstm_layers', 'run_lstm_layer',
-           'lstm_dynamic']
+__all__ = ['gate_rows', 'from_gate_rows', 'gate_biases', 'is_plain', 'RecurrentLayers', 'recurrent_layers', 'find_recurrent',
+           'run_lstm_layer', 'lstm_dynamic']
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0007
-_gates = 0,3,1,2 # ONNX has them in this order of those of PyTorch
+_gates = {4:(0,3,1,2), 3:(1,0,2)} # of an LSTM and of a GRU: ONNX has them in this order of those of PyTorch
 
-def _ordered(w): return torch.cat([w.chunk(4)[i] for i in _gates])
+def _ordered(w, gates): return torch.cat([w.chunk(gates)[i] for i in _gates[gates]])
 
 def gate_rows(
-    *ws:Tensor # Of each direction, as PyTorch has it
+    *ws:Tensor, # Of each direction, as PyTorch has it
+    gates:int=4 # 4 of an LSTM, 3 of a GRU
 )->Tensor: # Directions times gates times hidden, and inputs
-    "A weight of an LSTM with its rows as ONNX has them"
-    return torch.cat([_ordered(w) for w in ws])
+    "A weight of an LSTM or a GRU with its rows as ONNX has them"
+    return torch.cat([_ordered(w, gates) for w in ws])
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm00x0c07
 def from_gate_rows(
     w:Tensor, # From `gate_rows`
-    dirs:int  # Directions
+    dirs:int, # Directions
+    gates:int=4 # As for that
 )->list: # A weight of each
     "The weights as PyTorch has them"
-    def back(w): return torch.cat([w.chunk(4)[_gates.index(i)] for i in range(4)])
-    return list(map(back, w.chunk(dirs)))
+    back = torch.tensor(_gates[gates]).argsort().tolist()
+    return [torch.cat([o.chunk(gates)[i] for i in back]) for o in w.chunk(dirs)]
 
 def gate_biases(
     *bs:Tensor # Of each direction the input's and the state's
 )->Tensor: # Directions, and 4 times hidden
     "What the two biases of an LSTM add up to, as ONNX has them"
-    return torch.cat([_ordered(b) for b in bs]).view(len(bs)//2, 2, -1).sum(1)
+    return torch.cat([_ordered(b, 4) for b in bs]).view(len(bs)//2, 2, -1).sum(1)
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0009
-def is_plain_lstm(
+def is_plain(
     m:nn.Module # Any
 )->bool:
-    "Whether `m` is an LSTM without projections, whose weights are its own parameters"
-    return type(m) is nn.LSTM and not m.proj_size and all(k in m._parameters for k in m._flat_weights_names)
+    "Whether `m` is an LSTM or a GRU without projections, whose weights are its own parameters"
+    return type(m) in (nn.LSTM,nn.GRU) and not m.proj_size and all(k in m._parameters for k in m._flat_weights_names)
 
 @dataclass(frozen=True)
-class LSTMLayers:
-    "What an LSTM multiplies with"
-    path:str   # Of the module
-    n:int      # Layers
-    dirs:int   # Directions, one or two
-    bias:bool  # Has it any?
+class RecurrentLayers:
+    "What an LSTM or a GRU multiplies with"
+    path:str    # Of the module
+    n:int       # Layers
+    dirs:int    # Directions, one or two
+    bias:bool   # Do biases go with the integers of its weights?
+    gates:int=4 # 4 of an LSTM, 3 of a GRU
     def names(self,
         l:int # Number of a layer
     )->list:
@@ -65,25 +68,39 @@ class LSTMLayers:
         return [f'{self.path}.{k}_l{l}'.lstrip('.') for k in ('weight_ih','weight_hh')]
     def products(self)->dict: # By name
         "Its weights, as products of the model's own"
-        found = {}
+        found,rows = {},partial(self._made, gate_rows, gates=self.gates)
         for l in range(self.n):
             ins,states = self.names(l)
-            found[ins] = OwnProduct(ins, self._made(gate_rows, ins), self._biases(l))
-            found[states] = OwnProduct(states, self._made(gate_rows, states), None)
+            found[ins] = OwnProduct(ins, rows(ins), self._biases(l))
+            found[states] = OwnProduct(states, rows(states), None)
         return found
-    def _made(self, func, *names):
+    def _made(self, func, *names, **kwargs):
         parts = [k+d for d in ('','_reverse')[:self.dirs] for k in names]
-        return Made(tuple(parts), func, '', args=((torch.empty(0),)*len(parts),{}))
+        return Made(tuple(parts), func, '', args=((torch.empty(0),)*len(parts),kwargs))
     def _biases(self, l):
         if not self.bias: return None
         return self._made(gate_biases, *[k.replace('weight', 'bias') for k in self.names(l)])
 
-def lstm_layers(
-    path:str,    # Of a module
-    m:nn.LSTM    # It itself
-)->LSTMLayers:
+def recurrent_layers(
+    path:str,          # Of a module
+    m:nn.Module,       # It itself, an LSTM or a GRU
+    only_weights=False # Is the rest of it in float?
+)->RecurrentLayers:
     "What `m` multiplies with"
-    return LSTMLayers(path, m.num_layers, 1+m.bidirectional, m.bias)
+    gates = m.weight_hh_l0.shape[0]//m.hidden_size
+    return RecurrentLayers(path, m.num_layers, 1+m.bidirectional, m.bias and not only_weights, gates)
+
+# %% ../../nbs/quant/02_lstm.ipynb #04120d92
+def find_recurrent(
+    modules:dict, # LSTMs and GRUs, by path
+    spec_of       # A function of a path: its `Spec`, or None for float
+)->dict: # `RecurrentLayers` by path
+    "Those of `modules` that have integer weights"
+    def fits(m, s):
+        if not s or not is_plain(m): return False
+        return s.act.dynamic and type(m) is nn.LSTM if s.act else not s.weight.half
+    given = {k:(m,spec_of(k)) for k,m in modules.items()}
+    return {k:recurrent_layers(k, m, s.act is None) for k,(m,s) in given.items() if fits(m, s)}
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0012
 def _direction(gates, back, h, c, given=None):

@@ -69,7 +69,7 @@ class Plan:
             for v in filter(self.wanted, o.outs): self.grid[v] = self.grid[o.ins[0]]
         elif o.key in self.int8:
             end = self.ends[o.key]
-            bare = o.is_layer and not o.name.startswith('conv') and end==o.outs[0]
+            bare = o.is_linear and end==o.outs[0]
             self.place(end, o.layer, not bare or self.wanted(end))
         for v in o.outs:
             if v not in self.grid: self.place(v, o.path, self.wanted(v))
@@ -79,10 +79,11 @@ class Plan:
 def choose(self:Plan):
     "Find layers of which only the weights are integers, those that find ranges while they run, and what else runs in int8: other layers, what something in int8 uses, and averages of what layers made"
     specs = {o.key:self.at(o.layer) for o in self.tr.ops}
-    self.stored = {o.key for o in self.tr.ops if (o.is_layer or o.kind=='lookup') and specs[o.key] and not specs[o.key].act}
+    self.lstms = find_recurrent(self.tr.lstms, self.at)
+    def weighs(o): return o.is_layer or o.kind=='lookup' or self.is_recurrent(o)
+    self.stored = {o.key for o in self.tr.ops if weighs(o) and specs[o.key] and not specs[o.key].act}
     live = {k for k,s in specs.items() if s and s.act and s.act.dynamic}
-    self.lstms = {k:lstm_layers(k, m) for k,m in self.tr.lstms.items() if is_plain_lstm(m) and any(o.path==k for o in self.tr.ops if o.key in live)}
-    self.live = {o.key for o in self.tr.ops if o.key in live and (self.is_linear(o) or self.is_lstm(o))}
+    self.live = {o.key for o in self.tr.ops if o.key in live and (o.is_linear or self.is_recurrent(o))}
     asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act and o.key not in live]
     made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
@@ -91,14 +92,10 @@ def choose(self:Plan):
         if o.is_layer or o.kind=='arith' and joins(o): self.int8.add(o.key)
 
 @patch
-def is_linear(self:Plan, o)->bool:
-    "Whether an operation is a linear layer"
-    return o.is_layer and not o.name.startswith('conv')
+def is_recurrent(self:Plan, o)->bool:
+    "Whether an operation is an LSTM or a GRU with integer weights"
+    return o.name in ('lstm','gru') and o.path in self.lstms
 
-@patch
-def is_lstm(self:Plan, o)->bool:
-    "Whether an operation is an LSTM that runs on integers"
-    return o.name=='lstm' and o.path in self.lstms
 
 # %% ../../nbs/quant/05_plan.ipynb #04traclstm4
 @patch(as_prop=True)
@@ -157,12 +154,12 @@ def regrids(self:Plan, path, vals)->bool:
 # %% ../../nbs/quant/05_plan.ipynb #04traclstm2
 @patch(as_prop=True)
 def parts(self:Plan)->dict:
-    "The weights of LSTMs on integers, as products of the model's own, by name"
+    "The weights of LSTMs and GRUs with integers, as products of the model's own, by name"
     return {k:p for o in self.lstms.values() for k,p in o.products().items()}
 
 @patch
 def owner(self:Plan, path)->str:
-    "The module that a layer is, or the LSTM that it is a weight of"
+    "The module that a layer is, or the LSTM or GRU that it is a weight of"
     return next((k for k,o in self.lstms.items() if path in o.products()), path)
 
 # %% ../../nbs/quant/05_plan.ipynb #04trac2bfc71
@@ -257,12 +254,14 @@ def outside(self:Plan, model)->dict:
     return {o.layer if o.own else o.weight:why(o) for o in left if not named(o.weight)}
 
 # %% ../../nbs/quant/05_plan.ipynb #04traca27c2f
-def _finds_no_range(plan, path, m):
-    "Why a module whose range was to be found while it runs stays in float, where that is for the sake of the range"
+def _not_done(plan, path, m):
+    "Why a module stays in float though others of its kind do not, or because it was to find its range while it runs"
     act = plan.at(path).act
-    if not act or not act.dynamic: return None
-    if isinstance(m, conv_layers): return 'convolutions have no kernel that finds ranges while it runs and is faster'
-    if type(m) is nn.LSTM: return 'an LSTM with projections, or with weights that are computed while it runs, has no integer kernel'
+    if act and not act.dynamic: return None
+    if act and isinstance(m, conv_layers): return 'convolutions have no kernel that finds ranges while it runs and is faster'
+    if type(m) is nn.LSTM or type(m) is nn.GRU and not act: return _odd.format(kind=type(m).__name__)
+
+_odd = 'an {kind} with projections, with packed sequences, or with weights that are computed while it runs, has no integer kernel'
 
 def float_layers(
     model:nn.Module, # The model that was traced
@@ -277,7 +276,7 @@ def float_layers(
         if path not in plan.tr.ran and user: return f'it runs inside {user[1]}'
         if path not in plan.tr.ran: return 'it never ran on the calibration batch, so nothing is known of its activations'
         if path in idle: return 'nothing that the model returns depends on it'
-        if (no:=_finds_no_range(plan, path, m)): return no
+        if (no:=_not_done(plan, path, m)): return no
         if user and user[1] in kinds: return 'nothing that goes into it depends on the batch' if 'weight' in m._parameters else 'its weight is computed while it runs'
         return f'{type(m).__name__} has no integer kernel'
     in_int8,others,wholes = plan.layers|plan.lstms,plan.outside(model),plan.as_wholes(model)

@@ -46,7 +46,6 @@ class LayerWeights:
     def set_layers(self, plan):
         "Say how the weight of each layer is rounded, and what goes with it"
         self.lstms,self.owner = plan.lstms,{k:plan.owner(k) for k in self.layers}
-        self.widths = {o.names(0)[0]:self.model.get_submodule(k).input_size for k,o in self.lstms.items()}
         self.integers,self.shapes,self.features,self.heard = nn.Module(),{},{},{} # for the last two see `quant.live`
         spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
@@ -54,8 +53,9 @@ class LayerWeights:
         self.compensated,self.smoothed = ({k for k,s in spec.items() if getattr(s, how)} for how in ('compensate','smooth'))
         live = [k for k,s in spec.items() if s.act and s.act.dynamic]
         self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
+        self.widths = {k:self.model.get_submodule(p).input_size for p,o in self.lstms.items() if (k:=o.names(0)[0]) in self.live}
         ran = plan.with_integers
-        added = {o.layer for o in ran if plan.is_linear(o) and o.ndim!=2} # by a node of its own, see below
+        added = {o.layer for o in ran if o.is_linear and o.ndim!=2} # by a node of its own, see below
         self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only or k in self.live or k in added}
         self.products = {o.layer:o.own for o in ran if o.own}|plan.parts
         self.called = {o.key:o.layer for o in ran if o.own}

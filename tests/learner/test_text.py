@@ -217,9 +217,19 @@ def test_on_integers_with_ranges_found_while_it_runs(tmp_path):
     for x in padded(5),padded(50),padded(37,36,14,2): assert sqnr(predicted(learn, x), q.model(x))>25
     assert not fake_quant_of(learn.model)
 
-def test_training_it_rounds_the_head(tmp_path):
-    "The LSTMs of AWD_LSTM drop weights in training, so they stay in float there, by name"
+@pytest.mark.parametrize('spec,least', [('w8',35),('w4',12)])
+def test_weights_only(spec, least, tmp_path):
+    "Of everything: the table, the LSTMs of both directions, and the head; of any batch and length"
+    learn = classifier(tmp_path, **whole['both ways'])
+    q = learn.quantize(spec, timed=False)
+    report = q.model.report
+    assert len(report.weights_only)==report.n_layers==7 and not report.float_layers and q.model.metadata['spec']==spec
+    for x in padded(5),padded(50),padded(37,36,14,2): assert sqnr(predicted(learn, x), q.model(x))>least
+
+@pytest.mark.parametrize('spec,more', [('dynamic',set()),('w8',{'0.module.encoder'})])
+def test_training_it_rounds_the_head(spec, more, tmp_path):
+    "The LSTMs of AWD_LSTM drop weights in training, so they stay in float there, by name; and so does its table, of rows"
     learn = classifier(tmp_path)
-    learn.fit(1, 1e-3, cbs=QuantAwareCallback('dynamic'))
+    learn.fit(1, 1e-3, cbs=QuantAwareCallback(spec))
     report = learn.quantize(timed=False).model.report
-    assert report.trained and report.float_layers.keys()=={'0.module.rnns.0.module','0.module.rnns.1.module'} and report.agrees_rounded==1
+    assert report.trained and report.float_layers.keys()=={'0.module.rnns.0.module','0.module.rnns.1.module',*more} and report.agrees_rounded==1
