@@ -140,7 +140,7 @@ def _stored(proto, r, opset):
     "The file of a model that rounds as `r` says, with each weight in as few bytes as it takes"
     groups = {k:w for k,w in r.weights.items() if w.by_group}
     grids = {k:w.grid for k,w in r.weights.items() if not w.half and k not in groups}
-    halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups)]
+    halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups or r.widths)] # scales of groups, biases of LSTMs on integers
     proto = keep_groups(pad_biases(proto), groups)
     proto = keep_tables(pack(keep_float(proto, r.weights_only&set(grids)), grids, opset))
     return keep_halves(proto, dict.fromkeys(halves))

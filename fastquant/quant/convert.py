@@ -77,7 +77,7 @@ def _convert_layer(r, path, sx, w, b, k):
     q,s,qb,sb = integer_weight(w, None if sx is None else b, sx, s, spec.grid, k, r.fit(path))
     set_integers(m, 'weight', *r.as_stored(path, q, s))
     if path not in r.float_bias: set_integers(m, 'bias', qb, sb)
-    elif b is not None: _set_float(m, 'bias', b)
+    elif b is not None: _set_float(m, 'bias', round_half(b, torch.float16) if r.owner[path] in r.lstms else b) # see `quant.live`
 
 # %% ../../nbs/quant/09_convert.ipynb #06convhalf2
 def _convert_half(r, path, w, b, k):

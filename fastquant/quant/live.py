@@ -13,6 +13,7 @@ from torch import Tensor
 from .dynamic import *
 from .features import *
 from .features import features_from_rows, features_to_rows
+from .half import *
 from .lstm import *
 from .site import *
 from .weights import *
@@ -130,4 +131,5 @@ def lstm_layer(self:LayerWeights, names, x, states, given=None)->tuple:
         rows = w.chunk(dirs)
         return lambda d,x: F.linear(round_dynamic(x) if rounds else x, rows[d])
     start = states or [x.new_zeros(dirs, x.shape[1], ws[1].shape[1])]*2
-    return run_lstm_layer(x, *map(through, ws), self.bias_of(names[0]), *start, given)
+    b = self.bias_of(names[0])
+    return run_lstm_layer(x, *map(through, ws), round_half(b, torch.float16) if rounds and b is not None else b, *start, given)

@@ -137,7 +137,7 @@ def lstm_by_hand(m, r, x):
                 w,s = getattr(m, f'{k}_l{l}{back}'),r.weight_scale[r.slices[f'rnn.{k}_l{l}']].view(1+m.bidirectional, 4, -1)
                 s = s[d,[0,2,3,1]].reshape(-1, 1)
                 ws.append(fit_pairs((w/s).round().clamp(-127, 127).detach())*s)
-            b = sum(getattr(m, f'{k}_l{l}{back}') for k in ('bias_ih','bias_hh')) if m.bias else 0.
+            b = sum(getattr(m, f'{k}_l{l}{back}') for k in ('bias_ih','bias_hh')).half().float() if m.bias else 0.
             h,c,ys = torch.zeros(len(x), 16),torch.zeros(len(x), 16),[]
             for g in (by_hand(x)@ws[0].T+b).unbind(1)[::-1 if d else 1]:
                 i,f,n,o = (g+by_hand(h)@ws[1].T).chunk(4, 1)
@@ -191,10 +191,10 @@ def test_states_that_are_given():
 def test_what_breaks_ties_is_no_fault():
     "An LSTM with large weights remembers each tie that a file breaks otherwise: it is asked for each step, from the state that the file has"
     net = Reads().eval()
-    torch.manual_seed(1)
+    torch.manual_seed(6)
     net.rnn,net.out,x = nn.LSTM(8, 128, batch_first=True),nn.Linear(128, 3),torch.randn(6,200,8)
     with torch.no_grad():
-        for p in net.rnn.parameters(): p.mul_(4)
+        for p in net.rnn.parameters(): p.mul_(6)
     f = of_net(net, x, dynamic)
     (y,*_), = file_states(f.proto, [x], run_file)
     w,r = map(fake_quant_of(f.sim).home, ('rnn.weight_ih_l0','rnn.weight_hh_l0'))
@@ -208,7 +208,7 @@ def test_a_fault_in_an_lstm_is_seen():
     f = of_net(net, x, dynamic)
     f.gate()
     for k,change in (('rnn.weight_hh_l1.weight',lambda a: np.where(a==a.max(), a-1, a)), ('rnn.weight_ih_l0.weight_scale',lambda a: a*np.float32(1.001)),
-        ('rnn.weight_ih_l0.weight_zero_point',lambda a: a+np.int8(1)), ('rnn.weight_ih_l1.bias',lambda a: a+np.float32(1e-4))):
+        ('rnn.weight_ih_l0.weight_zero_point',lambda a: a+np.int8(1)), ('rnn.weight_ih_l1.bias_half',lambda a: a+np.float16(1e-3))):
         proto = copy.deepcopy(f.proto)
         i = next(i for i in proto.graph.initializer if i.name==k)
         i.CopyFrom(onnx.numpy_helper.from_array(change(onnx.numpy_helper.to_array(i)), k))
