@@ -181,7 +181,7 @@ for w,a in (4,8),(4,4),(3,8),(3,3),(2,8),(2,4),(2,2): specs[f'w{w}a{a}'] = bind(
 @specs
 def w8():
     "Weights in 8 bits, a scale for each output channel; activations and arithmetic in float"
-    return Spec(TensorSpec(Grid(8), 'search', PerChannel()), act=None)
+    return Spec(TensorSpec(Grid(8), 'search', PerChannel()), act=None, compensate=True)
 
 @specs
 def w4():
