@@ -8,6 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/outputs.html.md"""
 from __future__ import annotations
 import torch
 from collections import namedtuple
+from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import nn, Tensor
 from .arguments import *
@@ -18,7 +19,7 @@ from .trace import *
 
 # %% auto #0
 __all__ = ['structure_of', 'Fields', 'nesting', 'build', 'picked', 'sqnr', 'noise_ratio', 'plain_parts', 'change_ratio',
-           'agreement', 'names_of', 'OutputCheck', 'check_output', 'check_repeats', 'check_evaluates']
+           'agreement', 'names_of', 'OutputCheck', 'check_output', 'first_outputs', 'check_repeats', 'check_evaluates']
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0007
 def structure_of(
@@ -192,6 +193,20 @@ def check_output(
     pairs = dict(agrees=(s,own), agrees_float=(f,e), agrees_rounded=(rounded,own))
     same = {k:agreement(flat(a, says), flat(b, says)) for k,(a,b) in pairs.items()}
     return OutputCheck(name, len(flat(e, says)), **dbs, **same)
+
+# %% ../../nbs/core/08_outputs.ipynb #db008f95
+@contextmanager
+def first_outputs(
+    model:nn.Module, # Any model
+    n:int            # Calls
+):
+    "A list that gets all tensors that each of the first `n` calls of `model` puts out, on the CPU"
+    found = []
+    def note(m, args, out):
+        if len(found)<n: found.append([t.detach().as_subclass(Tensor).cpu().clone() for t in tensors(out)])
+    hook = model.register_forward_hook(note)
+    try: yield found
+    finally: hook.remove()
 
 # %% ../../nbs/core/08_outputs.ipynb #06outp0023
 class _Sums(Where):

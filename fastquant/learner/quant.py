@@ -135,7 +135,7 @@ def _said(learn, model, xb, dynamic):
     return {**free, **nesting(model, first_items(xb, 2)), **with_size(describe(learn), xb)}
 
 # %% ../../nbs/learner/01_quant.ipynb #22learverifc
-def _verified(learn, model, batches, trained, engine, **how):
+def _verified(learn, model, batches, trained, engine, known=(), **how):
     "The file's bytes for the rounded `model`, made as `to_onnx` is told to, and checked on `batches`"
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
@@ -151,7 +151,7 @@ def _verified(learn, model, batches, trained, engine, **how):
     with evaluating(float_): says = decisions(learn.loss_func, float_(*few[0]), few[1], classes_of(learn.dls))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
-    report = verify(float_, rounded, sim, data, given, trained, engine, says, others)
+    report = verify(float_, rounded, sim, data, given, trained, engine, says, others, known)
     _check_finds_ranges(fake_quant_of(sim), report, proto, engine)
     next(steps, None)
     return to_bytes(proto, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
@@ -199,7 +199,7 @@ class _Files:
     "Makes files of `learn`, for `keep` to choose from; they are settled if its model rounds already"
     def __init__(self, learn, spec, dl, settled, engine, how):
         store_attr()
-        self.through = partial(with_bar, learn)
+        self.through,self.known = partial(with_bar, learn),[]
     @property
     def batches(self): return [xb for xb,_ in self.given]
     def prepared(self, exclude=()):
@@ -207,12 +207,14 @@ class _Files:
         if self.settled: return model
         prepare(model, spec, *self.batches[0], fold=True)
         cast = [Float32Callback()]*bool(other_precision(self.learn.model))
-        twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
-        return smooth(model, self.batches)
+        smooth(model, self.batches)
+        with first_outputs(model, 2) as found: twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
+        self.known = self.known or found
+        return model
     def file(self, model):
         "`model`, which is changed, as a Learner that runs a file"
         if not self.settled: compensate(model, self.batches) # last, as it is for grids as they are
-        data = _verified(self.learn, model, self.given[:2], self.settled, self.engine, **self.how)
+        data = _verified(self.learn, model, self.given[:2], self.settled, self.engine, self.known, **self.how)
         return twin_of(self.learn, self.engine(data))
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08s0f

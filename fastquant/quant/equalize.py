@@ -183,9 +183,14 @@ def equalize(
 # %% ../../nbs/quant/11_equalize.ipynb #11equalsm02
 def _free(m): return isinstance(m, (nn.LayerNorm,nn.GroupNorm,nn.RMSNorm))
 
+def _to_judge_on(batches):
+    "Some 32 items, or as many as have a million numbers, and 8 at least"
+    size = max(t[:1].numel() for t in tensors(batches[0]) if t.ndim)
+    return [spread_items(batches, min(32, max(8, 2**20//size)))]
+
 @torch.no_grad()
 def smooth(
-    model:nn.Module, # A prepared model with ranges, changed in place
+    model:nn.Module, # A prepared model that is to be calibrated yet, changed in place
     batches:list     # Tuples of inputs
 )->nn.Module: # `model`
     "Scale channels behind normalization layers, where the spec of who reads them says so and the outputs come nearer to those without rounding (SmoothQuant, Xiao et al. 2023)"
@@ -193,13 +198,15 @@ def smooth(
     if not r.smoothed or not any(map(_free, model.modules())): return model
     found = [o for o in links(model, *batches[0], wanted=_free) if r.smoothed.issuperset(o.readers)]
     if not found: return model
-    few,peaks = [spread_items(batches, 32)],_peaks(model, found, batches)
-    plain = plain_outputs(model, few)
-    before = nearness(model, few, plain)
+    few = _to_judge_on(batches)
+    plain,peaks = plain_outputs(model, few),_peaks(model, found, few)
     f = {o:_factors(model, o, peaks[o], .5).log2().round().exp2() for o in found}
-    for o in found: scale_link(model, o, f[o])
-    recalibrate(model, batches)
-    if nearness(model, few, plain)>before+.5: return model
-    for o in found: scale_link(model, o, 1/f[o])
-    recalibrate(model, batches)
-    return model
+    def scaled(model):
+        for o in found: scale_link(model, o, f[o])
+        return model
+    def near(model):
+        recalibrate(model, few)
+        return nearness(model, few, plain)
+    better = near(scaled(clean_copy(model)))>near(clean_copy(model))+.5
+    return scaled(model) if better else model
+
