@@ -148,7 +148,7 @@ def _stored(proto, r, opset):
 def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
-    with quiet(), reads_once(), notes_no_lines(), as_operators(model):
+    with quiet(), reads_once(), notes_no_lines(), asks_first(), as_operators(model):
         plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
         program = traced_once(torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False), translation)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from unittest.mock import patch
 
 # %% auto #0
-__all__ = ['reads_once', 'notes_no_lines', 'simplify', 'traced_once']
+__all__ = ['reads_once', 'notes_no_lines', 'asks_first', 'simplify', 'traced_once']
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00008
 @lru_cache
@@ -31,6 +31,16 @@ def reads_once():
 def notes_no_lines():
     "A context in which PyTorch does not note where in Python an operation comes from"
     return patch.object(torch.fx.config, 'do_not_emit_stack_traces', True, create=True)
+
+# %% ../../nbs/export/00_traced.ipynb #eb242ea9
+def asks_first():
+    "A context in which onnxscript looks for a pattern only where its first operation is"
+    matcher = import_module('onnxscript.rewriter._matcher')
+    all_ = matcher.SimplePatternMatcher.match
+    def match(self, model, graph, node, **how):
+        if self.pattern.output_nodes[0].op.matches(node.op_type): return all_(self, model, graph, node, **how)
+        return matcher._basics.MatchResult().fail('another operation')
+    return patch.object(matcher.SimplePatternMatcher, 'match', match)
 
 # %% ../../nbs/export/00_traced.ipynb #00trc00010
 def _storage(n):
