@@ -7,6 +7,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/core.html.md"""
 # %% ../../nbs/learner/00_core.ipynb #22cor1df7637
 from __future__ import annotations
 import inspect
+from collections.abc import Sequence
 from fastai.basics import *
 from fastai.callback.rnn import RNNCallback
 from fastai.vision.augment import RandTransform
@@ -23,7 +24,7 @@ from .text import *
 from .pipeline import *
 
 # %% auto #0
-__all__ = ['trainable_twin', 'first_metric', 'decisions', 'vocab_of', 'describe', 'with_size', 'make_ready']
+__all__ = ['trainable_twin', 'first_metric', 'GivenBatches', 'decisions', 'vocab_of', 'describe', 'with_size', 'make_ready']
 
 # %% ../../nbs/learner/00_core.ipynb #22lear9c04d8
 def trainable_twin(
@@ -41,6 +42,42 @@ def first_metric(
 )->float:
     "The first metric, or the loss if there is none"
     return learn.validate(dl=dl)[1 if learn.metrics else 0]
+
+# %% ../../nbs/learner/00_core.ipynb #5f923ee1
+class GivenBatches(Sequence):
+    "Inputs and targets of the batches of a `dl`, as the model of a Learner gets them"
+    most = 2**28 # Bytes of inputs that are kept, about
+    def __init__(self,
+        learn:Learner, # See `batches_of`
+        dl,            # From `calibration_dl`
+        n:int=None     # Batches; None for all
+    ):
+        self.learn,self.dl,self.n = learn,dl,min(len(dl), ifnone(n, len(dl)))
+        self.kept = batches_of(learn, dl, min(self.n, 2))
+        size = sum(t.nbytes for t in tensors(self.kept[0][0]))
+        fit = min(self.n, self.most//max(size, 1))
+        if fit>2: self.kept = batches_of(learn, dl, fit)
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[j] for j in range(*i.indices(self.n))]
+        if not -self.n<=i<self.n: raise IndexError(i)
+        i %= self.n
+        return self.kept[i] if i<len(self.kept) else batches_of(self.learn, _only(self.dl, i), 1)[0]
+    @property
+    def inputs(self): return _Inputs(self)
+
+def _only(dl, i):
+    "A DataLoader of the batch `i` of `dl` alone"
+    if not isinstance(dl, DataLoader): return [dl[i]]
+    idxs = dl.get_idxs()[i*dl.bs:(i+1)*dl.bs]
+    return dl.new(shuffle=False, drop_last=False, n=len(idxs), get_idxs=partial(list, idxs), num_workers=0)
+
+class _Inputs(Sequence):
+    def __init__(self, given): self.given = given
+    def __len__(self): return len(self.given)
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [xb for xb,_ in self.given[i]]
+        return self.given[i][0]
 
 # %% ../../nbs/learner/00_core.ipynb #22corsay02
 _of_numbers = nn.MSELoss,nn.L1Loss,nn.SmoothL1Loss,nn.HuberLoss,nn.PoissonNLLLoss,nn.GaussianNLLLoss

@@ -89,11 +89,12 @@ def quantize(self:Learner,
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
-def _in_float32(model, batches):
-    "The `batches` with inputs in float32; raises `ValueError` if `model`, which was cast to that, does not run so"
-    batches = [(to_float(xb),yb) for xb,yb in batches]
-    _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
-    return batches
+class _InFloat32(GivenBatches):
+    "Batches with inputs in float32"
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        if isinstance(i, slice): return found
+        return to_float(found[0]),found[1]
 
 def _who_runs(learn, engine):
     "The engine that is meant; raises if it is not there, or has nothing to do"
@@ -113,20 +114,22 @@ def _check_sizes(model, batches, dynamic):
     "Raise a `ValueError` if the file could not take all of `batches`, or `model` not all that is wanted"
     at_other_sizes(model, batches[0], free_dims(dynamic, batches[0]))
     def sizes(xb): return [x.shape[1:] for x in tensors(xb)]
+    if dynamic: return
     first = batches[0]
-    others = [xb for xb in batches if sizes(xb)!=sizes(first)]
-    if dynamic or not others: return
-    raise ValueError(f"Batches have different sizes, {item_sizes(first)} and {item_sizes(others[0])}, and a file takes one if nothing else is said. Pass dynamic=True if the model takes others, or a `dl` with batches of one size.")
+    other = next((item_sizes(xb) for xb in batches if sizes(xb)!=sizes(first)), None)
+    if other is None: return
+    raise ValueError(f"Batches have different sizes, {item_sizes(first)} and {other}, and a file takes one if nothing else is said. Pass dynamic=True if the model takes others, or a `dl` with batches of one size.")
 
 def _batches(learn, model, dl, dynamic, n):
     "The first `n` batches that `model`, a copy, gets; raises `ValueError` if a file could not be verified on them"
-    batches = batches_of(learn, dl, n)
+    cast = bool(other_precision(learn.model))
+    batches = (_InFloat32 if cast else GivenBatches)(learn, dl, n)
     whole = model if has_other(learn.model) else learn.model
     few = few_items(batches[0][0])
     check_evaluates(whole, few)
     check_repeats(whole, few)
-    if other_precision(learn.model): batches = _in_float32(model, batches)
-    _check_sizes(model, [xb for xb,_ in batches], dynamic)
+    if cast: _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
+    _check_sizes(model, batches.inputs, dynamic)
     return batches
 
 def _said(learn, model, xb, dynamic):
@@ -201,7 +204,7 @@ class _Files:
         store_attr()
         self.through,self.known = partial(with_bar, learn),[]
     @property
-    def batches(self): return [xb for xb,_ in self.given]
+    def batches(self): return self.given.inputs
     def prepared(self, exclude=()):
         model,spec = _rounding_copy(self.learn, None if self.settled else self.spec, list(exclude))
         if self.settled: return model

@@ -22,6 +22,7 @@ from ..quant.rungs import *
 from ..quant.bits import *
 from ..export.runnable import *
 from ..callback.data import *
+from .core import *
 from .ladder import *
 
 # %% auto #0
@@ -84,7 +85,7 @@ def quant_sensitivity(self:Learner,
     model = made_runnable(float32_copy(self.model)[0])
     if fake_quant_of(model): raise ValueError("The model is prepared for quantization already. Take that off first with `learn.remove_quant()`.")
     with calibration_dl(self, dl if metric is None or dl is not None else valid_dl(self), n_batches) as dl:
-        batches = inputs(self, dl, None)
+        batches = GivenBatches(self, dl).inputs
         prepare(model, spec, *batches[0], fold=True)
         recalibrate(model, batches)
         name,base,run = _measure(self, model, dl, batches, place)
@@ -202,7 +203,7 @@ def within(
     if make.settled: raise ValueError("target: the model rounds already, so its bits are settled. Take that off with `learn.remove_quant()`, and train through `learn.quant_sensitivity().spec(4)`.")
     found = learn.quant_sensitivity(spec=make.spec, dl=make.dl, n_batches=len(make.dl), show_plot=False)
     (kind,most), = target.items()
-    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in found.table if b==min(found.table) or _room(b)<=bits])
+    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in list(found.table)[::-1] if b==min(found.table) or _room(b)<=bits])
     def climbed(model): return make.file(climb(model, make.batches, ladder, make.through)[0])
     if kind=='bits': return climbed(prepared(most, False))
     budget = most*n_bytes(learn.model)
@@ -213,12 +214,13 @@ def within(
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens903d
 def _nearest(make, specs):
-    "Of models prepared by `specs` that one whose outputs are nearest to those without rounding"
-    few,found = [spread_items(make.batches)],[]
+    "Of models prepared by `specs` that one whose outputs are nearest to those without rounding; an earlier one, if that is not half a decibel nearer"
+    few,best = [spread_items(make.batches)],(-math.inf,None)
     for make.spec in dict.fromkeys(specs):
         model = make.prepared()
-        found.append((nearness(model, few, plain_outputs(model, few)), model))
-    return max(found, key=lambda o: o[0])[1]
+        db = nearness(model, few, plain_outputs(model, few))
+        if db>best[0]+.5: best = db,model
+    return best[1]
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens903b
 def _weight_bytes(model):

@@ -142,7 +142,8 @@ def _peaks(model, found, batches):
             most[link] = torch.maximum(a, most.get(link, a))
         return hook
     hooks = [model.get_submodule(o.readers[0]).register_forward_pre_hook(see(o)) for o in found]
-    try: plain_outputs(model, batches)
+    try:
+        for xb in batches: plain_outputs(model, [xb])
     finally:
         for h in hooks: h.remove()
     return most

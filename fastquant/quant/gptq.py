@@ -99,7 +99,8 @@ def _products(model, r, mods, lstms, batches):
         return out
     hooks,r.around_lstm = _hooked(mods, add),layer if lstms else None
     r.around_stored = r.around_lstm
-    try: plain_outputs(model, batches)
+    try:
+        for xb in batches: plain_outputs(model, [xb])
     finally:
         r.around_lstm = r.around_stored = None
         for h in hooks: h.remove()

@@ -110,8 +110,10 @@ def spread_items(
     n:int=256     # Items
 )->tuple: # A batch
     "About `n` items, as many of each batch; of those only that have items as large as the first has"
-    like = [xb for xb in batches if item_sizes(xb)==item_sizes(batches[0])]
-    parts = [first_items(xb, -(-n//len(like))) for xb in like]
+    size = item_sizes(batches[0])
+    like = [i for i,xb in enumerate(batches) if item_sizes(xb)==size]
+    def some(xb): return map_tensors(torch.clone, first_items(xb, -(-n//len(like)))) # and nothing of the rest
+    parts = [some(batches[i]) for i in like]
     rows = has_rows(parts[0])
     columns = zip(*map(tensors, parts))
     new = iter([torch.cat(ts) if several else ts[0] for ts,several in zip(columns, rows)])

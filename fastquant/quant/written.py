@@ -25,8 +25,15 @@ def _in_words(o):
     return camel2snake(getattr(o, '__name__', repr(o)))
 
 def _plain(o):
-    if isinstance(o, (Spec,TensorSpec,Grid)): return {f.name:_plain(getattr(o, f.name)) for f in fields(o)}
-    return [_plain(v) for v in o] if isinstance(o, tuple) else o
+    if not isinstance(o, (Spec,TensorSpec,Grid)): return o
+    found = {f.name:_plain(getattr(o, f.name)) for f in fields(o)}
+    if isinstance(o, Spec): found['overrides'] = [[k,_beyond(_plain(s), {**found, 'overrides':[]})] for k,s in o.overrides]
+    return found
+
+def _beyond(new, old):
+    "What `new` says that `old` does not"
+    if not isinstance(new, dict) or not isinstance(old, dict): return new
+    return {k:_beyond(v, old.get(k)) for k,v in new.items() if k not in old or v!=old[k]}
 
 def spec_to_json(spec:Spec)->str:
     "`spec` as JSON"
@@ -59,10 +66,16 @@ def _tensor_spec(d, what):
     return TensorSpec(**{**d, 'granularity':_granularity(word, what), 'grid':_grid(d['grid'], what)})
 
 # %% ../../nbs/quant/04_written.ipynb #03specback02
-def _override(o, what):
-    pair = isinstance(o, list) and len(o)==2 and isinstance(o[0], str)
+def _with(old, new):
+    "What `old` says, and what `new` does"
+    if not isinstance(new, dict) or not isinstance(old, dict): return new
+    return {**old, **{k:_with(old.get(k), v) for k,v in new.items()}}
+
+def _override(o, d, what):
+    pair = isinstance(o, list) and len(o)==2 and isinstance(o[0], str) and isinstance(o[1], (dict,type(None)))
     check_field(pair, f'{what}: one of overrides', o, 'a pattern, and a spec or null')
-    return o[0],_spec(o[1], f'{what}: {o[0]!r}')
+    own = None if o[1] is None else _with({**d, 'overrides':[]}, o[1])
+    return o[0],_spec(own, f'{what}: {o[0]!r}')
 
 def _spec(d, what):
     if d is None: return None
@@ -70,7 +83,7 @@ def _spec(d, what):
     check_field(d['weight'] is not None, f'{what}: weight', None, 'an object')
     parts = {k:_tensor_spec(d[k], f'{what}: {k}') for k in ('weight','act','stream')}
     parts['ends'] = _spec(d['ends'], f'{what}: ends')
-    parts['overrides'] = tuple(_override(o, what) for o in d['overrides'])
+    parts['overrides'] = tuple(_override(o, d, what) for o in d['overrides'])
     return Spec(**{**_before_pairs, **d, **parts})
 
 def _whole_spec(d):

@@ -1,7 +1,7 @@
 "What may be lost is promised, held with as little as it takes, and measured on the file that is shipped"
-import numpy as np, pytest, torch
+import numpy as np, onnx, pytest, torch, weakref
 from dataclasses import replace
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, accuracy, error_rate, rmse, set_seed
+from fastai.vision.all import CrossEntropyLossFlat, DataLoader, DataLoaders, Learner, MSELossFlat, accuracy, error_rate, rmse, set_seed
 from hypothesis import given, settings, strategies as st
 from math import log2
 from sklearn.datasets import load_digits
@@ -10,7 +10,8 @@ from fastquant.all import *
 from fastquant.core.model import copy_model
 from fastquant.core.outputs import sqnr
 from fastquant.learner import quant
-from fastquant.learner.ladder import Promise
+from fastquant.learner.core import GivenBatches
+from fastquant.learner.ladder import MaxDropExceeded, Promise
 from fastquant.quant.adaround import adaround
 from fastquant.quant.bias import bias
 from fastquant.quant.grid import Grid
@@ -258,3 +259,31 @@ def test_calibrated_once(learn, monkeypatch):
     q = learn.quantize(hard, max_drop=.005, ladder='bias', timed=False)
     drops = q.ladder['drop'].dropna()
     assert len(calls)==1 and drops.index[-1].endswith('in float') and drops.min()<=.005 and q.model.report.n_int8<6
+
+# Batches that are not kept
+
+class _Watched(DataLoader):
+    "Counts the batches that somebody still holds"
+    alive,most = set(),0
+    def create_batch(self, items):
+        xb,yb = super().create_batch(items)
+        self.alive.add(id(xb))
+        weakref.finalize(xb, self.alive.discard, id(xb))
+        _Watched.most = max(_Watched.most, len(self.alive))
+        return xb,yb
+
+@pytest.mark.parametrize('how', [dict(max_drop=0., metric='valid_loss'),dict(target={'bits':4})])
+def test_batches_are_not_kept(learn, monkeypatch, how):
+    "Rungs on ten batches of which two fit are given the same ones, and hold few at once"
+    items = [learn.dls.train_ds[i] for i in range(160)]
+    def made():
+        dl = _Watched(items, bs=16)
+        try: return learn.quantize(hard, dl=dl, n_batches=10, timed=False, ladder=('mse','equalize','bias'), **how)
+        except MaxDropExceeded as e: return e.best
+    def net(q): return onnx.load_from_string(q.model.data).graph.SerializeToString(deterministic=True)
+    kept = net(made())
+    assert _Watched.most>=10
+    monkeypatch.setattr(GivenBatches, 'most', 0)
+    _Watched.most = 0
+    assert net(made())==kept
+    assert _Watched.most<=7
