@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/export/engine.html.md"""
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000030
 from __future__ import annotations
-import json, math, re, tempfile
+import json, re, tempfile
 import onnx, torch
 from fastcore.all import camel2snake, patch
 from pathlib import Path
@@ -25,6 +25,7 @@ from .intact import *
 from .feed import *
 from .portable import *
 from .summary import *
+from .counts import *
 
 # %% auto #0
 __all__ = ['engines', 'integer_kernels', 'Engine', 'runs_int8', 'said_of', 'optimized', 'layer_kernels', 'in_float', 'to_bytes',
@@ -33,17 +34,18 @@ __all__ = ['engines', 'integer_kernels', 'Engine', 'runs_int8', 'said_of', 'opti
 # %% ../../nbs/export/02_engine.ipynb #07expo614806
 engines = Registry('engine', lambda o: isinstance(o, type) and issubclass(o, Engine))
 
-def _as_bytes(o):
-    "The file in a state dict or a pickle, if it is whole"
+def _as_bytes(cls, o):
+    "The file in a state dict or a pickle of the engine `cls`, if it is whole"
     is_file = isinstance(o, bytes) or isinstance(o, Tensor) and o.dtype==torch.uint8
     check_field(is_file, 'The file in this state', o, 'bytes')
     data = o if isinstance(o, bytes) else o.cpu().numpy().tobytes()
-    check_digest(read_onnx(data, 'The file in this state'), 'The file in this state')
+    cls.check_whole(data, 'The file in this state')
     return data
 
 # %% ../../nbs/export/02_engine.ipynb #07engaintac7
 class Engine(FileModel):
     "Runs an ONNX file, for inference only"
+    has_float,suffix = True,'.onnx' # Is the same net in float to be had from a file? What are its files called?
     def __init__(self,
         data:bytes # The file's content
     ):
@@ -51,6 +53,11 @@ class Engine(FileModel):
         self.nothing = nn.Parameter(torch.empty(0))
     @classmethod
     def check(cls): "Raise an `ImportError` that says what to install, if this engine is not there"
+    @classmethod
+    def check_wanted(cls, spec, **how): "Raise a `ValueError` if this engine runs no file of such a `spec`, or made so, as `quantize` is told"
+    @classmethod
+    def asked(cls, sim, xb): "A function of inputs that gives what `file_integers` does, if ONNX Runtime cannot be asked by the file itself"
+    as_tensors,from_tensors = staticmethod(file_tensors),staticmethod(file_bytes)
     @staticmethod
     def open(data:bytes, threads:int): return session(data, threads)
     @staticmethod
@@ -62,19 +69,18 @@ class Engine(FileModel):
     def __getstate__(self):
         kept = {k:v for k,v in self.__dict__.items() if k not in ('_opened','_threads')}
         return {**kept, 'data':self.get_extra_state()}
-    def __setstate__(self, state): super().__setstate__({**state, 'data':_as_bytes(state['data'])})
+    def __setstate__(self, state): super().__setstate__({**state, 'data':_as_bytes(type(self), state['data'])})
     def get_extra_state(self): return torch.frombuffer(bytearray(self.data), dtype=torch.uint8)
     def set_extra_state(self, state):
-        self.data = _as_bytes(state)
+        self.data = _as_bytes(type(self), state)
         self.__dict__.pop('_opened', None)
     @property
     def opened(self):
         "The file, ready to run on as many threads as torch uses, exact on every processor; with what it takes, the names of its outputs, and how both are nested"
-        if self.__dict__.get('_threads')!=torch.get_num_threads() or '_opened' not in self.__dict__: self._open(read_onnx(self.data))
+        if self.__dict__.get('_threads')!=torch.get_num_threads() or '_opened' not in self.__dict__: self._open(*self.read(self.data))
         return self._opened
-    def _open(self, proto):
-        n,g,said = torch.get_num_threads(),proto.graph,metadata_of(proto)
-        ins,names = inputs_of(g),[o.name for o in g.output]
+    def _open(self, ins, names, said):
+        n = torch.get_num_threads()
         nested = [said.get(k) for k in ('inputs','outputs')]
         self._opened = self.open(as_run(self.data), n),ins,names,nested
         self._threads = n
@@ -90,6 +96,32 @@ class Engine(FileModel):
     def extra_repr(self): return f'{len(self.data):,} bytes, {self.report or "float"}'
 
 engines['onnxruntime'] = Engine
+
+# %% ../../nbs/export/02_engine.ipynb #5f630aff
+def _facts(proto, what='This file'):
+    "What a file takes, the names of its outputs, and what it says besides"
+    return inputs_of(proto.graph),[o.name for o in proto.graph.output],metadata_of(proto, what)
+
+@patch(cls_method=True)
+def write(cls:Engine, sim, xb, **how)->bytes:
+    "The file of the converted model `sim`, made for the inputs `xb` as `to_onnx` is told"
+    return to_onnx(sim, *xb, **how).SerializeToString()
+
+@patch(cls_method=True)
+def seal(cls:Engine, data, **facts)->bytes:
+    "The file with `facts` about it, and what it adds up to"
+    return to_bytes(onnx.load_from_string(data), **facts)
+
+# %% ../../nbs/export/02_engine.ipynb #f4502bf9
+@patch(cls_method=True)
+def read(cls:Engine, data)->tuple:
+    "What a file takes, the names of its outputs, and what it says besides"
+    return _facts(read_onnx(data))
+
+@patch(cls_method=True)
+def check_whole(cls:Engine, data, what):
+    "Raise a `ValueError` if the file is damaged"
+    check_digest(read_onnx(data, what), what)
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000092
 _does_not_run = "The file does not run on inputs of shape {shapes}. {why}"
@@ -109,23 +141,6 @@ def computed(self:Engine, opened, feed, names)->list:
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00f1lf
 @patch(as_prop=True)
-def n_params(self:Engine)->int:
-    "Weights and biases in the file; scales, zero points and running statistics are none"
-    g = expanded(onnx.load_from_string(self.data)).graph
-    rounding = nodes_of(g, 'QuantizeLinear', 'DequantizeLinear', 'Clip')
-    aside = {i for n in rounding for i in n.input[1:]}
-    aside |= {i for n in nodes_of(g, 'BatchNormalization') for i in n.input[3:]}|{o.scale for o in dynamic_layers(g)}|{i for n in nodes_of(g, 'DynamicQuantizeLSTM') for i in n.input[8:]}
-    value = lambda n: onnx.numpy_helper.to_array(n.attribute[0].t)
-    made = {n.output[0]:value(n) for n in nodes_of(g, 'Constant')}
-    def size(i):
-        if f'{i.name}_end' in made: return made[f'{i.name}_matrix'][0]*made[f'{i.name}_end'][0] # in groups, filled up
-        dims = made.get(f'{i.name}_shape', i.dims) if i.data_type==UINT8 else i.dims
-        return math.prod(dims)
-    def is_scale(k): return k.removesuffix('_half').endswith('.weight_scale')
-    counted = [i for i in g.initializer if i.name not in aside and i.data_type!=INT64 and not is_scale(i.name)]
-    return sum(map(size, counted))
-
-@patch(as_prop=True)
 def metadata(self:Engine)->dict:
     "What is written in the file besides the model"
     return metadata_of(onnx.load_from_string(self.data))
@@ -133,44 +148,25 @@ def metadata(self:Engine)->dict:
 @patch(as_prop=True)
 def report(self:Engine)->Report|None:
     "How the file was verified when it was made; None if it is a float model"
-    return _report_in(self.metadata)
-
-# %% ../../nbs/export/02_engine.ipynb #07engaintac2
-def _report_in(said, what='This file'):
-    "The report among the metadata `said`, if there is one"
-    if (r:=said.get('report')) is None: return None
-    check_fields(r, Report, f"{what}: 'report' in its metadata")
-    return Report(**r)
-
-def _sizes_in(said, what='This file'):
-    "The sizes of inputs among the metadata `said`, as far as they are there"
-    sizes = said.get('preprocess', {}).get('size', [])
-    def is_shape(o): return isinstance(o, list) and all(map(is_size, o))
-    check_field(isinstance(sizes, list) and all(map(is_shape, sizes)), f"{what}: 'size' in its metadata", sizes, 'a list of sizes for each input')
-    return sizes
-
-_kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'), pipeline=(dict,'an object'))
-
-def _check_metadata(proto, what):
-    "Raise a `ValueError` that names what of the metadata cannot be"
-    said = metadata_of(proto, what)
-    _report_in(said, what)
-    for k in _kinds.keys()&said.keys():
-        kind,wanted = _kinds[k]
-        check_field(isinstance(said[k], kind), f'{what}: {k!r} in its metadata', said[k], wanted)
-    _sizes_in(said, what)
-    check_portable(proto, said.get('portable'), what)
+    return report_in(self.metadata)
 
 # %% ../../nbs/export/02_engine.ipynb #07engaintac9
 @patch
 def checked(self:Engine, what='This file')->Engine:
     "`self`, opened; raises `ValueError` if it is damaged, or says of itself what cannot be"
-    proto = read_onnx(self.data, what)
-    _check_metadata(proto, what)
-    check_digest(proto, what)
-    check_bytes(self.data, what)
-    self._open(proto)
+    self._open(*self.check_file(self.data, what))
     return self
+
+@patch(cls_method=True)
+def check_file(cls:Engine, data, what)->tuple:
+    "As from `read`; raises `ValueError` if the file is damaged, or says of itself what cannot be"
+    proto = read_onnx(data, what)
+    found = _facts(proto, what)
+    check_said(said:=found[2], what)
+    check_portable(proto, said.get('portable'), what)
+    check_digest(proto, what)
+    check_bytes(data, what)
+    return found
 
 # %% ../../nbs/export/02_engine.ipynb #07enga00ask2
 @patch(as_prop=True)
@@ -194,29 +190,14 @@ def said_of(
 
 # %% ../../nbs/export/02_engine.ipynb #07expo78d278
 @patch(as_prop=True)
+def n_params(self:Engine)->int:
+    "Weights and biases in the file; scales, zero points and running statistics are none"
+    return params_in(onnx.load_from_string(self.data))
+
+@patch(as_prop=True)
 def n_macs(self:Engine)->int:
     "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
-    proto = without_ranges(expanded(onnx.load_from_string(self.data)))
-    set_sizes(proto.graph, _sizes_in(self.metadata))
-    g = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    dims = lambda v: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
-    shape = {v.name:dims(v) for v in [*g.input,*g.value_info,*g.output]}
-    shape.update({i.name:list(i.dims) for i in g.initializer})
-    layers = nodes_of(g, 'Conv', 'ConvTranspose', 'Gemm', 'MatMul', *_recurrent)
-    return sum(_node_macs(n, shape) for n in layers)
-
-_recurrent = 'LSTM','GRU','RNN'
-
-def _node_macs(n, shape):
-    "Those of the node `n`: how many numbers it gives (or takes, if it is transposed), times what goes into each; or steps, times weights"
-    if n.op_type in _recurrent:
-        x,*weights = (shape[k] for k in n.input[:3])
-        return math.prod(x[:-1])*sum(map(math.prod, weights))
-    if n.op_type=='Gemm': return math.prod(shape[n.output[0]][:-1])*math.prod(shape[n.input[1]])
-    many = n.input[0] if n.op_type=='ConvTranspose' else n.output[0]
-    if 'Conv' in n.op_type: each = math.prod(shape[n.input[1]][1:])
-    else: each = max(shape[k][i] for k,i in zip(n.input, (-1,-2)) if len(shape[k])>1) # of one of the two it may be unknown
-    return math.prod(shape[many])*each
+    return macs_in(onnx.load_from_string(self.data), sizes_in(self.metadata))
 
 # %% ../../nbs/export/02_engine.ipynb #07expo0bd896
 integer_kernels = set('QLinearConv QGemm QLinearMatMul MatMulIntegerToFloat MatMulInteger ConvInteger DynamicQuantizeMatMul DynamicQuantizeLSTM'.split())
@@ -246,6 +227,11 @@ def layer_kernels(
     return {k:kernel(n) for k,n in nodes.items()}
 
 # %% ../../nbs/export/02_engine.ipynb #07enga000061
+@patch
+def float_twin(self:Engine)->Engine:
+    "The same engine with the same net without rounding, if it `has_float`"
+    return type(self)(in_float(self.data))
+
 def in_float(
     data:bytes # A file of fastquant
 )->bytes:
@@ -290,9 +276,14 @@ def load_engine(
     cls,fname = engines.find(engine),file_in('.', fname)
     cls.check()
     data,what = Path(fname).read_bytes(),repr(str(fname))
-    proto = read_onnx(data, what)
-    keys = {p.key for p in proto.metadata_props}
+    return cls.load(data, what)
+
+@patch(cls_method=True)
+def load(cls:Engine, data, what)->Engine:
+    "An engine that runs the file `data`; raises `ValueError` as `load_engine` says"
+    keys = {p.key for p in read_onnx(data, what).metadata_props}
     if 'fastquant' not in keys: raise ValueError(f"{what} was not written by fastquant, so nothing is known of its inputs and classes. Run it with `onnxruntime.InferenceSession`, or export the Learner again with `export_onnx`.")
     engine = cls(data).checked(what)
     if 'digest' not in keys: warn(f"{what} does not say what it adds up to, as files of fastquant do now: whether it is damaged cannot be told. Export it again with `export_onnx` where it is from.")
     return engine
+

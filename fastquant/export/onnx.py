@@ -33,7 +33,7 @@ from .older import *
 from .recurrent import *
 
 # %% auto #0
-__all__ = ['translation', 'quiet', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
+__all__ = ['translation', 'quiet', 'program_of', 'to_onnx', 'tidy', 'layer_nodes', 'keep_float', 'file_tensors', 'file_bytes']
 
 # %% ../../nbs/export/00_onnx.ipynb #07expo914d5b
 def _quantize(x, scale, zero_point, lo:int, hi:int, axis:int=0):
@@ -111,6 +111,16 @@ def _free(xb, dims):
         return {**batch, **dict.fromkeys(ds, dim.DYNAMIC)} or None
     return tuple(map(of, has_rows(xb), dims))
 
+# %% ../../nbs/export/00_onnx.ipynb #5b10a57a
+def program_of(
+    model:nn.Module, # A float model, or one from `convert`, on the CPU
+    xb,              # Example inputs
+    free=None        # What of their sizes is free, as `torch.export` is told
+)->torch.export.ExportedProgram:
+    "`model` as PyTorch exports it, with one tensor after the other for inputs and outputs; within `as_operators`"
+    plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
+    return torch.export.export(plain, xs, dynamic_shapes=free and {'xs':free}, strict=False)
+
 # %% ../../nbs/export/00_onnx.ipynb #00onnxdyn2
 @torch.no_grad()
 def to_onnx(
@@ -149,8 +159,7 @@ def _exported(model, xb, free, opset):
     "What PyTorch makes of `model`"
     how = {} if opset is None else dict(opset_version=max(opset, 18))
     with quiet(), reads_once(), notes_no_lines(), asks_first(), as_operators(model):
-        plain,xs = _Plain(model, xb).cpu(),tuple(tensors(xb))
-        program = traced_once(torch.export.export(plain, xs, dynamic_shapes={'xs':free}, strict=False), translation)
+        program = traced_once(program_of(model, xb, free), translation)
         done = torch.onnx.export(program, dynamo=True, custom_translation_table=translation, verbose=False, **how)
         return done.model_proto
 

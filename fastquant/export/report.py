@@ -31,7 +31,8 @@ def against_float(
 )->pd.DataFrame: # As from `latency`, with the rows `int8` and `float`
     "Time of one item through `engine`, and through the same net in float in the same engine"
     item = first_items(xb, 1)
-    alone = type(engine)(in_float(engine.data))
+    if not engine.has_float: raise ValueError(f"The engine {engine.name!r} has no float net to compare with in its file: time the float Learner in another engine.")
+    alone = engine.float_twin()
     return latency({'int8':lambda: engine(*item), 'float':lambda: alone(*item)}, **kwargs)
 
 def warn_if_slow(
@@ -39,7 +40,7 @@ def warn_if_slow(
     xb             # Inputs
 ):
     "Warn if the file is int8, and not faster here than float in the same engine"
-    if engine.report.kind!='int8': return # nobody said that it would be faster
+    if engine.report.kind!='int8' or not engine.has_float: return # nobody said that it would be faster, or than what
     ms = against_float(engine, *xb, n=7, warmup=2, seconds=2)
     int8,float_ = ms['median']
     if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself

@@ -16,7 +16,6 @@ from ..quant.prepare import new_names
 from ..prune.mask import *
 from ..prune.recipe import *
 from ..prune.shrink import *
-from .onnx import file_bytes, file_tensors
 from .engine import *
 from .packed import *
 
@@ -51,7 +50,7 @@ def pack_model(
     **about          # Anything that JSON can say
 )->bytes: # See `to_sparse`
     "What is left of `model`, as a file"
-    if isinstance(model, FileModel): return to_sparse(file_tensors(model.data), **about, engine=model.name)
+    if isinstance(model, FileModel): return to_sparse(model.as_tensors(model.data), **about, engine=model.name)
     tensors,facts = _model_tensors(model)
     return to_sparse(tensors, **about, **facts)
 
@@ -77,7 +76,7 @@ def _engine(runs, tensors):
     check_field(isinstance(runs, str), "'engine' in the file", runs, 'the name of an engine')
     cls = engines.find(runs)
     cls.check()
-    return cls(file_bytes(tensors)).checked()
+    return cls(cls.from_tensors(tensors)).checked()
 
 def _whole_state(tensors, about):
     "The state dict that a file was made of"

@@ -7,10 +7,11 @@ Docs: https://fastquant-dev.github.io/fastquant/export/summary.html.md"""
 # %% ../../nbs/export/01_summary.ipynb #xsumm22d6ad1
 from __future__ import annotations
 from dataclasses import dataclass, field
+from ..core.plain import *
 from ..core.outputs import *
 
 # %% auto #0
-__all__ = ['Report']
+__all__ = ['Report', 'report_in', 'sizes_in', 'check_said']
 
 # %% ../../nbs/export/01_summary.ipynb #07enga000001
 @dataclass(frozen=True, repr=False)
@@ -77,3 +78,36 @@ def _layers(self:Report):
     bits = ' and '.join(sorted({b if isinstance(b, str) else f'int{b}' for b in self.weights_only.values()}))
     if self.n_int8: return f'{full}, {alone} with weights in {bits} that compute in float'
     return f'{alone} of {self.n_layers} layers with weights in {bits}, and the work in float: smaller, not faster'
+
+# %% ../../nbs/export/01_summary.ipynb #01a8771e
+def report_in(
+    said:dict,       # Metadata
+    what='This file' # What they are of, for messages
+)->Report|None:
+    "The report among the metadata `said`, if there is one"
+    if (r:=said.get('report')) is None: return None
+    check_fields(r, Report, f"{what}: 'report' in its metadata")
+    return Report(**r)
+
+def sizes_in(
+    said:dict,       # Metadata
+    what='This file' # As in `report_in`
+)->list:
+    "The sizes of inputs among the metadata `said`, as far as they are there"
+    sizes = said.get('preprocess', {}).get('size', [])
+    def is_shape(o): return isinstance(o, list) and all(map(is_size, o))
+    check_field(isinstance(sizes, list) and all(map(is_shape, sizes)), f"{what}: 'size' in its metadata", sizes, 'a list of sizes for each input')
+    return sizes
+
+_kinds = dict(portable=((bool,type(None)),'true or false'), fastquant=(str,'a version'), vocab=((list,type(None)),'a list of classes or null'), preprocess=(dict,'an object'), pipeline=(dict,'an object'))
+
+def check_said(
+    said:dict, # Metadata
+    what:str   # As in `report_in`
+):
+    "Raise a `ValueError` that names what of the metadata cannot be"
+    report_in(said, what)
+    for k in _kinds.keys()&said.keys():
+        kind,wanted = _kinds[k]
+        check_field(isinstance(said[k], kind), f'{what}: {k!r} in its metadata', said[k], wanted)
+    sizes_in(said, what)

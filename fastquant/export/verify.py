@@ -238,11 +238,23 @@ def gate(
         found,ours = replay(sim, ints, xb, file_states(proto, xb, who))
         check_same(what, 'simulation', found, ours, outs)
         if who is run: kept = outs
+    _check_converted(rounded, sim, xb)
+    return kept
+
+def _check_converted(rounded, sim, xb):
+    "Raise `ExportMismatch` if the simulation is not the model that it was converted from"
     with with_biases(sim, float_biases(sim, rounded)):
         own,states,ours = integers_of(sim, xb)
         found,theirs = replay(rounded, own, xb, states)
         check_same('converted model', 'model that rounds', found, ours, theirs, 30, .5)
-    return kept
+
+def _gate_asked(rounded, sim, ask, xb):
+    "What `gate` does, for a file that is no ONNX: whoever runs it is asked, as `Engine.asked` gives"
+    ints,outs = ask(xb)
+    found,ours = replay(sim, ints, xb)
+    check_same('program', 'simulation', found, ours, outs)
+    _check_converted(rounded, sim, xb)
+    return outs
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000040
 _plain = """In a plain session the file computes something else in output {i} than when it is asked for its activations: {db:.1f} dB apart, where the simulation is {ties:.1f} dB from itself when near ties break otherwise.
@@ -278,12 +290,13 @@ def verify(
     known=()           # Tensors that the float model put out for each of `batches`, or the first of them, where it ran already
 )->Report:
     "Run all four on `batches`; raises `ExportMismatch` if the file does not do what the simulation does, or this not what the model did that rounded"
-    proto,run = onnx.load_from_string(data),engine(data)
+    ask,run = engine.asked(sim, batches[0]),engine(data)
+    proto = None if ask else onnx.load_from_string(data)
     few = [few_items(xb) for xb in (*batches,*others)]
     held = batches if trained else few[:len(batches)]
     near,plain = min(ties(sim, xb) for xb in few),[]
     for xb in few:
-        asked = gate(rounded, sim, proto, xb)
+        asked = _gate_asked(rounded, sim, ask, xb) if ask else gate(rounded, sim, proto, xb)
         plain.append(outputs_of(run, xb))
         check_plain(asked, plain[-1], near)
     def outputs(m, batches): return list(zip(*[outputs_of(m, xb) for xb in batches]))
@@ -295,5 +308,5 @@ def verify(
         found = f,e,*(outputs(m, held) for m in (rounded,sim)),own
     says = says or [None]*len(names)
     checks = [check_output(k, say, batches, *outs) for k,say,*outs in zip(names, says, *found, strict=True)]
-    facts = dict(trained=trained, portable=not misfits(proto), sqnr_ties=near)
+    facts = dict(trained=trained, portable=not misfits(proto) if proto else None, sqnr_ties=near)
     return report_on(fake_quant_of(sim), run, sum(map(batch_size, batches)), tuple(checks), **facts)

@@ -49,8 +49,7 @@ def compare(self:Learner,
     runs = [_run(l, dl) for l in learns]
     _check_same(runs)
     int8 = {k:l for k,l in zip(names, learns) if runs_int8(l.model)}
-    alone = {_in_float(k):_float_twin(l) for k,l in int8.items()}
-    timed = {**dict(zip(names, learns)), **alone}
+    timed = {**dict(zip(names, learns)), **_float_twins(int8)}
     ms = latency({k:_one_item(l, dl) for k,l in timed.items()}, **kwargs)
     def row(name, learn, run): return _row(learn, run, runs[0], dl, _times(ms, name))
     return pd.DataFrame([row(*o) for o in zip(names, learns, runs)], index=names)
@@ -58,10 +57,9 @@ def compare(self:Learner,
 # %% ../../nbs/learner/04_compare.ipynb #22cmptimes1
 def _in_float(name): return f'{name}, in float there'
 
-def _float_twin(learn):
-    "A Learner that runs the same net in float, in the engine of `learn`"
-    engine = type(learn.model)
-    return twin_of(learn, engine(in_float(learn.model.data)))
+def _float_twins(learns):
+    "Learners that run the same nets in float, in the engines of `learns`, as far as there are some"
+    return {_in_float(k):twin_of(l, l.model.float_twin()) for k,l in learns.items() if l.model.has_float}
 
 def _times(ms, name):
     median,spread = ms['median'],ms['spread']

@@ -6,6 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/learner/quant.html.md"""
 
 # %% ../../nbs/learner/01_quant.ipynb #22learb09acb
 from __future__ import annotations
+import onnx
 from warnings import warn
 from dataclasses import asdict
 from fastai.basics import *
@@ -54,9 +55,9 @@ def quantize(self:Learner,
     dl=None,         # Data to calibrate on; the training set without augmentation if None
     n_batches:int=8, # Batches to calibrate on
     exclude=None,    # Module names or patterns to leave in float
-    fname=None,      # Where to write the ONNX file too, relative to `self.path`
+    fname=None,      # Where to write the file too, relative to `self.path`
     timed:bool=True, # Warn if int8 is not faster here than float in the same engine? Takes a moment
-    engine='onnxruntime', # Who runs the file: `onnxruntime`, `openvino`, or a class of your own
+    engine='onnxruntime', # Who runs the file: `onnxruntime`, `openvino`, `executorch`, or a class of your own
     dynamic=None,    # Dimensions that are free besides the batch: True for those of pictures, recordings and texts, or their numbers, like (2,3); for each input if they differ. None is the length of fastai's text models, and nothing else
     opset:int=None,  # Version of ONNX, from 13 to 21, for a runtime that reads no later one; what PyTorch writes if None
     max_drop:float=None, # What may be lost of the metric, in its own unit; None promises nothing
@@ -75,6 +76,7 @@ def quantize(self:Learner,
     if fname is not None: fname = check_writable(file_in(self.path, fname))
     model,wanted = _rounding_copy(self, spec, exclude)
     dynamic = any_length(model, dynamic)
+    runs.check_wanted(wanted, dynamic=dynamic, opset=opset, target=target)
     trained = fake_quant_of(model) is not None
     check_modes(self)
     promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
@@ -147,17 +149,17 @@ def _verified(learn, model, batches, trained, engine, known=(), **how):
     _say_if_beyond(sim)
     (xb,yb),*_ = batches = to_device(batches, 'cpu')
     _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")
-    proto,dynamic = to_onnx(sim, *xb, **how),how['dynamic']
+    data,dynamic = engine.write(sim, xb, **how),how['dynamic']
     next(steps)
-    float_,data = _float_copy(learn, [x for x,_ in batches]),proto.SerializeToString()
+    float_ = _float_copy(learn, [x for x,_ in batches])
     few = first_items((xb,yb), 8)
     with evaluating(float_): says = decisions(learn.loss_func, float_(*few[0]), few[1], classes_of(learn.dls))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
     given = [x for x,_ in batches]
     report = verify(float_, rounded, sim, data, given, trained, engine, says, others, known)
-    _check_finds_ranges(fake_quant_of(sim), report, proto, engine)
+    _check_finds_ranges(fake_quant_of(sim), report, data, engine)
     next(steps, None)
-    return to_bytes(proto, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
+    return engine.seal(data, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
 
 _hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
 
@@ -175,11 +177,11 @@ def _say_if_noisy(report):
         warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
 
 # %% ../../nbs/learner/01_quant.ipynb #22learlive2
-def _check_finds_ranges(r, report, proto, engine):
+def _check_finds_ranges(r, report, data, engine):
     "Raise a `ValueError` if all layers that were to find ranges while they run are computed in float"
     live = {r.owner[k] for k in r.live}
     if not live or live-report.float_layers.keys(): return
-    ops = sorted({n.op_type for n in nodes_of(proto.graph, 'MatMulInteger', 'DynamicQuantizeLSTM')})
+    ops = sorted({n.op_type for n in nodes_of(onnx.load_from_string(data).graph, 'MatMulInteger', 'DynamicQuantizeLSTM')})
     raise ValueError(f"{engine.__name__} computes {' and '.join(ops)} in float, and so each of {', '.join(sorted(live)[:5])}, whose ranges were to be found while it runs. "
         "Use engine='onnxruntime', or a spec whose ranges are calibrated, like 'int8'.")
 
@@ -255,6 +257,7 @@ def export_onnx(self:Learner,
     fname = check_writable(file_in(self.path, fname))
     if isinstance(self.model, FileModel):
         if dynamic or opset: raise ValueError("This Learner runs a file, whose sizes and version are settled. Pass `dynamic` and `opset` to `quantize`, or to `export_onnx` of the float Learner.")
+        if self.model.suffix!='.onnx': raise ValueError(f"This Learner runs a {self.model.suffix}, made for {self.model.name}: write it with `fname` of `quantize`. For an ONNX file use `quantize` with engine='onnxruntime'.")
         return write_whole(fname, self.model.data)
     if fake_quant_of(self.model): raise ValueError("The model is prepared for quantization but still in float: export `learn.quantize()`, or take fake-quant off with `learn.remove_quant()`.")
     last = self.dls[-1]
