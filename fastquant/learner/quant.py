@@ -33,6 +33,7 @@ from ..export.graph import *
 from ..export.onnx import *
 from ..export.engine import *
 from ..export.openvino import *
+from ..export.executorch import *
 from ..export.verify import *
 from ..export.report import *
 from ..export.check import *
