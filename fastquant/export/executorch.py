@@ -90,7 +90,7 @@ class Executorch(Engine):
     @classmethod
     def check_whole(cls, data, what): _parts(data, what)
     @staticmethod
-    def open(data, threads): return opened_by_executorch(data)
+    def open(data, threads): return opened_by_executorch(data, threads)
     @staticmethod
     def compute(opened, feed, names):
         arrays = list(map(torch.from_numpy, feed.values()))
@@ -106,10 +106,12 @@ class Executorch(Engine):
 
 # %% ../../nbs/export/04_executorch.ipynb #7e1bd407
 def opened_by_executorch(
-    data:bytes # A file of `Executorch`
+    data:bytes,   # A file of `Executorch`
+    threads:int=1 # Threads it may use; in a process there is one number for all programs, that of the one opened last
 )->tuple: # A loaded method, for each input whether it has a row for each item, and what has to stay for that
     "The program in the file, loaded; raises `ImportError` without ExecuTorch, and `ValueError` if it cannot run it"
     r,(program,said) = executorch_runtime(),_parts(data)
+    r.set_threads(threads)
     try:
         loaded = r.load(program, verification=r.consistent)
         method = loaded.load_method('forward')
@@ -144,14 +146,17 @@ def _n_params(gm):
     names = {n.target for n in gm.graph.nodes if n.op=='get_attr'}
     return sum(operator.attrgetter(k)(gm).numel() for k in names if not k.endswith(('_scales','_zeros')))
 
+_unknown = 'XNNPACK or ExecuTorch in float'
+
 @patch(cls_method=True)
 def write(cls:Executorch, sim, xb, **how)->bytes:
     "The file for `sim`, with what it takes, and who computes what"
     _check_rows(sim, xb)
     gm,_,paths = rewritten(sim, one:=_one_item(xb))
     edge = delegated(gm, tensors(one))
+    kernels = {**dict.fromkeys(paths.values(), _unknown), **who_computes(edge, paths)}
     counts = dict(n_params=_n_params(gm), n_macs=n_macs(sim, *xb))
-    return _joined(program_bytes(edge), dict(takes=_taken(xb), kernels=who_computes(edge, paths), **counts))
+    return _joined(program_bytes(edge), dict(takes=_taken(xb), kernels=kernels, **counts))
 
 # %% ../../nbs/export/04_executorch.ipynb #4f55803e
 @patch(cls_method=True)

@@ -24,12 +24,13 @@ _missing = "The engine 'executorch' needs ExecuTorch: pip install executorch"
 
 @lru_cache
 def executorch_runtime()->SimpleNamespace:
-    "What loads programs, and the wish that it checks them; raises `ImportError` that says what to install, if ExecuTorch is not there"
+    "What loads programs, the wish that it checks them, and what sets how many threads all of them use; raises `ImportError` that says what to install, if ExecuTorch is not there"
     try:
         import_module('executorch.kernels.quantized') # registers kernels for what is not delegated
         from executorch.runtime import Runtime, Verification
+        from executorch.extension.pybindings import portable_lib
     except ImportError as e: raise ImportError(_missing) from e
-    return SimpleNamespace(load=Runtime.get().load_program, consistent=Verification.InternalConsistency)
+    return SimpleNamespace(load=Runtime.get().load_program, consistent=Verification.InternalConsistency, set_threads=portable_lib._unsafe_reset_threadpool)
 
 
 # %% ../../nbs/export/03_xnnpack.ipynb #3facd477
@@ -39,7 +40,10 @@ def _compiler():
     executorch_runtime()
     from executorch.exir import to_edge_transform_and_lower
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    return SimpleNamespace(lower=to_edge_transform_and_lower, xnnpack=XnnpackPartitioner)
+    from executorch.exir.error import ExportError, InternalError
+    from torch._export.verifier import SpecViolationError
+    python = RuntimeError,ValueError,TypeError,LookupError,AttributeError,AssertionError,NotImplementedError
+    return SimpleNamespace(lower=to_edge_transform_and_lower, xnnpack=XnnpackPartitioner, errors=(*python,ExportError,InternalError,SpecViolationError))
 
 # %% ../../nbs/export/03_xnnpack.ipynb #29993707
 _ours,_aten = torch.ops.fastquant,torch.ops.aten
@@ -77,12 +81,15 @@ def _rewrite_activations(gm):
     return found
 
 # %% ../../nbs/export/03_xnnpack.ipynb #c5b32dab
-_fused = _aten.relu.default,_aten.hardtanh.default
+def _calls(n, *names):
+    "Whether the node `n` calls one of these operators, in PyTorch's or in ExecuTorch's own words"
+    return n.op=='call_function' and getattr(n.target, '__name__', '').endswith(names)
 
 def _is_rounded(n):
+    "Whether nobody reads what the node `n` computes before it is rounded, after a ReLU perhaps"
     users = list(n.users)
-    if len(users)==1 and users[0].target in _fused: users = list(users[0].users)
-    return len(users)==1 and users[0].target is torch.ops.quantized_decomposed.quantize_per_tensor.default
+    if len(users)==1 and _calls(users[0], 'relu.default', 'hardtanh.default'): users = list(users[0].users)
+    return len(users)==1 and _calls(users[0], 'quantize_per_tensor.default') and not _calls(users[0], 'dequantize_per_tensor.default')
 
 # %% ../../nbs/export/03_xnnpack.ipynb #45550dc2
 def _put(gm, user, name, t):
@@ -115,6 +122,28 @@ def _rewrite_constants(gm):
             user.replace_input_with(n, new)
     return paths
 
+# %% ../../nbs/export/03_xnnpack.ipynb #6dc036d2
+def _join_on_one_grid(gm):
+    "Round what is joined to the grid of the result before it is joined"
+    words = torch.ops.quantized_decomposed
+    for n in gm.graph.nodes:
+        if n.target is not _aten.cat.default or not _is_rounded(n): continue
+        grid = next(iter(n.users)).args[1:]
+        if any(a.target is not words.dequantize_per_tensor.default for a in n.args[0]): continue
+        def moved(a):
+            if a.args[1:]==grid: return a
+            return _before(n, words.dequantize_per_tensor.default, _before(n, words.quantize_per_tensor.default, a, *grid), *grid)
+        n.args = ([moved(a) for a in n.args[0]],*n.args[1:])
+
+def _pool_whole_maps(gm):
+    "Write an adaptive max-pool as an ordinary one, where windows are equally large"
+    for n in list(gm.graph.nodes):
+        if n.target is not _aten.adaptive_max_pool2d.default: continue
+        sizes = n.args[0].meta['val'].shape[-2:]
+        if any(s%o for s,o in zip(sizes, n.args[1])): continue
+        window = [s//o for s,o in zip(sizes, n.args[1])]
+        for user in list(n.users): user.replace_all_uses_with(_before(n, _aten.max_pool2d.default, n.args[0], window, window))
+
 # %% ../../nbs/export/03_xnnpack.ipynb #9b5086d6
 @torch.no_grad()
 def rewritten(
@@ -126,7 +155,9 @@ def rewritten(
     with quiet(), notes_no_lines(), as_operators(sim): program = program_of(sim, xb)
     simplify(program)
     gm = program.module(check_guards=False)
+    _pool_whole_maps(gm)
     rounds,paths = _rewrite_activations(gm),_rewrite_constants(gm)
+    _join_on_one_grid(gm)
     gm.graph.eliminate_dead_code()
     odd = {n.target for n in gm.graph.nodes if getattr(n.target, 'namespace', '')=='fastquant'}
     if odd: raise ValueError(_no_words.format(ops=', '.join(sorted(str(o).split('.')[1] for o in odd))))
@@ -148,9 +179,11 @@ def delegated(
             program = torch.export.export(gm, tuple(xs), strict=False)
             for n in program.graph.nodes: n.meta = {k:v for k,v in n.meta.items() if k=='val'}
             return c.lower(program, partitioner=[c.xnnpack()])
-    except _theirs as e: raise RuntimeError(_not_made.format(why=(str(e).strip() or type(e).__name__).splitlines()[0])) from e
+    except _compiler().errors as e: raise RuntimeError(_not_made.format(why=_why(e))) from e
 
-_theirs = RuntimeError,ValueError,TypeError,LookupError,AttributeError,AssertionError,NotImplementedError # it has none of its own
+def _why(e):
+    "The first line that an exception says, or else what it is"
+    return next((l for l in map(str.strip, str(e).splitlines()) if l), type(e).__name__)
 _not_made = "ExecuTorch makes no program of this model: {why}. Leave out of it what this names with `exclude`, or use engine='onnxruntime'."
 
 def program_bytes(
@@ -159,19 +192,23 @@ def program_bytes(
     "The program itself; raises `RuntimeError` if there is a part that nobody has a kernel for"
     try:
         with quiet(): return bytes(edge.to_executorch().buffer)
-    except _theirs as e: raise RuntimeError(_not_made.format(why=(str(e).strip() or type(e).__name__).splitlines()[0])) from e
+    except _compiler().errors as e: raise RuntimeError(_not_made.format(why=_why(e))) from e
 
 # %% ../../nbs/export/03_xnnpack.ipynb #48003d11
-def _is_float_of(n): return getattr(n, 'op', '')=='call_function' and 'dequantize' in str(n.target)
+def _is_made_of_integers(n): return _calls(n, 'dequantize_per_tensor.default', 'dequantize_per_channel.default')
 
-def _layer_in(signature, n):
-    "What the weight of the node `n` is called, and whether it is made of integers, as what goes in is; None if it has none"
+def _source(n):
+    "What the node `n` makes floats of, or moves about"
+    while n.op=='call_function' and (_is_made_of_integers(n) or len(n.all_input_nodes)==1): n = n.all_input_nodes[0]
+    return n
+
+def _layer_in(paths, n):
+    "The path of the layer that the node `n` computes, None if it is none, and whether that goes from integers to integers; `paths` are by the names of weights"
     args = [a for a in n.args if isinstance(a, torch.fx.Node)]
-    if len(args)<2 or _is_float_of(n): return None
-    floats = list(map(_is_float_of, args[:2]))
-    held = [a.args[0] if f else a for a,f in zip(args, floats)]
-    names = [signature.get(h.name) for h in held]
-    return next((k for k in names if k), None),all(floats)
+    weights = [a for a in args if _source(a).name in paths]
+    if len(args)<2 or not weights: return None,False
+    given = [a for a in args if _source(a).op!='placeholder' or a in weights]
+    return paths[_source(weights[0]).name],_is_rounded(n) and all(map(_is_made_of_integers, given))
 
 def who_computes(
     edge,      # From `delegated`
@@ -182,8 +219,9 @@ def who_computes(
     parts = [getattr(whole.graph_module, n.target).original_module for n in whole.graph.nodes if n.op=='get_attr' and n.target.startswith('lowered_module')]
     found = {}
     for by,p in [('ExecuTorch', whole),*(('XNNPACK', o) for o in parts)]:
-        named = {s.arg.name:s.target for s in p.graph_signature.input_specs if s.target}
+        known = {s.arg.name:paths[s.target] for s in p.graph_signature.input_specs if s.target in paths}
         for n in p.graph.nodes:
-            if n.op!='call_function' or not (of:=_layer_in(named, n)) or of[0] not in paths: continue
-            found[paths[of[0]]] = f"{by} in {'integers' if of[1] and by=='XNNPACK' else 'float'}"
+            if n.op!='call_function' or _is_made_of_integers(n): continue
+            path,whole_numbers = _layer_in(known, n)
+            if path is not None: found[path] = f"{by} in {'integers' if whole_numbers and by=='XNNPACK' else 'float'}"
     return found
