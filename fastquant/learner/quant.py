@@ -95,9 +95,8 @@ def quantize(self:Learner,
 class _InFloat32(GivenBatches):
     "Batches with inputs in float32"
     def __getitem__(self, i):
-        found = super().__getitem__(i)
-        if isinstance(i, slice): return found
-        return to_float(found[0]),found[1]
+        found = super().__getitem__(i) # for a slice, through here
+        return found if isinstance(i, slice) else (to_float(found[0]),found[1])
 
 def _who_runs(learn, engine):
     "The engine that is meant; raises if it is not there, or has nothing to do"
@@ -156,8 +155,7 @@ def _verified(learn, model, batches, trained, engine, known=(), **how):
     few = first_items((xb,yb), 8)
     with evaluating(float_): says = decisions(learn.loss_func, float_(*few[0]), few[1], classes_of(learn.dls))
     others = at_other_sizes(sim, xb, free_dims(dynamic, xb))
-    given = [x for x,_ in batches]
-    report = verify(float_, rounded, sim, data, given, trained, engine, says, others, known)
+    report = verify(float_, rounded, sim, data, [x for x,_ in batches], trained, engine, says, others, known)
     _check_finds_ranges(fake_quant_of(sim), report, data, engine)
     next(steps, None)
     return engine.seal(data, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))

@@ -24,6 +24,8 @@ def _in_words(o):
     if isinstance(o, torch.dtype): return str(o).removeprefix('torch.')
     return camel2snake(getattr(o, '__name__', repr(o)))
 
+
+# %% ../../nbs/quant/04_written.ipynb #d486895d
 def _plain(o):
     if not isinstance(o, (Spec,TensorSpec,Grid)): return o
     found = {f.name:_plain(getattr(o, f.name)) for f in fields(o)}
@@ -77,6 +79,8 @@ def _override(o, d, what):
     own = None if o[1] is None else _with({**d, 'overrides':[]}, o[1])
     return o[0],_spec(own, f'{what}: {o[0]!r}')
 
+
+# %% ../../nbs/quant/04_written.ipynb #6135fe61
 def _spec(d, what):
     if d is None: return None
     check_fields(d, Spec, what, optional=_before_pairs)
