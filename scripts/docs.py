@@ -7,7 +7,7 @@ It stands for nbdev-docs and nbdev-readme, which would need Quarto. Their Markdo
 (the pypandoc_binary package) reads these pages; groups of the navigation are where nbdev has them, in nbs/_quarto.yml.
 The pages ask nothing of other hosts: one that would fails the build as a broken link does.
 """
-import base64, gc, html, html.parser, itertools, json, os, re, shutil, sys
+import ast, base64, gc, html, html.parser, itertools, json, os, re, shutil, sys
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from importlib.metadata import entry_points
@@ -57,10 +57,31 @@ def output(o, f, dest, alt):
     if 'text/markdown' in data: return text(data['text/markdown'])
     if 'text/plain' in data: return block(text(data['text/plain']))
 
-def page(fn, dest):
-    "Front matter and Markdown of the processed notebook `fn`; its pictures go below `dest`"
+def cells_of(fn): return json.loads(fn.read_text(encoding='utf-8'))['cells']
+
+def exported(c):
+    "What a reader can unfold of a cell that is exported, so that prose about it does not stand alone; None of another, and of imports"
+    if c['cell_type']!='code': return
+    d,code = directives(text(c['source']))
+    if 'hide' in d or not {'export','exporti'}&{*d}: return
+    body = ast.parse(code).body
+    if all(isinstance(o, (ast.Import,ast.ImportFrom)) for o in body): return
+    names = [f'<code>{o.name}</code>' for o in body if hasattr(o, 'name')]
+    return dict(cell_type='markdown', source=folded(' '.join(['Code of',', '.join(names)] if names else ['Code']), code, 'exported'))
+
+def with_exported(cells, raw):
+    "The processed `cells` of the notebook with cells `raw`, and what it exports behind what documents that"
+    at = {c['id']:i for i,c in enumerate(raw) if 'id' in c}
+    waiting,out = [(i,o) for i,c in enumerate(raw) if (o:=exported(c))],[]
+    for c in cells:
+        while waiting and waiting[0][0]<at.get(c.get('id'), 0): out.append(waiting.pop(0)[1])
+        out.append(c)
+    return out+[o for _,o in waiting]
+
+def page(fn, dest, raw):
+    "Front matter and Markdown of the processed notebook `fn`, from that at `raw`; its pictures go below `dest`"
     meta,out = dict(title=fn.stem, description=''),[]
-    for n,c in enumerate(json.loads(fn.read_text(encoding='utf-8'))['cells']):
+    for n,c in enumerate(with_exported(cells_of(fn), cells_of(raw))):
         src = text(c['source'])
         if c['cell_type']=='raw' and src.startswith('---'): meta.update(yaml.safe_load(src.strip().strip('-')) or {})
         elif c['cell_type']=='markdown' and not src.startswith('<!-- WARNING'): out.append(src)
@@ -73,7 +94,7 @@ def page(fn, dest):
             out += filter(None, (output(o, files.with_name(f'{files.name}-{i}'), dest, d.get('fig-alt', '').strip('"')) for i,o in enumerate(c.get('outputs', []))))
     return meta,'\n\n'.join(out)+'\n'
 
-def folded(title, code): return f'<details><summary>{title}</summary>\n\n````python\n{code}\n````\n\n</details>\n\n'
+def folded(title, code, kind='given'): return f'<details class="{kind}"><summary>{title}</summary>\n\n````python\n{code}\n````\n\n</details>\n\n'
 
 class Links(html.parser.HTMLParser):
     "Ids, internal references, outside files, pictures that say nothing, levels of headings and searchable sections of a page"
@@ -90,15 +111,17 @@ class Links(html.parser.HTMLParser):
         if tag!='a': self.outside += [r for r in refs if urlparse(r).netloc]
         if tag=='img' and not (a.get('alt') or '').strip(): self.silent.append(a['src'])
         if tag=='main': self.inside = 1
-        if self.inside and re.fullmatch('h[1-6]', tag):
+        if a.get('class')=='exported': self.inside = -1
+        if self.inside>0 and re.fullmatch('h[1-6]', tag):
             self.head = tag
             self.levels.append(int(tag[1]))
             self.sections.append([a.get('id',''), '', ''])
     def handle_endtag(self, tag):
         if tag=='main': self.inside = 0
+        if tag=='details' and self.inside<0: self.inside = 1
         if tag==self.head: self.head = None
     def handle_data(self, s):
-        if self.inside and self.sections: self.sections[-1][1 if self.head else 2] += s
+        if self.inside>0 and self.sections: self.sections[-1][1 if self.head else 2] += s
 
 def broken(pages, site):
     "What is wrong with the references of the built pages"
@@ -188,7 +211,12 @@ def render(nm, meta, md, fn, menu, cfg):
     out = pypandoc.convert_text(f'---\n{yaml.safe_dump(head)}---\n\n{md}', 'html5', format=dialect, extra_args=[
         '--standalone', '--mathml', '--toc', '--toc-depth=4', f'--template={here/"page.html"}',
         '--variable', f'nav={nav(menu, nm, root)}', '--variable', f'turn={turn(menu, nm, root)}'])
-    return leveled(re.sub(r'<table.*?</table>', r'<div class="wide">\g<0></div>', out, flags=re.S))
+    return leveled(re.sub(r'<table.*?</table>', wide, out, flags=re.S))
+
+def wide(m):
+    "A table, which scrolls by itself where it does not fit, and whose code may be broken where one would"
+    def breakable(c): return re.sub(r'[(=,/]|[.](?=[A-Za-z])', r'\g<0><wbr>', c[0])
+    return f'<div class="wide">{re.sub(r"(?<=<code>)[^<]*(?=</code>)", breakable, m[0])}</div>'
 
 def index(menu, srcs, pages):
     "All sections of all pages, for search.js; the first of a page has what the page is about, and its keywords"
@@ -212,7 +240,7 @@ def build():
     srcs = []
     found = (f.relative_to(proc) for f in proc.rglob('*.ipynb'))
     for fn in sorted(found, key=lambda f: (place(f.as_posix(), sections), f)):
-        meta,md = page(proc/fn, site/fn.parent)
+        meta,md = page(proc/fn, site/fn.parent, cfg.nbs_path/fn)
         if module(cfg.nbs_path/fn): md = folded('Imports', imports(cfg.nbs_path/fn))+md
         srcs.append(((fn.parent/meta.get('output-file', fn.stem+'.html')).as_posix(), meta, md, fn))
     page_of = {fn.as_posix():nm for nm,_,_,fn in srcs}
@@ -245,7 +273,7 @@ def portable(md, cfg):
 def readme():
     cfg = get_config()
     shutil.rmtree(cfg.config_path/f'{Path(cfg.readme_nb).stem}_files', ignore_errors=True)
-    meta,md = page(proc_nbs(n_workers=1)/cfg.readme_nb, cfg.config_path)
+    meta,md = page(proc_nbs(n_workers=1)/cfg.readme_nb, cfg.config_path, cfg.nbs_path/cfg.readme_nb)
     head = f"# {meta['title']}\n\n" + (f"> {meta['description']}\n\n" if meta['description'] else '')
     md = pypandoc.convert_text(head+md, 'gfm', format=dialect, extra_args=['--wrap=preserve'])
     (cfg.config_path/'README.md').write_text(portable(md, cfg), encoding='utf-8')

@@ -101,7 +101,8 @@ def visit(b, url, name):
     p = dict(b.execute_script(look), asked=asked, failed=failed, errors=[e['message'] for e in b.get_log('browser') if e['level']=='SEVERE'])
     p['faint'] = faint(b)
     size(b, 390)
-    return dict(p, width=b.execute_script('return document.documentElement.scrollWidth'))
+    squeezed = '[...document.querySelectorAll("td code")].filter(o => o.getClientRects().length > 8).map(o => o.innerText)'
+    return dict(p, width=b.execute_script('return document.documentElement.scrollWidth'), squeezed=b.execute_script('return '+squeezed))
 
 @pytest.fixture(scope='module')
 def pages(site, url, browser): return {n:visit(browser, url, n) for n in sorted(f.relative_to(site).as_posix() for f in site.rglob('*.html'))}
@@ -114,7 +115,7 @@ checks = dict(error_in_the_console=lambda p: p['errors'], request_that_fails=lam
     other_host=lambda p: [u for u in p['asked'] if not u.startswith(('http://127.0.0.1:','data:'))],
     scrolling_sideways_on_a_phone=lambda p: p['width']>390 and p['width'], raw_latex=lambda p: missing.findall(p['text']),
     silent_picture=lambda p: p['silent'], skipped_level=lambda p: [b for a,b in itertools.pairwise(p['levels']) if b>a+1], faint_text=lambda p: p['faint'],
-    table_cut_off=lambda p: p['cut'], heavy_page=lambda p: p['weight']>300_000 and p['weight'],
+    table_cut_off=lambda p: p['cut'], code_squeezed_on_a_phone=lambda p: p['squeezed'], heavy_page=lambda p: p['weight']>300_000 and p['weight'],
     directive=lambda p: directive.findall(p['shown']), error_of_a_cell=lambda p: 'Traceback (most recent call last)' in p['shown'])
 
 @pytest.mark.parametrize('no', checks)
@@ -124,7 +125,7 @@ def test_checks_find_what_is_wrong(browser, tmp_path):
     "A page on which everything is wrong"
     (tmp_path/'bad.html').write_text('''<main>The sum $x^2$ is <img src="none.png"> <img src="http://localhost:9/x.png"><pre>#| hide
         x = 1</pre><pre>Traceback (most recent call last)</pre><div style="width:500px;color:#aaa">wide</div><h1>1</h1><h3>3</h3>
-        <div class="wide" style="width:9rem;overflow:auto"><div style="width:20rem">cut</div></div></main><script src="big.js"></script><script>throw Error('bad')</script>''')
+        <div class="wide" style="width:9rem;overflow:auto"><div style="width:20rem">cut</div></div><table style="overflow-wrap:anywhere"><td width="9"><code>learn.quantize()</code></table></main><script src="big.js"></script><script>throw Error('bad')</script>''')
     (tmp_path/'big.js').write_text('/'*300_001)
     with served(tmp_path) as u: p = visit(browser, u, 'bad.html')
     assert not [k for k,check in checks.items() if not check(p)]
@@ -135,6 +136,15 @@ def test_what_is_tested_is_published(site, pages):
     assert 'run: python scripts/docs.py' in workflow and f'path: {site.name}' in workflow and 'quarto' not in workflow
     listed = re.findall('<loc>https://[^/]+/[^/]+/(.*?)</loc>', (site/'sitemap.xml').read_text())
     assert {n or 'index.html' for n in listed}==set(pages)
+def test_exported_code_unfolds_where_it_is_told_of(site):
+    "A cell that is exported is folded behind its documentation, one of imports is not there twice, and search leaves it out"
+    page = ' '.join(re.sub('</?code>', '', (site/'learner'/'compare.html').read_text()).split())
+    titles = re.findall('<details class="exported"> <summary> (.*?) </summary>', page)
+    assert titles[:3]==['Code of compare','Code of _in_float, _float_twin, _times','Code of _kind, _names'], titles
+    assert page.index('Size, work, latency, metrics')<page.index('Code of compare')<page.index('Rows are called after what runs')<page.index('Code of _kind')
+    found = json.loads((site/'search-index.js').read_text().removeprefix('const search_index = '))
+    told = ' '.join(o['text'] for o in found if o['href'].startswith('learner/compare.html'))
+    assert 'Rows are called after what runs' in told and 'self.sums' not in told
 def test_docstrings_lead_to_pages(site):
     led = {m[1] for f in root.glob('fastquant/*/**/*.py') if (m:=re.search(r'^Docs: https://[^/]+/[^/]+/(\S+?)"""', f.read_text(), re.M))}
     assert len(led)>90 and not [o for o in led if not (site/o).is_file()]

@@ -124,7 +124,7 @@ def plot_errors(
     ax.barh(e.layer, e.output.clip(upper=80), color='C0', label='this one alone, at the output')
     ax.plot(e.sqnr, e.layer, 'o', color='C1', label='everything rounded, here')
     ax.set(xlabel='signal to quantization noise, dB (left is worse)', title='What hurts')
-    ax.legend(loc='best', fontsize='small')
+    ax.legend(loc='center left', bbox_to_anchor=(1,.5), fontsize='small', frameon=False)
     return ax
 
 # %% ../../nbs/export/05_report.ipynb #08repo09155c

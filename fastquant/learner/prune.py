@@ -145,7 +145,8 @@ def plot_report(
     r = report.iloc[::-1]
     ax.barh(r.index, r.weights, color='lightgray', label='weights')
     ax.barh(r.index, r.left, color='C0', label='left')
-    for k,row in r.iterrows(): ax.text(row.weights, k, f' {row.sparsity:.0%}', va='center', fontsize='small')
+    for k,row in r.iterrows(): ax.text(row.weights, k, f' {row.sparsity:.0%} zeros', va='center', fontsize='small')
+    ax.margins(x=.2)
     ax.set(title='What is left')
     ax.legend(fontsize='small')
     return ax
