@@ -123,18 +123,20 @@ def _rewrite_constants(gm):
     return paths
 
 # %% ../../nbs/export/03_xnnpack.ipynb #6dc036d2
-def _join_on_one_grid(gm):
-    "Round what is joined to the grid of the result before it is joined"
-    words = torch.ops.quantized_decomposed
-    for n in gm.graph.nodes:
-        if n.target is not _aten.cat.default or not _is_rounded(n): continue
-        grid = next(iter(n.users)).args[1:]
-        if any(a.target is not words.dequantize_per_tensor.default for a in n.args[0]): continue
-        def moved(a):
-            if a.args[1:]==grid: return a
-            return _before(n, words.dequantize_per_tensor.default, _before(n, words.quantize_per_tensor.default, a, *grid), *grid)
-        n.args = ([moved(a) for a in n.args[0]],*n.args[1:])
+_moves = 'cat.default','max_pool2d.default','flatten.using_ints','view.default','reshape.default','permute.default','transpose.int','slice.Tensor','constant_pad_nd.default'
 
+def _move_on_one_grid(gm):
+    "Round what is joined, or moved about, to the grid of the result before that"
+    words = torch.ops.quantized_decomposed
+    for n in [n for n in gm.graph.nodes if _calls(n, *_moves) and _is_rounded(n)]:
+        after = next(iter(n.users))
+        grid = (after if _calls(after, 'quantize_per_tensor.default') else next(iter(after.users))).args[1:]
+        others = [a for a in n.all_input_nodes if _calls(a, 'dequantize_per_tensor.default') and a.args[1:]!=grid]
+        for a in others:
+            q = _before(n, words.quantize_per_tensor.default, a, *grid)
+            n.replace_input_with(a, _before(n, words.dequantize_per_tensor.default, q, *grid))
+
+# %% ../../nbs/export/03_xnnpack.ipynb #840c114b
 def _pool_whole_maps(gm):
     "Write an adaptive max-pool as an ordinary one, where windows are equally large"
     for n in list(gm.graph.nodes):
@@ -143,6 +145,13 @@ def _pool_whole_maps(gm):
         if any(s%o for s,o in zip(sizes, n.args[1])): continue
         window = [s//o for s,o in zip(sizes, n.args[1])]
         for user in list(n.users): user.replace_all_uses_with(_before(n, _aten.max_pool2d.default, n.args[0], window, window))
+
+def _clip_by_hardtanh(gm):
+    "Write ReLU6 as the clipping that XNNPACK takes together with a layer"
+    for n in list(gm.graph.nodes):
+        if not _calls(n, 'relu6.default'): continue
+        n.replace_all_uses_with(_before(n, _aten.hardtanh.default, n.args[0], 0., 6.))
+        gm.graph.erase_node(n)
 
 # %% ../../nbs/export/03_xnnpack.ipynb #9b5086d6
 @torch.no_grad()
@@ -155,9 +164,9 @@ def rewritten(
     with quiet(), notes_no_lines(), as_operators(sim): program = program_of(sim, xb)
     simplify(program)
     gm = program.module(check_guards=False)
-    _pool_whole_maps(gm)
+    _pool_whole_maps(gm), _clip_by_hardtanh(gm)
     rounds,paths = _rewrite_activations(gm),_rewrite_constants(gm)
-    _join_on_one_grid(gm)
+    _move_on_one_grid(gm)
     gm.graph.eliminate_dead_code()
     odd = {n.target for n in gm.graph.nodes if getattr(n.target, 'namespace', '')=='fastquant'}
     if odd: raise ValueError(_no_words.format(ops=', '.join(sorted(str(o).split('.')[1] for o in odd))))
@@ -210,6 +219,7 @@ def _layer_in(paths, n):
     given = [a for a in args if _source(a).op!='placeholder' or a in weights]
     return paths[_source(weights[0]).name],_is_rounded(n) and all(map(_is_made_of_integers, given))
 
+# %% ../../nbs/export/03_xnnpack.ipynb #83a225c9
 def who_computes(
     edge,      # From `delegated`
     paths:dict # From `rewritten`
