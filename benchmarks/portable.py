@@ -12,7 +12,8 @@ from fastquant.core.model import copy_model
 from fastquant.quant.fakequant import fake_quant_of
 from fastquant.quant.prepare import prepare, set_ranges, watch
 from fastquant.core.outputs import sqnr
-from fastquant.export.verify import ExportMismatch, file_integers, gate as go_through, outputs_of, replay, run_as_written, run_file, ties
+from fastquant.export.ties import outputs_of, ties
+from fastquant.export.verify import ExportMismatch, file_integers, gate as go_through, replay, run_as_written, run_file
 from tests.helpers.integers import there
 from tests.helpers.models import models as matrix
 from .common import *

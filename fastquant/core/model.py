@@ -21,8 +21,8 @@ from .arguments import *
 
 # %% auto #0
 __all__ = ['shape_errors', 'conv_layers', 'batchnorms', 'weighted', 'parts_of', 'tensors', 'floats', 'check_batch', 'map_tensors',
-           'batch_size', 'first_items', 'has_rows', 'item_sizes', 'few_items', 'items_of', 'own_weight', 'inner_model',
-           'eagerly', 'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights',
+           'batch_size', 'first_items', 'has_rows', 'item_sizes', 'few_items', 'own_weight', 'inner_model', 'eagerly',
+           'modules_in', 'evaluating', 'catching', 'clean_copy', 'copy_model', 'FileModel', 'check_weights',
            'float32_copy', 'other_precision']
 
 # %% ../../nbs/core/01_model.ipynb #01mod000001
@@ -86,13 +86,14 @@ def batch_size(
 
 def first_items(
     xb,   # Inputs, nested as the model takes them
-    n:int # Items
+    n:int, # Items
+    skip:int=0 # How many to leave out before
 ): # Like `xb`
-    "The first `n` items of the batch `xb`, as plain tensors; what has no row for each item stays whole"
+    "The first `n` items of the batch `xb`, or those after others, as plain tensors; what has no row for each item stays whole"
     size = batch_size(xb)
     def cut(t):
         t = t.detach().as_subclass(Tensor)
-        return t[:n] if t.ndim and len(t)==size else t
+        return t[skip:skip+n] if t.ndim and len(t)==size else t
     return map_tensors(cut, xb)
 
 # %% ../../nbs/core/01_model.ipynb #01mod0000nb
@@ -119,14 +120,6 @@ def few_items(
     "As many of the first items as have 2^16 values, from two to eight"
     values = sum(t[:1].numel() for t,rows in zip(tensors(xb), has_rows(xb)) if rows)
     return first_items(xb, max(2, min(8, 2**16//max(values, 1))))
-
-def items_of(
-    xb # Inputs, nested as the model takes them
-)->list: # Like `xb`
-    "The items of the batch `xb`, each as a batch of its own; what has no row for each item stays whole"
-    size = batch_size(xb)
-    def cut(t, i): return t[i:i+1] if t.ndim and len(t)==size else t
-    return [map_tensors(lambda t: cut(t, i), first_items(xb, size)) for i in range(size)]
 
 # %% ../../nbs/core/01_model.ipynb #01mod000009
 conv_layers,batchnorms = nn.modules.conv._ConvNd,nn.modules.batchnorm._BatchNorm # PyTorch has no public names for these

@@ -17,11 +17,13 @@ from ..quant.grid import *
 from ..quant.site import Site
 from ..quant.fakequant import *
 from ..quant.prepare import *
+from .summary import *
 from .engine import *
 from .verify import *
 
 # %% auto #0
-__all__ = ['against_float', 'warn_if_slow', 'capture', 'rounding_errors', 'site_errors', 'alone', 'plot_errors', 'ranges']
+__all__ = ['against_float', 'warn_if_slow', 'warn_if_noisy', 'capture', 'rounding_errors', 'site_errors', 'alone', 'plot_errors',
+           'ranges']
 
 # %% ../../nbs/export/05_report.ipynb #08repoflt002
 def against_float(
@@ -45,6 +47,21 @@ def warn_if_slow(
     int8,float_ = ms['median']
     if float_<.1 or int8-ms['spread'].max()<=float_: return # what takes less is mostly the call itself
     warn(f"On this machine int8 is not faster than float in the same engine: {int8:.3g} ms an item, and {float_:.3g} ms in float. The file is smaller all the same. Measure again where it will run; timed=False leaves this out.")
+
+# %% ../../nbs/export/05_report.ipynb #08reponois2
+_hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
+
+def warn_if_noisy(
+    report:Report # Of a model whose own did not round
+):
+    "Warn of outputs that rounding leaves less than 10 dB above its noise"
+    if report.trained: return
+    o = report.worst
+    where = f'the output {o.name!r}' if len(report.outputs)>1 else 'the output'
+    if o.sqnr_float<10: warn(f"Rounding leaves {where} only {o.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. {_hint}")
+    for o in report.outputs:
+        if o.sqnr_float<10 or o.sqnr_change is None or o.sqnr_change>=10: continue
+        warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
 
 # %% ../../nbs/export/05_report.ipynb #08repo24d552
 def capture(

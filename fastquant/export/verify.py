@@ -7,9 +7,8 @@ Docs: https://fastquant-dev.github.io/fastquant/export/verify.html.md"""
 # %% ../../nbs/export/04_verify.ipynb #07verf000003
 from __future__ import annotations
 import onnx, torch
-from dataclasses import dataclass
 from itertools import zip_longest
-from torch import nn, Tensor
+from torch import nn
 from ..core.model import *
 from ..core.outputs import *
 from ..quant.site import DynamicSite
@@ -22,66 +21,10 @@ from .summary import *
 from .engine import *
 from .stored import *
 from .integers import *
+from .ties import *
 
 # %% auto #0
-__all__ = ['near_tie', 'outputs_of', 'ties', 'Difference', 'difference', 'replay', 'integers_of', 'float_biases', 'gate',
-           'verify']
-
-# %% ../../nbs/export/04_verify.ipynb #07verf000008
-def outputs_of(
-    m:nn.Module, # Any model
-    xb           # Inputs
-)->list:
-    "All tensors that `m` puts out, on the CPU"
-    return [t.detach().as_subclass(Tensor).cpu() for t in tensors(m(*xb))]
-
-def ties(
-    sim:nn.Module, # From `convert`
-    xb,            # Inputs
-    size:float=1e-3 # Standard deviation of the noise, in steps
-)->float: # In dB; 200 if nothing changes
-    "SQNR of the outputs of `sim` against themselves, of the worst, when near ties break otherwise"
-    gen = torch.Generator().manual_seed(0)
-    def noisy(site, x):
-        site = site.on(x)
-        noise = size*site.scale*torch.randn(x.shape, generator=gen)
-        return site.through_integers(x+noise)
-    with evaluating(sim):
-        want = outputs_of(sim, xb)
-        fake_quant_of(sim).how = noisy
-        return min(200., *map(sqnr, want, outputs_of(sim, xb)))
-
-# %% ../../nbs/export/04_verify.ipynb #07verf000014
-near_tie = .005 # Steps that arithmetic in another order can move a value by, and more
-
-@dataclass(frozen=True)
-class Difference:
-    "By how much integers of one activation are other ones than they should be"
-    source:str  # Path of the module whose output it is
-    exclude:str|list # What to leave in float for it not to matter
-    n:int       # Values
-    others:int  # Values that differ
-    steps:int   # The largest difference
-    far:float   # How far such a value was, at most, from the tie between the integer it should be and the one it is, in steps
-    def __str__(self):
-        how_many = f'{self.others:,} of {self.n:,} integers differ'
-        return f'{how_many}, by up to {self.steps}, and were up to {self.far:.3g} of a step from a tie'
-
-def difference(
-    site,         # Whose integers they are
-    x:Tensor,     # The floats that they are made of
-    own:Tensor,   # Integers that `x` is rounded to
-    theirs:Tensor # Others, of the same shape
-)->Difference:
-    "How `theirs` differ from `own`"
-    n,apart = own.numel(),(own!=theirs).flatten().nonzero().squeeze(1)
-    x,own,theirs = (t.flatten()[apart].double() for t in (x,own,theirs))
-    unrounded = x/site.scale.detach()+site.zero_point
-    far,steps = _most(unrounded-(own+theirs)/2),_most(own-theirs)
-    exclude = site.source if site.source in site.of.layers else site.touching
-    return Difference(site.title, exclude, n, len(x), int(steps), far)
-
-def _most(x): return x.abs().max().item() if len(x) else 0.
+__all__ = ['replay', 'integers_of', 'float_biases', 'gate', 'verify']
 
 # %% ../../nbs/export/04_verify.ipynb #07verf000050
 _other_site = "The file rounds other values than its simulation at {site!r}: nothing in it has a step of {step:.4g} and the shape {shape}. Please report the model."
@@ -251,7 +194,7 @@ def _check_converted(rounded, sim, xb):
 def _gate_asked(rounded, sim, ask, xb):
     "What `gate` does, for a file that is no ONNX: whoever runs it is asked, as `Engine.asked` gives"
     kept = []
-    for one in items_of(xb):
+    for one in (first_items(xb, 1, i) for i in range(batch_size(xb))):
         ints,outs = ask(one)
         found,ours = replay(sim, ints, one)
         check_same('program', 'simulation', found, ours, outs)

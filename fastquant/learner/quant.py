@@ -84,11 +84,10 @@ def quantize(self:Learner,
     with calibration_dl(self, dl, n_batches) as dl:
         files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
         files.given = _batches(self, model, dl, dynamic, None if promise or target else 2)
-        if target: new = within(self, files, target, ladder)
-        else: new = keep(promise, files, ladder) if promise else files.file(files.prepared())
+        new = _wanted_file(self, files, promise, target, ladder)
     if fname: write_whole(fname, new.model.data)
     if timed: warn_if_slow(new.model, files.batches[0])
-    _say_if_noisy(new.model.report)
+    warn_if_noisy(new.model.report)
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
@@ -110,6 +109,12 @@ def _check_runs(model, xb, how, to):
     try:
         with evaluating(model): model(*first_items(xb, 2))
     except RuntimeError as e: raise ValueError(f"{type(model).__name__} does not run {how}: {str(e).splitlines()[0]}. Its forward pass seems to cast activations to {to} by itself: leave their dtype as it comes.") from e
+
+# %% ../../nbs/learner/01_quant.ipynb #22learwant1
+def _wanted_file(learn, files, promise, target, ladder):
+    "A Learner that holds the promise, or keeps to the budget, if there is one"
+    if target: return within(learn, files, target, ladder)
+    return keep(promise, files, ladder) if promise else files.file(files.prepared())
 
 # %% ../../nbs/learner/01_quant.ipynb #22learsize2
 def _check_sizes(model, batches, dynamic):
@@ -160,20 +165,9 @@ def _verified(learn, model, batches, trained, engine, known=(), **how):
     next(steps, None)
     return engine.seal(data, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
 
-_hint = "See where with `learn.layer_errors()`, and leave that in float with `exclude`; or train through it with `QuantAwareCallback`."
-
 def _say_if_beyond(sim):
     for k,v in fake_quant_of(sim).beyond.items():
         warn(f"{k!r} has a weight of {v:.4g}, which is infinite in half precision, so it stays in float. Use 'bf16', which reaches as far as float; or find out why it is so large.")
-
-def _say_if_noisy(report):
-    if report.trained: return
-    o = report.worst
-    where = f'the output {o.name!r}' if len(report.outputs)>1 else 'the output'
-    if o.sqnr_float<10: warn(f"Rounding leaves {where} only {o.sqnr_float:.1f} dB above the noise, so predictions may have suffered: {report}. {_hint}")
-    for o in report.outputs:
-        if o.sqnr_float<10 or o.sqnr_change is None or o.sqnr_change>=10: continue
-        warn(f"The output {o.name!r} is mostly {o.beyond}, and what the model adds to that is {o.sqnr_change:.1f} dB above the noise of rounding, where 10 are little: {report}. {_hint}")
 
 # %% ../../nbs/learner/01_quant.ipynb #22learlive2
 def _check_finds_ranges(r, report, data, engine):
