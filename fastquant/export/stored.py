@@ -43,7 +43,8 @@ def altered(
         return any(o.equal(w) for o in there(k, want.shape) for w in ways)
     return [k for k in r.layers if k in r.weights_only and not same(k)]+_altered_lstms(r, proto, nodes)
 
-# %% ../../nbs/export/03_stored.ipynb #03storinp1
+
+# %% ../../nbs/export/03_stored.ipynb #b4c0cf28
 def _is_input(k): return '.weight_ih_l' in f'.{k}' # of the two weights that a layer of an LSTM or of a GRU has
 
 def _place(k, n):
@@ -51,7 +52,8 @@ def _place(k, n):
     if n.op_type in ('LSTM','GRU'): return 1 if _is_input(k) else 2
     return int(n.op_type!='Gather')
 
-# %% ../../nbs/export/03_stored.ipynb #03storinp3
+
+# %% ../../nbs/export/03_stored.ipynb #cf6acad7
 def _both_biases(m):
     "Those of an LSTM, as the operator takes them: one for what comes in, and one for the state"
     return [m.bias if m.bias is None else F.pad(m.bias, (0,m.bias.shape[1]))]
