@@ -78,9 +78,9 @@ def constants(proto):
     return {**known, **run(proto, nodes, {}, proto.graph.initializer)} if nodes else known
 
 def source(name, made):
-    "The `DequantizeLinear` that `name` comes from, perhaps through `Transpose`; None if there is none"
+    "The `DequantizeLinear` that `name` comes from, perhaps through `Transpose` or `Reshape`; None if there is none"
     n = made.get(name)
-    if n is None or n.op_type not in ('DequantizeLinear','Transpose'): return None
+    if n is None or n.op_type not in ('DequantizeLinear','Transpose','Reshape'): return None
     return n if n.op_type=='DequantizeLinear' else source(n.input[0], made)
 
 def is_layer(n, made, known):
@@ -105,6 +105,9 @@ def quantized(name, made, found):
     "The integers behind `name`, which has a `source`"
     n,a = made[name],attributes(made[name])
     if n.op_type=='Transpose': return quantized(n.input[0], made, found).map(lambda v: v.transpose(a.get('perm')))
+    if n.op_type=='Reshape':
+        o,shape = quantized(n.input[0], made, found),found[name].shape
+        return Quantized(o.q.reshape(shape), *(v.reshape([1]*len(shape)) for v in (o.scale,o.zero)))
     q,scale = (found[i] for i in n.input[:2])
     zero = found[n.input[2]] if any(n.input[2:]) else np.zeros_like(scale, q.dtype)
     shape = [1]*q.ndim
