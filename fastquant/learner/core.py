@@ -53,6 +53,7 @@ class GivenBatches(Sequence):
         n:int=None     # Batches; None for all
     ):
         self.learn,self.dl,self.n = learn,dl,min(len(dl), ifnone(n, len(dl)))
+        self.change = noop # what becomes of inputs before anybody gets them
         self.kept = batches_of(learn, dl, min(self.n, 2))
         size = sum(t.nbytes for t in tensors(self.kept[0][0]))
         fit = min(self.n, self.most//max(size, 1))
@@ -62,7 +63,8 @@ class GivenBatches(Sequence):
         if isinstance(i, slice): return [self[j] for j in range(*i.indices(self.n))]
         if not -self.n<=i<self.n: raise IndexError(i)
         i %= self.n
-        return self.kept[i] if i<len(self.kept) else batches_of(self.learn, _only(self.dl, i), 1)[0]
+        xb,yb = self.kept[i] if i<len(self.kept) else batches_of(self.learn, _only(self.dl, i), 1)[0]
+        return self.change(xb),yb
     @property
     def inputs(self): return _Inputs(self)
 

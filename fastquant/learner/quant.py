@@ -91,12 +91,6 @@ def quantize(self:Learner,
     return new
 
 # %% ../../nbs/learner/01_quant.ipynb #22learc08e3f
-class _InFloat32(GivenBatches):
-    "Batches with inputs in float32"
-    def __getitem__(self, i):
-        found = super().__getitem__(i) # for a slice, through here
-        return found if isinstance(i, slice) else (to_float(found[0]),found[1])
-
 def _who_runs(learn, engine):
     "The engine that is meant; raises if it is not there, or has nothing to do"
     check_weights(learn.model, 'quantize')
@@ -129,13 +123,14 @@ def _check_sizes(model, batches, dynamic):
 
 def _batches(learn, model, dl, dynamic, n):
     "The first `n` batches that `model`, a copy, gets; raises `ValueError` if a file could not be verified on them"
-    cast = bool(other_precision(learn.model))
-    batches = (_InFloat32 if cast else GivenBatches)(learn, dl, n)
+    batches = GivenBatches(learn, dl, n)
     whole = model if has_other(learn.model) else learn.model
     few = few_items(batches[0][0])
     check_evaluates(whole, few)
     check_repeats(whole, few)
-    if cast: _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
+    if other_precision(learn.model):
+        batches.change = to_float
+        _check_runs(model, batches[0][0], "in float32, in which models are calibrated and written", "another dtype")
     _check_sizes(model, batches.inputs, dynamic)
     return batches
 
