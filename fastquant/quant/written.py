@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/written.html.md"""
 
 # %% ../../nbs/quant/04_written.ipynb #04writ0c26a9
 from __future__ import annotations
-import re, torch
+import json, re, torch
 from dataclasses import fields
 from fastcore.all import camel2snake
 from ..core.plain import *
@@ -92,6 +92,9 @@ def _spec(d, what):
 
 def _whole_spec(d):
     check_field(isinstance(d, dict), 'The spec', d, 'an object')
+    d = dict(d)
+    if 'like' in d: d = _with(json.loads(spec_to_json(find_spec(d.pop('like')))), d)
+    d.pop('.digest', None)
     return _spec(d, 'The spec')
 
 # %% ../../nbs/quant/04_written.ipynb #03specd76s19
@@ -105,6 +108,7 @@ def spec_from_json(
 def name_of(
     spec:Spec # Any
 )->str:
-    "What `spec` is called, or what it says, as JSON"
-    def made(f): return f() if callable(f) else f
-    return next((k for k,f in specs.items() if made(f)==spec), None) or spec_to_json(spec)
+    "What `spec` is called, or what it says that one with a name does not, as JSON"
+    named = {k:f() if callable(f) else f for k,f in specs.items()}
+    def like(k): return to_text({'like':k, **_beyond(_plain(spec), _plain(named[k]))}, default=_in_words)
+    return next((k for k,s in named.items() if s==spec), None) or min(map(like, named), key=len)
