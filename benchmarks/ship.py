@@ -6,9 +6,12 @@ from contextlib import ExitStack
 from statistics import median
 from time import perf_counter
 from importlib.metadata import distributions
-from torchvision.models import resnet18
+from torchvision.models import mobilenet_v2, resnet18
 from fastai.text.core import SpacyTokenizer, Tokenizer
 from fastquant.app.predict import Model
+from fastquant.core.measure import latency, n_bytes
+from fastquant.core.outputs import sqnr
+from fastquant.export.executorch import Executorch
 from fastquant.app.prepare import prepare_picture
 from fastquant.app.text import Words, text_rules
 from fastquant.learner.text import tables_of
@@ -322,5 +325,59 @@ def batches(o):
                 for _ in range(16//n): s.run(None, {'input':x})
                 found.setdefault((k,n), []).append((time.process_time()-start)/16)
     return [dict(file=k, batch=n, ms_a_picture=round(1000*median(t), 2)) for (k,n),t in found.items()],[]
+
+# Phones
+
+def resnet18_64(): return resnet18(num_classes=10)
+def mobilenet_v2_64(): return mobilenet_v2(num_classes=10)
+def vision_learner_64(): return create_vision_model(resnet18, 10, pretrained=False) # what `vision_learner` makes
+
+def cifar_64(o):
+    "CIFAR-10 at 64 px: training and test set"
+    def larger(ds, n):
+        x,y = ds[spread(len(ds), n)]
+        return TensorDataset(F.interpolate(x, scale_factor=2, mode='bilinear'), y)
+    return tuple(larger(ds, o.some(n, 200)) for ds,n in zip(cifar10(o), (8000,2000)))
+
+def in_xnnpack(model, x):
+    "The method of a program of the float `model` for `x`, for times to compare with"
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.runtime import Runtime
+    model = deepcopy(model).eval()
+    for m in model.modules():
+        if isinstance(m, AdaptiveConcatPool2d): m.mp = nn.MaxPool2d(x.shape[-1]//32) # ExecuTorch has no adaptive one
+    edge = to_edge_transform_and_lower(torch.export.export(model, (x,)), partitioner=[XnnpackPartitioner()])
+    program = Runtime.get().load_program(bytes(edge.to_executorch().buffer))
+    return program,program.load_method('forward')
+
+class Kept(Executorch):
+    "Keeps the simulation that a program was made of"
+    @classmethod
+    def write(cls, sim, xb, **how):
+        cls.sim = sim
+        return super().write(sim, xb, **how)
+
+def on_phone(o, net, data):
+    "A row for a trained net in ExecuTorch, against its simulation, ONNX Runtime and float"
+    learn,x = learner(train(o, net, data, 4), *data),data[1].tensors[0]
+    with learn.no_bar(): q,other = learn.quantize(engine=Kept, timed=False),learn.quantize(timed=False)
+    with torch.no_grad(): mine,sim,theirs,floats = (torch.cat([m(b) for b in x.split(50)]) for m in (q.model,Kept.sim,other.model,learn.model.eval()))
+    program,method = in_xnnpack(learn.model, x[:1])
+    with clock(o): ms = latency({'int8':lambda: q.model(x[:1]), 'float':lambda: method.execute([x[:1]]), 'ort':lambda: other.model(x[:1])})['median']
+    def same(other): return round(100*(mine.argmax(1)==other.argmax(1)).float().mean().item(), 2)
+    def right(out): return round(100*(out.argmax(1)==data[1].tensors[1]).float().mean().item(), 2)
+    r = q.model.report
+    about = dict(net=net.__name__.removesuffix('_64'), layers=f'{r.n_int8} of {r.n_layers}', mb=round(len(q.model.data)/1e6, 2), float_mb=round(n_bytes(learn.model)/1e6, 2))
+    agrees = dict(top1=right(mine), top1_float=right(floats), db=round(sqnr(sim, mine), 1), same_as_simulation=same(sim), same_as_onnxruntime=same(theirs), same_as_float=same(floats))
+    return {**about, **agrees, **{f'{k}_ms':round(v, 2) for k,v in ms.items()}}
+
+@per_processor
+@sections
+def phone(o):
+    data = cifar_64(o)
+    rows = [on_phone(o, net, data) for net in (resnet18_64,mobilenet_v2_64,vision_learner_64)]
+    least = min(r['same_as_simulation'] for r in rows)
+    return rows,[target('ExecuTorch: pictures with the class of the simulation, of the worst net (%)', least, 98, 99.5, 2)]
 
 if __name__=='__main__': run(sections, 'ship')
