@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/fakequant.html.md"""
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fq3c2bc1b3
 from __future__ import annotations
-import itertools, torch, torch.nn.functional as F
+import itertools, torch
 from dataclasses import replace
 from functools import partial
 from fastcore.all import patch
@@ -29,7 +29,7 @@ from .kernels import *
 from .recurrent import *
 
 # %% auto #0
-__all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'on_a_matrix', 'FakeQuantMode']
+__all__ = ['rounding', 'FakeQuant', 'blank', 'fake_quant_of', 'swapped', 'FakeQuantMode']
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep39004a
 @restorable
@@ -203,15 +203,6 @@ def swapped(
     left = itertools.count()
     return map_tensors(lambda t: new.get(next(left), t) if t.is_floating_point() else t, o)
 
-# %% ../../nbs/quant/06_fakequant.ipynb #133b81e0
-def on_a_matrix(
-    x:Tensor,  # Of any shape, features last
-    w:Tensor,  # Weight
-    b:Tensor   # Bias
-)->Tensor:
-    "What a linear layer makes of `x`, with a row for each of its vectors"
-    return F.linear(x.flatten(0, -2), w, b).view(*x.shape[:-1], w.shape[0])
-
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqeff002
 class FakeQuantMode(Matching):
     "Does what `fake_quant` says to the operations of `model`"
@@ -259,7 +250,6 @@ class FakeQuantMode(Matching):
         elif r.on_integers and (y:=r.kernel(path, replace(o, x=x), r.after.get(key))) is not None: return y
         elif r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
-        if r.converted and path in r.flat and b is not None: o = replace(o, run=partial(o.run, linear=on_a_matrix))
         return r.visit(path, replace(o, x=x, w=w, b=b)) if r.visit else o.run(x, w, b)
 
 # %% ../../nbs/quant/06_fakequant.ipynb #05prep56d4c9

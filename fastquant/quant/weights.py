@@ -55,7 +55,8 @@ class LayerWeights:
         self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
         self.widths = {k:self.model.get_submodule(p).input_size for p,o in self.lstms.items() if (k:=o.names(0)[0]) in self.live}
         ran = plan.with_integers
-        self.set_biases(plan, spec)
+        added = {o.layer for o in ran if o.is_linear and o.ndim!=2} # by a node of its own, see below
+        self.float_bias = {k for k,s in spec.items() if s.float_bias or k in self.weights_only or k in self.live or k in added}
         self.products = {o.layer:o.own for o in ran if o.own}|plan.parts
         self.called = {o.key:o.layer for o in ran if o.own}
         self.modules = [k for k in self.layers if k not in self.products]
@@ -63,14 +64,6 @@ class LayerWeights:
         self.apart = {*self.products,*filter(used, self.modules)}
         self.paired = {k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8 and self.adds_pairs(k)}
         self.norms = {o.layer:plan.norms[o.key] for o in ran if o.key in plan.norms}
-    def set_biases(self, plan, specs):
-        "Say which linear layers run on a matrix, whatever comes in, for their kernel to add an integer bias, and which layers keep theirs in float; see below"
-        ran = plan.with_integers
-        linear = [o for o in ran if o.is_linear and o.key in plan.int8 and o.ndim>2]
-        others = {o.layer for o in ran if o not in linear}
-        self.flat = {o.layer for o in linear if not specs[o.layer].float_bias}-others
-        many = {o.layer for o in ran if o.is_linear and o.ndim!=2}
-        self.float_bias = {k for k,s in specs.items() if s.float_bias or k in self.weights_only or k in self.live}|many-self.flat
     def adds_pairs(self, path):
         if path in self.products: return not self.products[path].depthwise
         return adds_pairs(self.model.get_submodule(path))

@@ -3,12 +3,10 @@ import copy, onnx, pickle, pytest, torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
-from fastquant.core.model import clean_copy, copy_model
-from fastquant.core.outputs import sqnr
+from fastquant.core.model import clean_copy
 from fastquant.core.trace import trace
-from fastquant.export.engine import Engine, layer_kernels, optimized
+from fastquant.export.engine import layer_kernels
 from fastquant.export.onnx import to_onnx
-from fastquant.export.openvino import Openvino
 from fastquant.export.portable import misfits
 from fastquant.export.verify import verify
 from fastquant.quant.convert import convert
@@ -18,7 +16,6 @@ from fastquant.quant.prepare import prepare, set_ranges, unprepare, watch
 from fastquant.quant.site import Site
 from fastquant.quant.spec import Spec
 from fastquant.quant.train import follow, guess, start
-from tests.helpers.files import of_net
 
 def param(*shape): return nn.Parameter(torch.randn(shape)*.3)
 
@@ -276,27 +273,3 @@ def test_attention_left_out_is_named_once():
     r = fake_quant_of(prepare(Encoder(False).eval(), Spec().excluding('layer.self_attn'), x))
     assert r.float_layers=={'layer.self_attn':'excluded', 'layer.self_attn.out_proj':'excluded'} and set(r.layers)=={'layer.linear1','layer.linear2','head'}
     assert abs(sum(r.work.values())-1)<1e-6
-
-class Sequences(nn.Module):
-    "Linear layers on sequences: one whose output is rounded, one before a GELU, one with no bias, and one that gets vectors as well"
-    def __init__(self):
-        super().__init__()
-        self.a,self.up,self.bare,self.both = nn.Linear(12, 16),nn.Linear(16, 24),nn.Linear(24, 8, bias=False),nn.Linear(8, 8)
-    def forward(self, x):
-        x = self.bare(F.gelu(self.up(self.a(x).relu()))).tanh()
-        return self.both(x).mean(1)+self.both(x[:,0])
-
-def test_kernels_add_biases():
-    "Of sequences, in integers, by the kernel that multiplies, of any batch and length; none is left to a node of its own"
-    torch.manual_seed(0)
-    net,x = Sequences().eval(),torch.randn(6,5,12)
-    for spec,flat in ('int8',{'a','up','bare'}),('w4a8',{'a','up','bare'}),('int8_symmetric',set()):
-        f = of_net(net, x, spec)
-        f.gate()
-        r = fake_quant_of(f.sim)
-        assert r.flat==flat and r.float_bias==({'both'} if flat else {*r.layers})
-        kinds = [n.op_type for n in optimized(f.data).graph.node]
-        if flat: assert kinds.count('QGemm')>=2 and 'BiasGelu' not in kinds and kinds.count('Gelu')==1
-        data = to_onnx(copy_model(f.sim), x, dynamic=(1,)).SerializeToString()
-        for e in Engine(data),Openvino(data):
-            for xs in x,x[:1],x[:,:3]: assert sqnr(f.sim(xs), e(xs))>25
