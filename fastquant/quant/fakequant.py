@@ -247,7 +247,7 @@ class FakeQuantMode(Matching):
         b = r.bias_of(path) if r.norms.get(path) in r.folded else o.b # that has the batchnorm's, even if `forward` passes none
         if path in r.doors: x = r.act(r.doors[path], x)
         if path in r.live: o = replace(o, run=partial(o.run, linear=partial(r.linear, path)))
-        elif r.on_integers and (y:=r.kernel(path, replace(o, x=x), r.after.get(key))) is not None: return y
+        elif r.on_integers and (y:=r.kernel(path, key[1], replace(o, x=x), r.after.get(key))) is not None: return y
         elif r.converted: w,b = r.as_floats(path)
         else: w = r.round_weight(path, w)
         return r.visit(path, replace(o, x=x, w=w, b=b)) if r.visit else o.run(x, w, b)

@@ -64,10 +64,10 @@ def on_integers(self:LayerWeights)->bool:
     return self.converted and self.act is Site.through_integers and not torch.compiler.is_compiling()
 
 @patch
-def kernel(self:LayerWeights, path, o, after)->Tensor|None:
-    "What the kernel of the layer at `path`, which is called like `o` and rounded at `after`, makes of it; None if there is none"
+def kernel(self:LayerWeights, path, name, o, after)->Tensor|None:
+    "What the kernel of the layer at `path`, called by `name` as `o` and rounded at `after`, makes of it; None if there is none"
     site,m = self.layers[path],self.home(path)
-    plain = not (self.weights[path].half or path in self.shapes) and (o.is_linear or o.w.ndim>2)
+    plain = not (self.weights[path].half or path in self.shapes) and (o.is_linear or name.startswith('conv'))
     if site is None or not plain or after is None and not o.is_linear or o.x.dtype!=torch.float32: return None
     (sx,_),b = site.constants,m.bias
     whole = b is None or not b.is_floating_point()
