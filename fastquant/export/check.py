@@ -11,6 +11,7 @@ from torch import nn, Tensor
 from ..core.model import *
 from ..core.outputs import *
 from .engine import *
+from .ties import *
 from .verify import *
 from .integers import *
 from .verify import alike

@@ -19,6 +19,7 @@ from ..quant.fakequant import *
 from ..quant.prepare import *
 from .summary import *
 from .engine import *
+from .ties import *
 from .verify import *
 
 # %% auto #0

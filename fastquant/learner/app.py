@@ -181,6 +181,11 @@ In your own program:
     model({argument})
 
 {answers}
+
+Where room is scarce, as in a container on Linux, leave out compiled Python, and the library that ONNX Runtime brings for programs in C:
+
+    pip install --no-compile -r requirements.txt
+    rm "$(python -c 'import onnxruntime; print(onnxruntime.__path__[0])')"/capi/libonnxruntime.so*
 """
 _says = dict(classes='The answer is a dictionary of class and probability, the likeliest first.',
     labels='The answer is a dictionary of the labels above the threshold {threshold} and their probabilities.',

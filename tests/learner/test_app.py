@@ -72,6 +72,7 @@ def test_nothing_but_numpy_pillow_and_onnxruntime(app):
     assert r.returncode==0 and r.stdout.count('the same as')==3 and 'NOT' not in r.stdout, r.stderr
     assert program(to, 'examples').stdout.count('.png: ')==3
     assert {f.name for f in to.iterdir()}=={'model.onnx','predict.py','requirements.txt','README.md','examples'}
+    assert all(k in (to/'README.md').read_text() for k in ('pip install -r requirements.txt', 'predict.py --check', 'pip install --no-compile'))
 
 # What the program makes of pictures, against the Learner's own data
 
