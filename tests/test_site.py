@@ -140,7 +140,7 @@ def test_exported_code_unfolds_where_it_is_told_of(site):
     "A cell that is exported is folded behind its documentation, one of imports is not there twice, and search leaves it out"
     page = ' '.join(re.sub('</?code>', '', (site/'learner'/'compare.html').read_text()).split())
     titles = re.findall('<details class="exported"> <summary> (.*?) </summary>', page)
-    assert titles[:3]==['Code of compare','Code of _in_float, _float_twin, _times','Code of _kind, _names'], titles
+    assert titles[:3]==['Code of compare','Code of _in_float, _float_twins, _times','Code of _kind, _names'], titles
     assert page.index('Size, work, latency, metrics')<page.index('Code of compare')<page.index('Rows are called after what runs')<page.index('Code of _kind')
     found = json.loads((site/'search-index.js').read_text().removeprefix('const search_index = '))
     told = ' '.join(o['text'] for o in found if o['href'].startswith('learner/compare.html'))

@@ -31,14 +31,14 @@ def ties(
 )->float: # In dB; 200 if nothing changes
     "SQNR of the outputs of `sim` against themselves, of the worst, when near ties break otherwise"
     gen = torch.Generator().manual_seed(0)
-    def noisy(site, x):
-        site = site.on(x)
-        noise = size*site.scale*torch.randn(x.shape, generator=gen)
-        return site.through_integers(x+noise)
-    with evaluating(sim):
-        want = outputs_of(sim, xb)
+    def outputs(size):
+        def noisy(site, x):
+            site = site.on(x)
+            noise = size*site.scale*torch.randn(x.shape, generator=gen)
+            return site.through_integers(x+noise)
         fake_quant_of(sim).how = noisy
-        return min(200., *map(sqnr, want, outputs_of(sim, xb)))
+        return outputs_of(sim, xb)
+    with evaluating(sim): return min(200., *map(sqnr, outputs(0.), outputs(size)))
 
 # %% ../../nbs/export/03_ties.ipynb #07verf000014
 near_tie = .005 # Steps that arithmetic in another order can move a value by, and more

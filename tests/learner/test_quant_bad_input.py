@@ -92,7 +92,7 @@ def test_mismatch_is_not_returned(learn, monkeypatch):
         for scale in [i for i in proto.graph.initializer if i.name=='0.weight_scale']:
             scale.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(scale)*3, scale.name))
         return proto
-    monkeypatch.setattr(fastquant.learner.quant, 'to_onnx', wrong)
+    monkeypatch.setattr(fastquant.export.engine, 'to_onnx', wrong)
     before = snapshot(learn)
     with pytest.raises(ExportMismatch, match="(?s)exported file and its simulation part at '0'.*Leave it in float with exclude='0'"): learn.quantize(fname='model.onnx')
     assert same(before, snapshot(learn))
