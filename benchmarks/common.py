@@ -248,7 +248,8 @@ def made_by(module):
     cpu,flags = processor()
     versions = dict(fastquant=fastquant.__version__, **{p:installed(p) for p in ('torch','torchvision','fastai','onnxruntime','openvino')})
     args = [Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:]]
-    return dict(date=f'{pd.Timestamp.now():%Y-%m-%d}', command=' '.join(['python -m', module, *args]), cpu=cpu, cores=os.cpu_count(),
+    how = ['scripts/without_vnni']*('WITHOUT_VNNI' in os.environ)
+    return dict(date=f'{pd.Timestamp.now():%Y-%m-%d}', command=' '.join([*how, 'python -m', module, *args]), cpu=cpu, cores=os.cpu_count(),
         int8_flags=flags, python=platform.python_version(), versions=versions)
 
 @contextmanager
