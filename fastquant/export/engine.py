@@ -82,7 +82,7 @@ class Engine(FileModel):
     def _open(self, ins, names, said):
         n = torch.get_num_threads()
         nested = [said.get(k) for k in ('inputs','outputs')]
-        self._opened = self.open(as_run(self.data), n),ins,names,nested
+        self._opened = self.open(as_run(self.data) if self.suffix=='.onnx' else self.data, n),ins,names,nested
         self._threads = n
     def forward(self, *xb):
         opened,ins,names,(given,made) = self.opened

@@ -3,7 +3,7 @@ import importlib.util, json
 import numpy as np, onnx, pytest, torch
 from torch import nn
 from fastquant.all import *
-from fastquant.export.portable import session
+from fastquant.export.portable import saturates, session
 from fastquant.quant.pairs import fit_pairs
 from fastquant.quant.spec import find_spec
 from tests.helpers.files import of_net, small
@@ -80,7 +80,7 @@ def test_small_net_on_a_processor_that_saturates(spec, tmp_path):
     else: file.gate(run=both)
     here, = session(file.data).run(None, file.feeds())
     db = sqnr(*(torch.from_numpy(v) for v in (here, theirs['alone']['output'])))
-    assert db<45 if spec=='int8_full' else db>60, db
+    assert db<45 if spec=='int8_full' and not saturates() else db>60, db
 
 def test_ranges_found_while_it_runs_on_a_processor_that_saturates(tmp_path):
     "The kernels of linear layers and LSTMs saturate there as well, and give the same with weights that fit"
