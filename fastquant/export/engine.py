@@ -57,7 +57,7 @@ class Engine(FileModel):
     def check_wanted(cls, spec, **how): "Raise a `ValueError` if this engine runs no file of such a `spec`, or made so, as `quantize` is told"
     @classmethod
     def asked(cls, sim, xb): "A function of inputs that gives what `file_integers` does, if ONNX Runtime cannot be asked by the file itself"
-    as_tensors,from_tensors = staticmethod(file_tensors),staticmethod(file_bytes)
+    as_tensors,from_tensors,exact = staticmethod(file_tensors),staticmethod(file_bytes),staticmethod(as_run)
     @staticmethod
     def open(data:bytes, threads:int): return session(data, threads)
     @staticmethod
@@ -82,7 +82,7 @@ class Engine(FileModel):
     def _open(self, ins, names, said):
         n = torch.get_num_threads()
         nested = [said.get(k) for k in ('inputs','outputs')]
-        self._opened = self.open(as_run(self.data) if self.suffix=='.onnx' else self.data, n),ins,names,nested
+        self._opened = self.open(self.exact(self.data), n),ins,names,nested
         self._threads = n
     def forward(self, *xb):
         opened,ins,names,(given,made) = self.opened
