@@ -8,13 +8,13 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/kernels.html.md"""
 from __future__ import annotations
 import torch
 from fastcore.all import patch
-from torch import Tensor
+from torch import nn, Tensor
 from ..core.product import *
 from .site import *
 from .weights import *
 
 # %% auto #0
-__all__ = ['sum_exactly', 'in_steps', 'add_in_steps']
+__all__ = ['sum_exactly', 'in_steps', 'add_in_steps', 'normalize_channels']
 
 # %% ../../nbs/quant/05_kernels.ipynb #05kern0008
 def sum_exactly(
@@ -56,6 +56,19 @@ def add_in_steps(
     fixed = z-_fused(ka, za, kb*zb)
     q = _fused(ka, (a/sa).round()+za, _fused(kb, (b/sb).round()+zb, fixed))
     return (q.round()-z)*s
+
+# %% ../../nbs/quant/05_kernels.ipynb #e470ae62
+def normalize_channels(
+    x:Tensor,   # Channels second
+    m:nn.Module # A batchnorm that keeps running statistics
+)->Tensor:
+    "What the operator `BatchNormalization` makes of `x`"
+    scale = (m.running_var+m.eps).double().sqrt().float().reciprocal() # PyTorch's root of a float32 may be off in the last bit
+    if m.affine: scale = scale*m.weight
+    shift = -m.running_mean*scale
+    if m.affine: shift = m.bias+shift
+    shape = -1,*[1]*(x.ndim-2)
+    return x*scale.view(shape)+shift.view(shape)
 
 # %% ../../nbs/quant/05_kernels.ipynb #05kern0018
 @patch(as_prop=True)

@@ -9,14 +9,14 @@ from fastquant.export.onnx import to_onnx
 from fastquant.export.portable import session
 from fastquant.quant.convert import convert
 from fastquant.quant.fakequant import fake_quant_of
-from fastquant.quant.kernels import add_in_steps, in_steps, sum_exactly
+from fastquant.quant.kernels import add_in_steps, in_steps, normalize_channels, sum_exactly
 from fastquant.quant.prepare import prepare, set_ranges, watch
 
-def ran(op, domain, values):
+def ran(op, domain, values, kind=TensorProto.UINT8, **attributes):
     "What ONNX Runtime's operator `op` makes of arrays"
     names = [f'v{i}' for i in range(len(values))]
-    node = h.make_node(op, names, ['y'], domain=domain)
-    graph = h.make_graph([node], 'one', [], [h.make_tensor_value_info('y', TensorProto.UINT8, None)],
+    node = h.make_node(op, names, ['y'], domain=domain, **attributes)
+    graph = h.make_graph([node], 'one', [], [h.make_tensor_value_info('y', kind, None)],
         [onnx.numpy_helper.from_array(np.asarray(v), k) for k,v in zip(names, values)])
     ops = [h.make_opsetid('', 17),h.make_opsetid('com.microsoft', 1)]
     return torch.from_numpy(session(h.make_model(graph, opset_imports=ops, ir_version=9).SerializeToString()).run(None, {})[0])
@@ -46,6 +46,20 @@ def test_convolution_is_the_operators(sx, zx, s, z, seed):
     y = in_steps(sum_exactly(F.conv2d, (q-zx).float(), w, b), (sx*ws).view(-1,1,1), s)
     given_ = [q.to(torch.uint8).numpy(),sx.numpy(),np.uint8(zx),w.numpy(),ws.numpy(),np.zeros(5, np.int8),s.numpy(),np.uint8(z),b.numpy()]
     assert (clipped(y, s, z)==ran('QLinearConv', '', given_)).all()
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999), st.sampled_from([1e-5,1e-3,.1]), st.booleans(), st.sampled_from([(3,33),(2,70,5),(4,40,6,7),(2,9,3,4,5)]))
+def test_batchnorm_is_the_operators(seed, eps, affine, shape):
+    gen = torch.Generator().manual_seed(seed)
+    norm = {2:nn.BatchNorm1d,3:nn.BatchNorm1d,4:nn.BatchNorm2d,5:nn.BatchNorm3d}[len(shape)]
+    m,x = norm(shape[1], eps=eps, affine=affine).eval(),torch.randn(shape, generator=gen)
+    m.running_mean.normal_(generator=gen)
+    m.running_var.uniform_(1e-3, 9, generator=gen)
+    if affine: m.weight.data.normal_(generator=gen),m.bias.data.normal_(generator=gen)
+    scale,shift = (m.weight,m.bias) if affine else (torch.ones(shape[1]),torch.zeros(shape[1]))
+    given_ = [t.detach().numpy() for t in (x,scale,shift,m.running_mean,m.running_var)]
+    want = ran('BatchNormalization', '', given_, TensorProto.FLOAT, epsilon=eps)
+    with torch.no_grad(): assert torch.equal(normalize_channels(x, m), want)
 
 def test_sum_of_many_bits():
     x,w = torch.full((1,9000), 255.),torch.full((3,9000), 127, dtype=torch.int8)
@@ -88,3 +102,28 @@ def test_file_is_its_simulation(add, spec):
     if spec=='int8_full': y = Engine(data)(x) # a plain session saturates on some processors
     else: y = torch.from_numpy(session(data).run(None, dict(input=x.numpy()))[0])
     assert torch.equal(mine, y) if add!='doubled' else (mine-y).abs().max()<.1*y.std()
+
+class Before(nn.Module):
+    "Batchnorms in front of what they normalize for, as in a DenseNet or behind a ReLU"
+    def __init__(self):
+        super().__init__()
+        self.stem,self.a,self.b = nn.Conv2d(3, 800, 1),nn.Conv2d(800, 6, 3, padding=1),nn.Conv2d(806, 900, 1)
+        self.n1,self.n2,self.n3,self.head = nn.BatchNorm2d(800),nn.BatchNorm2d(806, affine=False),nn.BatchNorm2d(900),nn.Conv2d(900, 500, 1)
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cat([x,self.a(F.relu(self.n1(x)))], 1)
+        return self.head(self.n3(F.relu(self.b(self.n2(x).relu()))))
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('spec', ['int8','w4a8'])
+def test_batchnorms_that_are_left(spec, seed):
+    torch.manual_seed(seed)
+    net,x = Before(),torch.randn(32,3,7,7) # many channels, since each has its grid
+    for _ in range(5): net(x+torch.randn_like(x))
+    m = prepare(copy_model(net).eval(), spec, x, fold=True)
+    watch(m, x)
+    set_ranges(m)
+    sim = convert(m)
+    assert fake_quant_of(sim).alone=={('n1','batch_norm',0),('n2','batch_norm',0),('n3','batch_norm',0)}
+    y = session(to_onnx(sim, x).SerializeToString()).run(None, dict(input=x.numpy()))[0]
+    with torch.no_grad(): assert torch.equal(sim(x), torch.from_numpy(y))
