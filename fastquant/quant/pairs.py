@@ -6,7 +6,7 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/pairs.html.md"""
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia70004
 from __future__ import annotations
-import torch
+import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..core.model import *
 from .grid import *
@@ -33,11 +33,10 @@ def _pairs(
 
 def _fit(rows):
     a,b = _pairs(rows)
-    over = a+b
-    over -= over.clamp(-pair_limit, pair_limit)
-    half = (over/2).trunc()
+    over = F.softshrink(a+b, pair_limit) # how far beyond it
+    half = (over/2).trunc_()
     a -= half
-    b -= over-half
+    b -= over.sub_(half)
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia70s0f
 def _across(w):
@@ -79,9 +78,16 @@ def output_error(
 )->Tensor: # A number for each channel
     "What the difference of two weights does to the output, for inputs whose mean is as large as their deviation"
     d = (y-w).flatten(1)
-    return d.pow(2).sum(1)+d.sum(1).pow(2)
+    return torch.linalg.vecdot(d, d)+d.sum(1).pow(2)
 
 # %% ../../nbs/quant/02_pairs.ipynb #01bpaia7001a
+def _apart(w):
+    "A weight with the same pairs, as two input channels; `w` itself if it has pairs in several orders"
+    if _across(w) or _halved(w): return w
+    rows = w.movedim(1, -1).reshape(len(w), -1)
+    if w.shape[1]%2: rows = F.pad(rows, (0,1))
+    return rows.unflatten(1, (-1,2)).movedim(2, 1).contiguous()
+
 def _best_of(w, grid, best, trials):
     "The scale with the least error, and that error, of `best` and what `trials` gives"
     for s in trials:
@@ -100,6 +106,7 @@ def portable_scale(
     if len(s)>1 and len(w)>n:
         parts = zip(w.split(n), s.split(n))
         return torch.cat([portable_scale(*o, grid) for o in parts])
+    w = _apart(w)
     coarse = torch.linspace(.8, 2, 13).tolist()
     fine = torch.linspace(-.1, .1, 12).tolist()
     first = torch.stack([s, torch.full_like(s, torch.inf)])
