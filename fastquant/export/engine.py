@@ -17,6 +17,7 @@ from ..core.basics import *
 from ..core.plain import *
 from ..core.model import *
 from ..core.outputs import *
+from ..quant.kernels import *
 from .graph import *
 from .groups import *
 from .dynamic import *
@@ -57,7 +58,7 @@ class Engine(FileModel):
     def check_wanted(cls, spec, **how): "Raise a `ValueError` if this engine runs no file of such a `spec`, or made so, as `quantize` is told"
     @classmethod
     def asked(cls, sim, xb): "A function of inputs that gives what `file_integers` does, if ONNX Runtime cannot be asked by the file itself"
-    as_tensors,from_tensors,exact = staticmethod(file_tensors),staticmethod(file_bytes),staticmethod(as_run)
+    as_tensors,from_tensors,exact,adding = map(staticmethod, (file_tensors,file_bytes,as_run,add_in_steps)) # the last as `convert` says
     @staticmethod
     def open(data:bytes, threads:int): return session(data, threads)
     @staticmethod

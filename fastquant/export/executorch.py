@@ -78,7 +78,7 @@ def _check_spec(spec):
 @engines
 class Executorch(Engine):
     "Runs a program of ExecuTorch, for inference only, one item after the other"
-    has_float,suffix = False,'.pte'
+    has_float,suffix,adding = False,'.pte',staticmethod(add_in_fixed_point)
     @classmethod
     def check(cls): executorch_runtime()
     @classmethod

@@ -6,18 +6,18 @@ Docs: https://fastquant-dev.github.io/fastquant/export/xnnpack.html.md"""
 
 # %% ../../nbs/export/03_xnnpack.ipynb #d7ae72a0
 from __future__ import annotations
-import operator, torch
+import math, operator, torch
 from functools import lru_cache
 from importlib import import_module
 from types import SimpleNamespace
-from torch import nn
+from torch import nn, Tensor
 from ..quant.weights import path_of
 from .onnx import *
 from .traced import *
 from .recurrent import *
 
 # %% auto #0
-__all__ = ['executorch_runtime', 'rewritten', 'delegated', 'program_bytes', 'who_computes']
+__all__ = ['executorch_runtime', 'rewritten', 'add_in_fixed_point', 'delegated', 'program_bytes', 'who_computes']
 
 # %% ../../nbs/export/03_xnnpack.ipynb #63d96d1a
 _missing = "The engine 'executorch' needs ExecuTorch: pip install executorch"
@@ -174,6 +174,20 @@ def rewritten(
     return gm,[o for o in rounds if o[0] in set(gm.graph.nodes)],paths
 
 _no_words = "The model has operations that XNNPACK has none for: {ops}. Leave what they are of in float with `exclude`, or use engine='onnxruntime'."
+
+# %% ../../nbs/export/03_xnnpack.ipynb #16635ac5
+def add_in_fixed_point(
+    a:Tensor, of_a:tuple, # Floats on a grid, and its scale and zero point
+    b:Tensor, of_b:tuple, # Others
+    of_sum:tuple          # Scale and zero point of the sum
+)->Tensor:
+    "What XNNPACK makes of two activations before it clips, as floats"
+    (sa,_),(sb,_),(s,_) = of_a,of_b,of_sum
+    ka,kb = sa/s,sb/s
+    shift = 21-math.frexp(max(ka.item(), kb.item()))[1]
+    def part(x, scale, k): return (x/scale).round().long()*round(k.item()*2**shift)
+    total = part(a, sa, ka)+part(b, sb, kb)
+    return (total+2**(shift-1)>>shift)*s
 
 # %% ../../nbs/export/03_xnnpack.ipynb #aafbbd05
 @torch.no_grad()

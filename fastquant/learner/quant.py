@@ -145,7 +145,7 @@ def _verified(learn, model, batches, trained, engine, known=(), **how):
     steps = iter(with_bar(learn, ('exporting','verifying')))
     next(steps)
     rounded = copy_model(model:=model.cpu())
-    sim = convert(model)
+    sim = convert(model, engine.adding)
     _say_if_beyond(sim)
     (xb,yb),*_ = batches = to_device(batches, 'cpu')
     _check_runs(sim, xb, "with integers for weights", "the dtype of a weight")

@@ -16,6 +16,7 @@ from .pairs import *
 from .site import Site
 from .groups import *
 from .half import *
+from .kernels import *
 from .fakequant import *
 from .prepare import *
 
@@ -105,7 +106,8 @@ def _convert_groups(r, path, w, b, k):
 # %% ../../nbs/quant/09_convert.ipynb #06convhalf4
 @torch.no_grad()
 def convert(
-    model:nn.Module # A prepared model with ranges; changed in place, so pass a copy
+    model:nn.Module,    # A prepared model with ranges; changed in place, so pass a copy
+    adding=add_in_steps # How the kernels of an engine add two activations, a function like that one
 )->nn.Module: # `model`
     "Replace the float weights of `model` by integers, with batchnorms folded in, and send activations through integers"
     r = fake_quant_of(model:=inner_model(model))
@@ -126,7 +128,7 @@ def convert(
         p.data = _halved(r, k, p.data, dtype)
     r.keep_features()
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
-    r.converted = True
+    r.converted,r.adding = True,adding
     return model.eval()
 
 # %% ../../nbs/quant/09_convert.ipynb #09convbias2

@@ -52,6 +52,7 @@ class FakeQuant(Attachment, LayerWeights):
         self.how,self.only,self.act = None,None,Site.as_is
         self.ready,self.converted,self.running = False,False,False
         self.folded,self.seen,self.around_lstm,self.around_stored = set(),{},None,None
+        self.adding = add_in_steps # how the kernels of an engine add activations, as `convert` is told
         self.visit,self.unmended = None,{} # see `quant.rungs`
     @property
     def scale(self)->Tensor: return self.model.fake_quant_scale
@@ -120,7 +121,7 @@ def set_kernels(self:FakeQuant, plan, here):
 def add(self:FakeQuant, key, args, kwargs)->Tensor:
     "A sum of two activations, as a kernel computes it"
     (a,of_a),(b,of_b) = zip(floats((args,kwargs)), [s.constants for s in self.adds[key]])
-    y = add_in_steps(a, of_a, b, of_b, self.after[key].constants)
+    y = self.adding(a, of_a, b, of_b, self.after[key].constants)
     return a.copy_(y) if key[1] in ('add_','__iadd__') else y
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01

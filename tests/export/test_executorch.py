@@ -1,12 +1,13 @@
 "Programs for phones: what XNNPACK computes is the simulation, what it cannot have is refused by name, and a wrong one is found"
 import copy, pickle, pytest, torch, torch.nn.functional as F, warnings
-from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, accuracy, set_seed
+from fastai.vision.all import CrossEntropyLossFlat, DataLoaders, Learner, MSELossFlat, accuracy, set_seed
 from torch import nn
 from fastquant.all import *
 from fastquant.export.engine import engines
 from fastquant.export.executorch import Executorch
 from fastquant.export.integers import ExportMismatch
 from fastquant.export import executorch as module
+from fastquant.quant.kernels import add_in_steps
 from fastquant.quant.spec import find_spec
 
 try: Executorch.check()
@@ -57,6 +58,32 @@ def test_a_program_does_what_the_onnx_file_does(learn, made):
     assert (mine-theirs).abs().max()<1e-4*theirs.abs().max()
     r = made.model.report
     assert r.n_int8==3 and r.float_layers['model.head']=='Executorch runs it as XNNPACK in float' and r.agrees==1 and r.sqnr>100
+
+class Summed(nn.Module):
+    "Sums of activations on grids that are no multiples of each other, in place and not"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.d = nn.Conv2d(2, 32, 3, padding=1),nn.Conv2d(32, 32, 3, padding=1),nn.Conv2d(32, 32, 1),nn.Conv2d(32, 32, 1)
+        self.head = nn.Conv2d(32, 3, 1)
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        x = F.relu(x+self.b(x))
+        y = self.c(x)
+        y += 3*torch.tanh(self.d(x))
+        y += x
+        return self.head(F.relu(y))
+
+@runs
+def test_sums_are_those_of_xnnpack(learn, monkeypatch):
+    "A simulation that adds as ONNX Runtime does is another model where ties fall otherwise"
+    torch.manual_seed(0)
+    ds = [(torch.randn(2, 24, 24),torch.zeros(3, 24, 24)) for _ in range(32)]
+    other = Learner(DataLoaders.from_dsets(ds, ds, bs=16, num_workers=0, device='cpu'), Summed(), MSELossFlat(), path=learn.path)
+    found = []
+    for adding in Executorch.adding,add_in_steps:
+        monkeypatch.setattr(Executorch, 'adding', staticmethod(adding))
+        with other.no_bar(): found.append(other.quantize(engine='executorch', timed=False).model.report.sqnr)
+    assert found[0]>100>found[1]
 
 @runs
 def test_a_file_is_the_program_and_comes_back(learn, made):
