@@ -108,7 +108,7 @@ def portable_scale(
         return torch.cat([portable_scale(*o, grid) for o in parts])
     w = _apart(w)
     coarse = torch.linspace(.8, 2, 13).tolist()
-    fine = torch.linspace(-.1, .1, 12).tolist()
+    fine = torch.linspace(-.1, .1, 12)[1:-1].tolist() # at both ends are others of the first
     first = torch.stack([s, torch.full_like(s, torch.inf)])
     best = _best_of(w, grid, first, [s*k for k in coarse])
     return _best_of(w, grid, best, [best[0]+s*k for k in fine])[0]
