@@ -24,19 +24,25 @@ def _rounding_inputs(g):
 
 def _is_scale(name): return name.removesuffix('_half').endswith('.weight_scale')
 
+def _size(g, by, i):
+    "How many integers there are in the initializer `i`, once those that are packed are unpacked; `by` has nodes by what they make"
+    def value(name): return onnx.numpy_helper.to_array(by[name].attribute[0].t)
+    if (whole:=by.get(f'{i.name}_whole')): # in groups, filled up
+        cut = next(n for n in g.node if n.input[:1]==whole.output)
+        return value(whole.input[1])[0]*value(cut.input[2])[0]
+    last = by.get(f'{i.name}_int8')
+    n = last and by[last.input[0]]
+    return math.prod(value(n.input[1]) if n and n.op_type=='Reshape' else i.dims)
+
 def params_in(
     proto:onnx.ModelProto # A file of fastquant
 )->int:
     "Weights and biases in the file; scales, zero points and running statistics are none"
     g = expanded(proto).graph
     aside = _rounding_inputs(g)
-    value = lambda n: onnx.numpy_helper.to_array(n.attribute[0].t)
-    made = {n.output[0]:value(n) for n in nodes_of(g, 'Constant')}
-    def size(i):
-        if f'{i.name}_end' in made: return made[f'{i.name}_matrix'][0]*made[f'{i.name}_end'][0] # in groups, filled up
-        return math.prod(made.get(f'{i.name}_shape', i.dims) if i.data_type==UINT8 else i.dims)
     counted = [i for i in g.initializer if i.name not in aside and i.data_type!=INT64 and not _is_scale(i.name)]
-    return sum(map(size, counted))
+    by = {o:n for n in g.node for o in n.output}
+    return sum(_size(g, by, i) for i in counted)
 
 # %% ../../nbs/export/02_counts.ipynb #aa7607da
 def macs_in(

@@ -11,8 +11,8 @@ from ..quant.weights import beside
 
 # %% auto #0
 __all__ = ['INT4', 'INT8', 'UINT8', 'INT32', 'INT64', 'made_of_weights', 'nodes_of', 'put_before', 'constant_node',
-           'replace_nodes', 'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'own_outputs',
-           'name_values', 'constant_names', 'name_dims']
+           'replace_nodes', 'integer_values', 'inner_graphs', 'values_of', 'rename', 'free_name', 'share_constants',
+           'own_outputs', 'name_values', 'constant_names', 'name_dims']
 
 # %% ../../nbs/export/00_graph.ipynb #07expo483e03
 _of = onnx.TensorProto
@@ -107,6 +107,32 @@ def free_name(
     while name in taken: name += '_'
     taken.add(name)
     return name
+
+# %% ../../nbs/export/00_graph.ipynb #cfe58588
+def _constant(n):
+    "What a `Constant` puts out, as bytes; None if `n` is another node"
+    if n.op_type!='Constant' or not n.attribute[0].HasField('t'): return None
+    t = onnx.TensorProto()
+    t.CopyFrom(n.attribute[0].t)
+    t.ClearField('name')
+    return t.SerializeToString()
+
+def share_constants(
+    proto:onnx.ModelProto # Changed in place
+)->onnx.ModelProto: # `proto`
+    "Keep one of each `Constant`"
+    g,kept,new,gone = proto.graph,{},{},[]
+    ends = {o.name for o in g.output}
+    for n in g.node:
+        said = _constant(n)
+        if said is None or n.output[0] in ends: continue
+        first = kept.setdefault(said, n.output[0])
+        if first==n.output[0]: continue
+        new[n.output[0]] = first
+        gone.append(n)
+    for n in gone: g.node.remove(n)
+    rename(g, new)
+    return proto
 
 # %% ../../nbs/export/00_graph.ipynb #00graph0012
 def own_outputs(

@@ -68,7 +68,7 @@ def _unpacked(name, scale, q, spec, out):
     bits,n = spec.grid.bits,spec.granularity.n
     rows,consts = _rows(q, n),dict(column=[-1,1], matrix=[len(q),-1], start=[0], end=[q.shape[1]], along=[1])
     if bits>4: small,front,x = onnx.numpy_helper.from_array(rows, name),[],name
-    else: small,front,x = *packed_bytes(name, rows, 1, 2 if bits==2 else 4),f'{name}_int8'
+    else: small,front,x = *packed_digits(name, rows, 1, spec.grid),f'{name}_int8'
     front += [constant_node(f'{name}_{k}', INT64, v) for k,v in consts.items()]
     def then(kind, made, *ins, **attrs): front.append(onnx.helper.make_node(kind, ins, [made], **attrs))
     floats,column,each,whole = (f'{name}_{k}' for k in ('floats','by','each','whole'))

@@ -13,7 +13,7 @@ from ..quant.convert import room
 from .graph import *
 
 # %% auto #0
-__all__ = ['pack', 'packed_four', 'packed_bytes']
+__all__ = ['pack', 'packed_four', 'packed_digits', 'stored_bytes']
 
 # %% ../../nbs/export/00_lowbit.ipynb #07expof08d97
 def pack(
@@ -34,16 +34,24 @@ def pack(
         for o in g.node: o.input[:] = [new.get(v, v) for v in o.input]
         front += nodes
     if not front: return proto
+    _shorten(g, front)
     put_before(g, {0:front})
     if opset is None:
         for o in proto.opset_import: o.version = max(o.version, 21) if o.domain=='' else o.version
         proto.ir_version = max(proto.ir_version, 10)
     return proto
 
+def _shorten(g, nodes):
+    "Give what is between an initializer and its int8 a short name: those of modules, ten times over, take more bytes than a small weight"
+    taken,new = set(values_of(g)),{}
+    for i,v in enumerate(o for n in nodes for o in n.output if not o.endswith('_int8')): new[v] = free_name(f'u{i}', taken)
+    for n in nodes:
+        for o in n.input,n.output: o[:] = [new.get(k, k) for k in o]
+
 def _packed(name, q, room, grid, opset):
     "The way that there is for this grid and version"
-    if grid.bits>2 and (opset is None or opset>=21): return packed_four(name, q, room)
-    return packed_bytes(name, q, room, 2 if grid.bits==2 else 4)
+    if grid.bits==4 and (opset is None or opset>=21): return packed_four(name, q, room)
+    return packed_digits(name, q, room, grid)
 
 # %% ../../nbs/export/00_lowbit.ipynb #07expo6e2f03
 def _step(kind, *consts, **attrs):
@@ -75,25 +83,38 @@ def packed_four(
     return small,[constant_node(f'{name}_room', INT32, room),*nodes]
 
 # %% ../../nbs/export/00_lowbit.ipynb #00lowbt0007
-def packed_bytes(
-    name:str,      # Of the weight
-    q,             # Its integers, an array
-    room:int,      # What they are multiplied by in a byte
-    bits:int       # Of each, 2 or 4
+def _together(levels):
+    "How many integers of so many values go into a number, and of how many bytes that is, where they take least"
+    def most(limit): return next(n for n in range(32) if levels**(n+1)>limit)
+    return max((most(2**8),1), (most(2**31),4), key=lambda o: o[0]/o[1])
+
+def packed_digits(
+    name:str, # Of the weight
+    q,        # Its integers, an array
+    room:int, # What they are multiplied by in a byte
+    grid:Grid # Of the weight
 )->tuple: # An initializer, and a list of nodes
-    "An initializer of bytes that hold several integers each, and the nodes that make int8 of it"
-    n,more = 8//bits,1 if bits==2 else 8 # what makes them positive
-    shifts = [bits*i for i in range(n)]
-    whole = np.pad(q.flatten()+more, (0, -q.size%n))
-    bytes_ = (whole.reshape(-1, n)<<shifts).sum(1)
-    small = onnx.numpy_helper.from_array(bytes_.astype(np.uint8), name)
-    of_bits = dict(axis=(INT64,[1]), shifts=(INT32,[2**k for k in shifts]), mask=(INT32,2**bits))
-    of_values = dict(one=(INT32,more), room=(INT32,room))
+    "An initializer of numbers whose digits are integers, and the nodes that make int8 of it"
+    levels = grid.hi-grid.lo+1
+    n,size = _together(levels)
+    powers = levels**np.arange(n)
+    digits = np.pad(q.flatten().astype(np.int64)-grid.lo, (0, -q.size%n))
+    small = onnx.numpy_helper.from_array((digits.reshape(-1, n)*powers).sum(1).astype(np.uint8 if size==1 else np.int32), name)
+    of_digits = dict(axis=(INT64,[1]), powers=(INT32,powers), levels=(INT32,levels), least=(INT32,grid.lo), room=(INT32,room))
     of_shape = dict(flat=(INT64,[-1]), zero=(INT64,[0]), size=(INT64,[q.size]), shape=(INT64,q.shape))
-    consts = {**of_bits, **of_values, **of_shape}
-    steps = _step('Unsqueeze', 'axis'),_step('Cast', to=INT32),_step('Div', 'shifts'),_step('Mod', 'mask')
-    values = _step('Sub', 'one'),_step('Mul', 'room')
-    shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape')
-    nodes = _nodes(name, *steps, *values, *shape, _step('Cast', to=INT8))
+    consts = {**of_digits, **of_shape}
+    steps = _step('Unsqueeze', 'axis'),_step('Cast', to=INT32),_step('Div', 'powers'),_step('Mod', 'levels'),_step('Add', 'least'),_step('Mul', 'room')
+    shape = _step('Reshape', 'flat'),_step('Slice', 'zero', 'size'),_step('Reshape', 'shape'),_step('Cast', to=INT8)
     made = [constant_node(f'{name}_{k}', *o) for k,o in consts.items()]
-    return small,made+nodes
+    return small,made+_nodes(name, *steps, *shape)
+
+# %% ../../nbs/export/00_lowbit.ipynb #f2915b6f
+def stored_bytes(
+    n:int,   # Weights of a layer
+    bits:int # Of each
+)->int:
+    "What they take in a file, about, with what unpacks them"
+    if bits>4: return n
+    if bits==4: return -(-n//2)+130
+    each,size = _together(2**bits-1)
+    return -(-n//each)*size+350

@@ -20,6 +20,7 @@ from ..quant.fakequant import *
 from ..quant.prepare import *
 from ..quant.rungs import *
 from ..quant.bits import *
+from ..export.lowbit import *
 from ..export.runnable import *
 from ..callback.data import *
 from .core import *
@@ -127,13 +128,17 @@ def _sizes(model, layers):
     return {k:sum(r.weight_of(n).numel() for n in names) for k,names in layers.items()}
 
 # %% ../../nbs/learner/00_sensitivity.ipynb #22sens016
-def _room(bits): return np.where(bits==3, 4, bits)
+@patch
+def costs(self:QuantSensitivity, stored=False, fewest=2)->pd.DataFrame: # Like `table`
+    "Bits of all weights of a layer, at each number of bits from `fewest`: those that they take in a file if `stored`"
+    each = self.table.columns[self.table.columns>=fewest]
+    def cost(n, b): return 8*stored_bytes(n, b) if stored else n*b
+    return pd.DataFrame({b:[cost(n, b) for n in self.sizes.values()] for b in each}, index=list(self.sizes))
 
 @patch
-def least(self:QuantSensitivity, stored=False)->float:
-    "The fewest bits of a weight, on average: those that a file has room for if `stored`"
-    bits = self.table.columns.to_numpy()
-    return float((_room(bits) if stored else bits).min())
+def least(self:QuantSensitivity, stored=False, fewest=2)->float:
+    "The fewest bits of a weight, on average, as `costs` counts"
+    return float(self.costs(stored, fewest).min(axis=1).sum()/sum(self.sizes.values()))
 
 @patch
 def spec(self:QuantSensitivity,
@@ -142,12 +147,11 @@ def spec(self:QuantSensitivity,
     fewest:int=2        # That any layer may have
 )->Spec: # For `quantize`, or `QuantAwareCallback`
     "Bits for each layer, so that as little as possible is lost"
-    table = self.table.loc[:,self.table.columns>=as_count('fewest', fewest, 2, most=8)]
-    each,n = table.columns.to_numpy(),list(self.sizes.values())
-    room = _room(each) if stored else each
-    bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),min(room, default=math.inf)
+    costs = self.costs(stored, as_count('fewest', fewest, 2, most=8))
+    each,n = costs.columns.to_numpy(),sum(self.sizes.values())
+    bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),self.least(stored, fewest) if len(each) else math.inf
     if bits<least: raise ValueError(f"bits={bits:.4g}: no choice of bits is as small. The least is {least:.4g}, of those that were tried ({', '.join(map(str, each))}).")
-    ways = best_ways([k*room for k in n], list(self.lost()[each].to_numpy()), bits*sum(n))
+    ways = best_ways(list(costs.to_numpy()), list(self.lost()[each].to_numpy()), bits*n+1e-6*n)
     found = each[ways].tolist()
     return mixed(with_bits(self.base_spec, max(found, key=found.count)), dict(zip(self.sizes, found)))
 
@@ -203,7 +207,7 @@ def within(
     if make.settled: raise ValueError("target: the model rounds already, so its bits are settled. Take that off with `learn.remove_quant()`, and train through `learn.quant_sensitivity().spec(4)`.")
     found = learn.quant_sensitivity(spec=make.spec, dl=make.dl, n_batches=len(make.dl), show_plot=False)
     (kind,most), = target.items()
-    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in list(found.table)[::-1] if b==min(found.table) or _room(b)<=bits])
+    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in list(found.table)[::-1] if b==min(found.table) or found.least(stored, b)<=bits])
     def climbed(model): return make.file(climb(model, make.batches, ladder, make.through)[0])
     if kind=='bits': return climbed(prepared(most, False))
     budget = most*n_bytes(learn.model)
@@ -226,7 +230,7 @@ def _nearest(make, specs):
 def _weight_bytes(model):
     "What the weights of a prepared model take in a file"
     r = prepared(model)
-    return sum(r.weight_of(k).numel()*int(_room(w.grid.bits)) for k,w in r.weights.items())/8
+    return sum(stored_bytes(r.weight_of(k).numel(), w.grid.bits) for k,w in r.weights.items())
 
 def _small_enough(prepared, file, found, budget):
     "A model, and its file, of at most `budget` bytes; the smallest if there is none"

@@ -57,14 +57,21 @@ class Beside(nn.Linear):
     "Has a parameter of the name that packing gives to what it makes of the weight"
     def __init__(self):
         super().__init__(192, 3)
-        self.weight_int8,self.weight_room = nn.Parameter(torch.ones(1)),nn.Parameter(torch.zeros(1))
-    def forward(self, x): return F.linear(x.flatten(1), self.weight, self.bias)*self.weight_int8+self.weight_room
+        self.weight_int8 = nn.Parameter(torch.ones(1))
+    def forward(self, x): return F.linear(x.flatten(1), self.weight, self.bias)*self.weight_int8
+
+class Outside(nn.Module):
+    "Has one of a name that packing gives to what is on the way there"
+    def __init__(self):
+        super().__init__()
+        self.layer,self.u0 = Beside(),nn.Parameter(torch.ones(1))
+    def forward(self, x): return self.layer(x)+self.u0
 
 def test_names_that_packing_makes():
     for spec in 'w4a8','w2a8':
-        q = learner(nn.Sequential(Beside())).quantize(spec, timed=False)
+        q = learner(Outside()).quantize(spec, timed=False)
         eq((q.model.report.n_int8,q.model.report.agrees), (1,1.))
-        eq({'0.weight_int8_','0.weight_room_'}-set(values_of(onnx.load_from_string(q.model.data).graph)), set())
+        eq({'layer.weight_int8_','u0_'}-set(values_of(onnx.load_from_string(q.model.data).graph)), set())
 
 class Taken(nn.Conv2d):
     def __init__(self):
