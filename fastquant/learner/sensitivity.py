@@ -207,7 +207,9 @@ def within(
     if make.settled: raise ValueError("target: the model rounds already, so its bits are settled. Take that off with `learn.remove_quant()`, and train through `learn.quant_sensitivity().spec(4)`.")
     found = learn.quant_sensitivity(spec=make.spec, dl=make.dl, n_batches=len(make.dl), show_plot=False)
     (kind,most), = target.items()
-    def prepared(bits, stored): return _nearest(make, [found.spec(bits, stored, b) for b in list(found.table)[::-1] if b==min(found.table) or found.least(stored, b)<=bits])
+    def prepared(bits, stored):
+        enough = [b for b in list(found.table)[::-1] if b==min(found.table) or found.least(stored, b)<=bits]
+        return _nearest(make, [found.spec(bits, stored, b) for b in enough])
     def climbed(model): return make.file(climb(model, make.batches, ladder, make.through)[0])
     if kind=='bits': return climbed(prepared(most, False))
     budget = most*n_bytes(learn.model)

@@ -1,6 +1,7 @@
 "Files that are exported: names that are taken, sizes that are free, versions of the standard, and a run before they are handed over"
 import fastquant.learner.quant, onnx, pytest, torch
 import torch.nn.functional as F
+from dataclasses import replace
 from functools import lru_cache
 from torch import nn
 from fastai.vision.all import ConvLayer, CrossEntropyLossFlat, DataLoaders, Learner, ProgressCallback, noop, set_seed
@@ -10,6 +11,7 @@ from fastquant.export.engine import Engine, load_engine
 from fastquant.export.graph import values_of
 from fastquant.export.older import opset_of
 from fastquant.export.onnx import layer_nodes, to_onnx
+from fastquant.quant.spec import find_spec
 
 gen = torch.Generator().manual_seed(0)
 pics,ys = torch.randn(32,3,8,8,generator=gen),torch.arange(32)%3
@@ -64,14 +66,14 @@ class Outside(nn.Module):
     "Has one of a name that packing gives to what is on the way there"
     def __init__(self):
         super().__init__()
-        self.layer,self.u0 = Beside(),nn.Parameter(torch.ones(1))
+        self.layer,self.u0 = Beside(),nn.Parameter(torch.full((1,), 2.))
     def forward(self, x): return self.layer(x)+self.u0
 
 def test_names_that_packing_makes():
     for spec in 'w4a8','w2a8':
-        q = learner(Outside()).quantize(spec, timed=False)
+        q = learner(Outside()).quantize(replace(find_spec(spec), ends=None), timed=False)
         eq((q.model.report.n_int8,q.model.report.agrees), (1,1.))
-        eq({'layer.weight_int8_','u0_'}-set(values_of(onnx.load_from_string(q.model.data).graph)), set())
+        eq({'layer.weight_int8','layer.weight_int8_','u0','u0_'}-set(values_of(onnx.load_from_string(q.model.data).graph)), set())
 
 class Taken(nn.Conv2d):
     def __init__(self):
