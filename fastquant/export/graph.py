@@ -121,16 +121,15 @@ def share_constants(
     proto:onnx.ModelProto # Changed in place
 )->onnx.ModelProto: # `proto`
     "Keep one of each `Constant`"
-    g,kept,new,gone = proto.graph,{},{},[]
+    g,kept,new,left = proto.graph,{},{},[]
     ends = {o.name for o in g.output}
     for n in g.node:
-        said = _constant(n)
-        if said is None or n.output[0] in ends: continue
-        first = kept.setdefault(said, n.output[0])
-        if first==n.output[0]: continue
-        new[n.output[0]] = first
-        gone.append(n)
-    for n in gone: g.node.remove(n)
+        said = None if ends.intersection(n.output) else _constant(n)
+        first = said and kept.setdefault(said, n.output[0])
+        if first and first!=n.output[0]: new[n.output[0]] = first
+        else: left.append(n)
+    del g.node[:]
+    g.node.extend(left)
     rename(g, new)
     return proto
 
