@@ -44,7 +44,8 @@ def picture(data, mime, f, dest, alt):
     (dest/f).write_bytes(raw.encode() if mime.endswith('xml') else base64.b64decode(raw))
     if mime!='image/png': return f'![{alt}]({f.as_posix()})'
     with Image.open(dest/f) as im: fine,w = im.info.get('dpi', (100,))[0]>150,im.width
-    return f'![{alt}]({f.as_posix()})' + (f'{{width={w//2}}}' if fine else '')
+    broad = '.broad '*(w>1200) # scrolls on a phone, where others shrink
+    return f'![{alt}]({f.as_posix()})' + (f'{{{broad}width={w//2}}}' if fine else '')
 
 def output(o, f, dest, alt):
     "Markdown for one output of a cell, in the richest form it has; None if it has nothing to show"
