@@ -10,6 +10,7 @@ import torch
 from contextlib import contextmanager
 from torch import nn, Tensor
 from torch.nn.utils import parametrize
+from ..core.arguments import *
 from ..core.model import inner_model
 from .grid import *
 from .pairs import *
@@ -110,6 +111,7 @@ def convert(
     adding=add_in_steps # How the kernels of an engine add two activations, a function like that one
 )->nn.Module: # `model`
     "Replace the float weights of `model` by integers, with batchnorms folded in, and send activations through integers"
+    check_function('adding', adding, 5, 'pass a function like `add_in_steps`, of two activations, what grid each is on, and that of their sum.')
     r = fake_quant_of(model:=inner_model(model))
     if r is None: raise ValueError("The model is not prepared: call `prepare`, show it some batches, and `set_ranges`.")
     if r.converted: return model

@@ -77,7 +77,7 @@ def test_file_of_both(learn, bits):
     q = s.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', granularity=PerChannel())))
     q.save_sparse('q.safetensors')
     back = learn.load_sparse('q.safetensors')
-    assert back.model.data==q.model.data and (learn.path/'q.safetensors').stat().st_size<.6*len(q.model.data)
+    assert back.model.data==q.model.data and (learn.path/'q.safetensors').stat().st_size<.65*len(q.model.data)
 
 def test_a_model_in_training_is_saved_sparse(learn):
     learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))

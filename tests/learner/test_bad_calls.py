@@ -100,7 +100,7 @@ public = dict(
     prepare=call(lambda l, o: dict(model=net(), spec='int8', xb=x()), model=module, spec=spec, xb=batch, fold=flag),
     unprepare=of_model(),
     watch=call(lambda l, o: dict(model=o.model, xb=x()), model=(*module,net()), xb=batch),
-    set_ranges=on_model(), fake_quant_of=of_model(), rounding=of_model(), convert=of_model(),
+    set_ranges=on_model(), fake_quant_of=of_model(), rounding=of_model(), convert=of_model(adding=function),
     factor_recipe=of_model(),
     Match=call(lambda l, o: dict(student='0'), student=(*name,''), teacher=(3,True,['a']), loss=(*choice,None,lambda: 1), weight=(*number,0,-1)),
     agree=call(lambda l, o: dict(), what=('heigth',3,None)),

@@ -191,7 +191,7 @@ def test_states_that_are_given():
 def test_what_breaks_ties_is_no_fault():
     "An LSTM with large weights remembers each tie that a file breaks otherwise: it is asked for each step, from the state that the file has"
     net = Reads().eval()
-    torch.manual_seed(6)
+    torch.manual_seed(9)
     net.rnn,net.out,x = nn.LSTM(8, 128, batch_first=True),nn.Linear(128, 3),torch.randn(6,200,8)
     with torch.no_grad():
         for p in net.rnn.parameters(): p.mul_(6)
