@@ -114,7 +114,7 @@ class Before(nn.Module):
         x = torch.cat([x,self.a(F.relu(self.n1(x)))], 1)
         return self.head(self.n3(F.relu(self.b(self.n2(x).relu()))))
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', [1,2])
 @pytest.mark.parametrize('spec', ['int8','w4a8'])
 def test_batchnorms_that_are_left(spec, seed):
     torch.manual_seed(seed)
