@@ -24,7 +24,6 @@ def _rounding_inputs(g):
 
 def _is_scale(name): return name.removesuffix('_half').endswith('.weight_scale')
 
-
 # %% ../../nbs/export/02_counts.ipynb #f00644d6
 def _size(g, by, i):
     "How many integers there are in the initializer `i`, once those that are packed are unpacked; `by` has nodes by what they make"

@@ -151,7 +151,7 @@ def spec(self:QuantSensitivity,
     each,n = costs.columns.to_numpy(),sum(self.sizes.values())
     bits,least = as_number('bits', bits, 'pass how many bits a weight may have on average, like 4.'),self.least(stored, fewest) if len(each) else math.inf
     if bits<least: raise ValueError(f"bits={bits:.4g}: no choice of bits is as small. The least is {least:.4g}, of those that were tried ({', '.join(map(str, each))}).")
-    ways = best_ways(list(costs.to_numpy()), list(self.lost()[each].to_numpy()), bits*n+1e-6*n)
+    ways = best_ways(list(costs.to_numpy()), list(self.lost()[each].to_numpy()), (bits+1e-6)*n) # a little more, for `least` is rounded
     found = each[ways].tolist()
     return mixed(with_bits(self.base_spec, max(found, key=found.count)), dict(zip(self.sizes, found)))
 

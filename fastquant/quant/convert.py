@@ -119,8 +119,7 @@ def convert(
     if not r.ready: raise ValueError("The model has no ranges yet: let it watch some batches and call `set_ranges`, or train it with `QuantAwareCallback`.")
     now = {k:(r.weight_of(k),r.bias_of(k)) for k in r.layers}
     for path,site in r.layers.items():
-        (w,b),k = now[path],None
-        norm = r.norms.get(path)
+        (w,b),norm,k = now[path],r.norms.get(path),None
         if norm and norm not in r.folded:
             _,b,k = folded(w, b, model.get_submodule(norm[0]))
             r.folded.add(norm)

@@ -114,8 +114,7 @@ def set_kernels(self:FakeQuant, plan, here):
     self.after = {o.key:here[v] for o in ran if (v:=plan.ends[o.key]) in here}
     pairs = [o for o in ran if o.name in _sums and o.key in self.after and len(o.given)==2]
     self.adds = {o.key:[at[v] for v in o.given] for o in pairs if all(v in at for v in o.given)}
-    norms = {o.key:self.model.get_submodule(o.path) for o in plan.tr.ops if o.name=='batch_norm'}
-    self.alone = {k for k,m in norms.items() if isinstance(m, batchnorms) and m.track_running_stats}-{*plan.norms.values()}
+    self.alone = {o.key for o in plan.tr.ops if o.name=='batch_norm'}-{*plan.norms.values()}
 
 @patch
 def add(self:FakeQuant, key, args, kwargs)->Tensor:
@@ -123,6 +122,7 @@ def add(self:FakeQuant, key, args, kwargs)->Tensor:
     (a,of_a),(b,of_b) = zip(floats((args,kwargs)), [s.constants for s in self.adds[key]])
     y = self.adding(a, of_a, b, of_b, self.after[key].constants)
     return a.copy_(y) if key[1] in ('add_','__iadd__') else y
+
 
 # %% ../../nbs/quant/06_fakequant.ipynb #06fqblank01
 def blank(
@@ -230,7 +230,7 @@ class FakeQuantMode(Matching):
         if site and self.clips(site, cap:=cap_of(name, args, kwargs)): return r.act(site, x, cap)
         if key in r.gates and r.rounds: out = x*r.act(r.gates[key], x.sigmoid())
         elif key in r.adds and r.on_integers and kwargs.get('alpha', 1)==1: out = r.add(key, args, kwargs)
-        elif key in r.alone and r.on_integers: out = normalize_channels(x, r.model.get_submodule(key[0]))
+        elif key in r.alone and r.on_integers: out = normalized(func, args, kwargs)
         elif layer is not None: out = self.layer(layer, key, func, args, kwargs)
         elif name in ('lstm','gru') and key[0] in r.lstms: out = r.recurrent(key[0], func, args)
         else: out = x if key in r.folded else func(*args, **kwargs)

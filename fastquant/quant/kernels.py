@@ -8,13 +8,13 @@ Docs: https://fastquant-dev.github.io/fastquant/quant/kernels.html.md"""
 from __future__ import annotations
 import torch
 from fastcore.all import patch
-from torch import nn, Tensor
+from torch import Tensor
 from ..core.product import *
 from .site import *
 from .weights import *
 
 # %% auto #0
-__all__ = ['sum_exactly', 'in_steps', 'add_in_steps', 'normalize_channels']
+__all__ = ['sum_exactly', 'in_steps', 'add_in_steps', 'normalize_channels', 'normalized']
 
 # %% ../../nbs/quant/05_kernels.ipynb #05kern0008
 def sum_exactly(
@@ -59,16 +59,34 @@ def add_in_steps(
 
 # %% ../../nbs/quant/05_kernels.ipynb #e470ae62
 def normalize_channels(
-    x:Tensor,   # Channels second
-    m:nn.Module # A batchnorm that keeps running statistics
+    x:Tensor,    # Channels second
+    mean:Tensor, # Of each channel
+    var:Tensor,
+    weight:Tensor|None=None, # To multiply with
+    bias:Tensor|None=None,   # To add
+    eps:float=1e-5 # Is added to `var`
 )->Tensor:
     "What the operator `BatchNormalization` makes of `x`"
-    scale = (m.running_var+m.eps).double().sqrt().float().reciprocal() # PyTorch's root of a float32 may be off in the last bit
-    if m.affine: scale = scale*m.weight
-    shift = -m.running_mean*scale
-    if m.affine: shift = m.bias+shift
+    scale = (var+eps).double().sqrt().float().reciprocal() # PyTorch's root of a float32 may be off in the last bit
+    if weight is not None: scale = scale*weight
+    shift = -mean*scale
+    if bias is not None: shift = bias+shift
     shape = -1,*[1]*(x.ndim-2)
     return x*scale.view(shape)+shift.view(shape)
+
+# %% ../../nbs/quant/05_kernels.ipynb #2ed37440
+_functional = 'input','running_mean','running_var','weight','bias','training','momentum','eps'
+_builtin = 'input','weight','bias','running_mean','running_var','training','momentum','eps'
+
+def normalized(
+    func,       # `F.batch_norm`, or `torch.batch_norm`
+    args:tuple, # What it is called with
+    kwargs:dict
+)->Tensor:
+    "What an engine makes of a batchnorm; what PyTorch does, of one that takes its statistics from the batch"
+    o = {**dict(zip(_builtin if func is torch.batch_norm else _functional, args)), **kwargs}
+    if o.get('training') or o['running_mean'] is None: return func(*args, **kwargs)
+    return normalize_channels(*map(o.get, _functional[:5]), o.get('eps', 1e-5))
 
 # %% ../../nbs/quant/05_kernels.ipynb #05kern0018
 @patch(as_prop=True)

@@ -72,12 +72,12 @@ def test_checkpoint_of_both(learn):
 
 @pytest.mark.parametrize('bits', [2,3,4,5,8])
 def test_file_of_both(learn, bits):
-    "Integers that are left, entropy-coded, give the same file back"
+    "Integers that are left, entropy-coded, give the same file back; those of 3 bits, eleven to a number, leave less to gain"
     s = learn.prune(.8)
     q = s.quantize(Spec(weight=TensorSpec(Grid(bits), 'mse', granularity=PerChannel())))
     q.save_sparse('q.safetensors')
     back = learn.load_sparse('q.safetensors')
-    assert back.model.data==q.model.data and (learn.path/'q.safetensors').stat().st_size<.65*len(q.model.data)
+    assert back.model.data==q.model.data and (learn.path/'q.safetensors').stat().st_size<(.65 if bits==3 else .6)*len(q.model.data)
 
 def test_a_model_in_training_is_saved_sparse(learn):
     learn.fit(1, 1e-3, cbs=QuantAwareCallback('int8'))

@@ -59,7 +59,7 @@ def test_batchnorm_is_the_operators(seed, eps, affine, shape):
     scale,shift = (m.weight,m.bias) if affine else (torch.ones(shape[1]),torch.zeros(shape[1]))
     given_ = [t.detach().numpy() for t in (x,scale,shift,m.running_mean,m.running_var)]
     want = ran('BatchNormalization', '', given_, TensorProto.FLOAT, epsilon=eps)
-    with torch.no_grad(): assert torch.equal(normalize_channels(x, m), want)
+    with torch.no_grad(): assert torch.equal(normalize_channels(x, m.running_mean, m.running_var, m.weight, m.bias, eps), want)
 
 def test_sum_of_many_bits():
     x,w = torch.full((1,9000), 255.),torch.full((3,9000), 127, dtype=torch.int8)
@@ -125,5 +125,34 @@ def test_batchnorms_that_are_left(spec, seed):
     set_ranges(m)
     sim = convert(m)
     assert fake_quant_of(sim).alone=={('n1','batch_norm',0),('n2','batch_norm',0),('n3','batch_norm',0)}
+    y = session(to_onnx(sim, x).SerializeToString()).run(None, dict(input=x.numpy()))[0]
+    with torch.no_grad(): assert torch.equal(sim(x), torch.from_numpy(y))
+
+class Shifted(nn.BatchNorm2d):
+    def forward(self, x): return F.batch_norm(x, self.running_mean, self.running_var, 1+self.weight, self.bias, self.training, self.momentum, self.eps)
+
+class Builtin(nn.BatchNorm2d):
+    def forward(self, x): return torch.batch_norm(x, 1+self.weight, self.bias, self.running_mean, self.running_var, self.training, .1, 1e-2, True)
+
+class ByName(nn.BatchNorm2d):
+    def forward(self, x): return F.batch_norm(x, running_var=self.running_var, running_mean=self.running_mean, weight=self.weight, training=self.training, eps=.1)
+
+class Frozen(nn.Module):
+    "Statistics as buffers of a module that is no batchnorm"
+    def __init__(self, n):
+        super().__init__()
+        self.register_buffer('mean', torch.randn(n))
+        self.register_buffer('var', torch.rand(n)+.5)
+    def forward(self, x): return F.batch_norm(x, self.mean, self.var)
+
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d,Shifted,Builtin,ByName,Frozen])
+def test_batchnorms_as_they_are_called(norm):
+    torch.manual_seed(0)
+    net,x = nn.Sequential(nn.Conv2d(3, 600, 1), nn.ReLU(), norm(600), nn.ReLU(), nn.Conv2d(600, 500, 1)),torch.randn(32,3,7,7)
+    for _ in range(5): net(x)
+    m = prepare(copy_model(net).eval(), 'int8', x, fold=True)
+    watch(m, x)
+    set_ranges(m)
+    sim = convert(m)
     y = session(to_onnx(sim, x).SerializeToString()).run(None, dict(input=x.numpy()))[0]
     with torch.no_grad(): assert torch.equal(sim(x), torch.from_numpy(y))
