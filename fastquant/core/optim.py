@@ -8,7 +8,7 @@ Docs: https://fastquant-dev.github.io/fastquant/core/optim.html.md"""
 from __future__ import annotations
 import torch
 from collections import defaultdict
-from copy import copy
+from copy import copy, deepcopy
 from torch import nn, Tensor
 
 # %% auto #0
@@ -54,8 +54,11 @@ def starts_anew(
     group = inner.param_groups[-1]
     p = nn.Parameter(torch.ones_like(group['params'][0], requires_grad=False))
     p.grad = torch.ones_like(p)
-    twin = copy(inner)
+    twin = copy(inner) # without hooks; nor does it have what else `inner` keeps
     twin.param_groups,twin.state = [{**group, 'params':[p]}],defaultdict(dict)
-    try: twin.step()
+    own = {k:v for k,v in vars(inner).items() if k not in vars(twin) and not hasattr(type(inner), k)} # a step that is wrapped would be that of `inner`
+    try:
+        vars(twin).update(deepcopy(own))
+        twin.step()
     except (LookupError,RuntimeError,AttributeError,TypeError,ValueError): return False
     return True

@@ -40,11 +40,11 @@ def picture(i): return PILImage.create(np.stack([larger(pixels(i))]*3, -1))
 def label(i): return str(digits.target[i])
 def ink(i): return PILMask.create(larger((digits.images[i]>8).astype('uint8')))
 
-def pictures(n, y_block=CategoryBlock, get_y=label, valid=.25, bs=16, get_x=picture, block=ImageBlock, **kwargs):
+def pictures(n, y_block=CategoryBlock, get_y=label, valid=.25, bs=16, get_x=picture, block=ImageBlock, device='cpu', **kwargs):
     "The first `n` digits through fastai's data blocks, always the same"
     set_seed(0)
     block = DataBlock((block,y_block), get_x=get_x, get_y=get_y, splitter=RandomSplitter(valid, seed=0), **kwargs)
-    return block.dataloaders(range(n), bs=bs, num_workers=0, device='cpu')
+    return block.dataloaders(range(n), bs=bs, num_workers=0, device=device)
 
 # A table
 

@@ -1,13 +1,15 @@
 "A second device for machines that have one: it computes on the CPU, and refuses tensors that are elsewhere, as a GPU does"
 from contextlib import nullcontext
 import torch
+from torch._decomp.decompositions import gru_impl, lstm_impl
 from torch.utils import _pytree as tree, backend_registration
 
 name = 'other'
 aten = torch.ops.aten
+indexing = aten.index,aten.index_put_,aten._index_put_impl_
 # `detach` is left to PyTorch: what it gives shares its storage, by which values are found
 views = 'permute transpose select slice expand squeeze unsqueeze t unfold diagonal split split_with_sizes unbind'.split()
-resizing = 'abs angle isclose allclose equal nan_to_num histc cumsum sort topk median arange linspace'.split() # these would give an empty tensor another size
+resizing = 'abs angle isclose allclose equal nan_to_num histc cumsum sort topk median arange linspace remainder'.split() # these would give an empty tensor another size
 
 class Module(backend_registration._DummyBackendModule):
     "What PyTorch asks of a device, besides operators"
@@ -28,7 +30,8 @@ def wrap(values):
 def run(op, *args, **kwargs):
     "`op` of values on the CPU; what it changes in place, or looks at in another way, stays what it was made of"
     xs = [o for o in tree.tree_leaves((args, kwargs)) if isinstance(o, torch.Tensor)]
-    if any(x.ndim and not here(x) for x in xs):
+    needed = [args[0]] if op.overloadpacket in indexing else xs # indices may be elsewhere
+    if any(x.ndim and not here(x) for x in needed):
         raise RuntimeError(f'{op}: Expected all tensors to be on the same device, but found at least two devices, {name}:0 and cpu!')
     given = {id(raw(x)):x for x in xs if here(x)}
     parts = {raw(x).untyped_storage().data_ptr() for x in given.values()}
@@ -63,6 +66,8 @@ def registered():
     kernel('as_strided')(strided)
     kernel('convolution_overrideable')(lambda *args: run(aten.convolution.default, *args))
     kernel('convolution_backward_overrideable')(convolved_back)
+    for of,steps in {'lstm.input':lstm_impl, 'gru.input':gru_impl}.items(): # of what it has; their own cells are for GPUs
+        for key in 'PrivateUse1','AutogradPrivateUse1': torch.library.impl(f'aten::{of}', key)(steps)
     torch.Tensor.__deepcopy__,torch.Tensor._reduce_ex_internal = deepcopied(torch.Tensor.__deepcopy__),reduced(torch.Tensor._reduce_ex_internal)
     torch.serialization.register_package(0, lambda storage: None, lambda storage, where: storage if where.startswith(name) else None)
     return lib

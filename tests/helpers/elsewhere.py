@@ -1,13 +1,14 @@
 "What Learners do whose model and data are on another device than the CPU, and what the same ones do on the CPU: `python -m tests.helpers.elsewhere` prints both, or what went wrong, a line of JSON for each"
 import json, tempfile, traceback, warnings
 import torch
-from fastai.vision.all import DataLoader, DataLoaders, SaveModelCallback, set_seed
+from fastai.vision.all import DataLoader, DataLoaders, ImageBlock, PILImageBW, SaveModelCallback, load_learner, set_seed
 from torch import nn
 from torch.utils.data import TensorDataset
 from fastquant.all import *
-from .data import digits
+from . import texts
+from .data import digits, gray, pictures
 from .learners import classifier
-from .nets import three_convs
+from .nets import classify, staged, three_convs
 
 checks = {}
 def check(f): checks[f.__name__] = f
@@ -19,6 +20,32 @@ class Words(nn.Module):
         super().__init__()
         self.emb,self.mix,self.out = nn.Embedding(17, 16),nn.Linear(16, 32),nn.Linear(32, 10)
     def forward(self, x): return self.out(self.mix(self.emb(x)).relu().amax(1))
+
+class Rows(nn.Module):
+    "Reads a picture from top to bottom"
+    def __init__(self, kind):
+        super().__init__()
+        self.rnn,self.out = kind(8, 16, batch_first=True, bidirectional=True),nn.Linear(32, 10)
+    def forward(self, x): return self.out(self.rnn(x.squeeze(1))[0].amax(1))
+def lstm(): return Rows(nn.LSTM)
+def gru(): return Rows(nn.GRU)
+
+class Attentive(nn.Module):
+    "Lets rows of a picture look at each other"
+    def __init__(self):
+        super().__init__()
+        self.mix,self.out = nn.TransformerEncoderLayer(8, 2, 16, dropout=0., batch_first=True),nn.Linear(8, 10)
+    def forward(self, x): return self.out(self.mix(x.squeeze(1)).mean(1))
+
+class Alone(nn.Module):
+    "A batchnorm that no layer takes in, a sum, and pieces that are joined"
+    def __init__(self):
+        super().__init__()
+        self.bn,self.first,self.then = nn.BatchNorm2d(1),nn.Conv2d(1, 8, 3, padding=1),nn.Conv2d(8, 8, 3, padding=1)
+        self.end = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), *classify(16))
+    def forward(self, x):
+        x = self.first(self.bn(x).relu())
+        return self.end(torch.cat([x, x+self.then(x)], 1))
 
 def learner(device, model=three_convs, **kwargs):
     set_seed(0)
@@ -42,6 +69,12 @@ def taught(make, cb): return fitted(make(), cbs=cb(fitted(make())))
 for s in 'int8','int8_per_tensor','int8_full','int8_symmetric','w4a8','w4','fp16','dynamic': of(f'quantize {s}', quantized, s)
 for s in 'int8','w4a4','w8','dynamic': of(f'train through {s}', trained_through, s)
 for s in 'dynamic','w8': of(f'words {s}', quantized, s, Words)
+for m in lstm,gru:
+    for s in 'dynamic','w8','fp16': of(f'{m.__name__} {s}', quantized, s, m)
+for s in 'int8','dynamic','w4': of(f'attention {s}', quantized, s, Attentive)
+of('train attention through int8', trained_through, 'int8', Attentive)
+of('train an LSTM through dynamic', trained_through, 'dynamic', lstm)
+of('batchnorm alone', quantized, 'int8', Alone)
 for s in 'magnitude','taylor','wanda': of(f'prune in one shot by {s}', pruned, s)
 for s in 'magnitude','movement': of(f'prune while it trains by {s}', pruned_while, s)
 
@@ -96,6 +129,74 @@ def distill(make): return taught(make, DistillCallback)
 
 @check
 def learn_together(make): return fitted(make(), cbs=MutualCallback(three_convs()))
+
+@check
+def climb_all_rungs(make): return fitted(make(staged)).quantize('w4a8', max_drop=.2, ladder=('mse','equalize','bias','adaround'), timed=False)
+
+@check
+def keep_to_a_budget(make): return fitted(make(staged)).quantize(target=dict(bits=4), timed=False)
+
+@check
+def find_what_bits_cost(make):
+    learn = fitted(make())
+    for metric in None,'accuracy': learn.quant_sensitivity((4,8), metric=metric, show_plot=False)
+    return learn
+
+@check
+def train_bits_of_a_budget(make):
+    learn = fitted(make())
+    return fitted(learn, cbs=QuantAwareCallback(learn.quant_sensitivity(show_plot=False).spec(bits=4))).quantize(timed=False)
+
+@check
+def train_in_mixed_precision(make):
+    learn = make(cbs=QuantAwareCallback())
+    if learn.dls.device.type=='cuda': learn.to_fp16()
+    return fitted(learn).to_fp32().quantize(timed=False)
+
+@check
+def half(make):
+    learn = fitted(make())
+    learn.model.half().float()
+    return learn.quantize('bf16', timed=False)
+
+@check
+def pack_and_load(make):
+    device = make().dls.device
+    learn = fitted(classifier(pictures(96, get_x=gray, block=ImageBlock(PILImageBW), device=device), three_convs().to(device), path=tempfile.mkdtemp(), cbs=QuantAwareCallback()))
+    for name,o in dict(trained=learn, rounded=learn.quantize(timed=False)).items():
+        o.export(f'{name}.pkl')
+        new = load_learner(learn.path/f'{name}.pkl', cpu=False)
+        new.predict(gray(0))
+    new.dls = learn.dls
+    return new
+
+@check
+def read_texts(make):
+    device = make().dls.device
+    learn = fitted(texts.classifier(tempfile.mkdtemp(), texts.data(device=device)))
+    learn.quantize('dynamic', timed=False)
+    return fitted(learn, cbs=QuantAwareCallback('dynamic')).quantize(timed=False)
+
+@check
+def save_and_go_on(make):
+    learn = fitted(make(cbs=QuantAwareCallback()))
+    learn.save('there')
+    return fitted(learn.load('there')).quantize(timed=False)
+
+@check
+def remove_channels(make): return fitted(make(staged)).prune(.4, 'channel')
+
+@check
+def find_a_lottery_ticket(make): return fitted(make().lottery_ticket(.5, 1, 1e-2, rounds=2))
+
+@check
+def teach_oneself(make): return fitted(make(staged), cbs=SelfDistillCallback('[01]', width=8))
+
+@check
+def predict(make):
+    learn = fitted(make()).quantize(timed=False)
+    learn.get_preds(with_decoded=True)
+    return learn
 
 @check
 def write(make):

@@ -1,35 +1,14 @@
 "fastai's text models become files of any length, which predict what the Learner predicts"
-import onnxruntime, pytest, random, torch
-from fastai.text.all import (AWD_LSTM, BaseTokenizer, RegressionBlock, TextDataLoaders, accuracy, awd_lstm_clas_config, awd_lstm_lm_config, get_text_classifier,
-    language_model_learner, load_learner, pad_chunk, set_seed, text_classifier_learner)
+import onnxruntime, pytest, torch
+from fastai.text.all import (AWD_LSTM, BaseTokenizer, RegressionBlock, accuracy, awd_lstm_clas_config, awd_lstm_lm_config, get_text_classifier, language_model_learner,
+    load_learner, pad_chunk, set_seed)
 from torch import nn
 from fastquant.all import *
 from fastquant.export.engine import layer_kernels
 from fastquant.export.runnable import made_runnable, has_other
-import pandas as pd
 from tests.helpers.data import loaders
 from tests.helpers.learners import check_owned, classifier as plain_classifier, quiet
-
-small = dict(emb_sz=8, n_hid=12, n_layers=2)
-
-def texts(n=40, longest=40):
-    "Good and bad ones, of different lengths"
-    draw = random.Random(0)
-    def word(good): return draw.choice(['good','fine'] if good else ['bad','sad']) if draw.random()<.4 else f'word{draw.randint(0, 9)}'
-    rows = [(' '.join(word(i%2) for _ in range(draw.randint(3, longest))), ['no','yes'][i%2], float(i%2), i>=n*2//3) for i in range(n)]
-    return pd.DataFrame(rows, columns=['text','label','number','is_valid'])
-
-def data(**kwargs):
-    how = dict(text_col='text', label_col='label', valid_col='is_valid', bs=8, seq_len=12, num_workers=0, device='cpu', tok_tfm=BaseTokenizer())
-    return TextDataLoaders.from_df(texts(), **{**how, **kwargs})
-
-def classifier(path='.', dls=None, config=None, **kwargs):
-    set_seed(0)
-    config = {**awd_lstm_clas_config, **small, **(config or {})}
-    learn = quiet(text_classifier_learner(dls or data(), AWD_LSTM, pretrained=False, seq_len=12, path=path, config=config, **kwargs))
-    learn.model(learn.dls.one_batch()[0]) # so that batchnorms have seen something
-    learn.model.reset()
-    return learn
+from tests.helpers.texts import classifier, data, small, texts
 
 def run(file, x): return torch.from_numpy(onnxruntime.InferenceSession(file).run(None, {'input':x.as_subclass(torch.Tensor).numpy()})[0])
 
