@@ -12,7 +12,7 @@ from tests.helpers.models import images
 from tests.learner.test_text import Transformer, classifier as text_classifier, tokens
 
 committed = Path(__file__).parent/'specs.json'
-specs_shown = 'int8','dynamic','w8','w4','fp16'
+specs_shown = 'int8','dynamic','w8','w4','fp16','fp16_arithmetic'
 
 class Recurrent(nn.Module):
     def __init__(self, kind):
@@ -49,6 +49,7 @@ nets = {'text_classifier_learner (AWD_LSTM)':text_classifier, 'nn.LSTM':steps(la
 def said_of(report):
     "Layers with integer kernels, those of which weights are stored in fewer bits, and all"
     stored = len(set(report.weights_only))
+    if report.arithmetic: return f'{stored} of {report.n_layers}'
     return f"{report.n_int8} of {report.n_layers}" if not stored else f'{report.n_int8} and {stored} stored, of {report.n_layers}'
 
 @pytest.mark.parametrize('name', nets)

@@ -53,7 +53,7 @@ class PTQCalibrate(FitCallback):
     def after_batch(self):
         self.seen += 1
         r = fake_quant_of(self.model)
-        if self.seen>=self.n_batches or r and not (r.all or r.widths): raise CancelValidException()
+        if self.seen>=self.n_batches or r and not (r.all or r.widths or r.spec.half): raise CancelValidException()
     def after_validate(self):
         try:
             if not self.seen: raise ValueError("The calibration set is empty: pass a `dl` with at least one batch. (Or another callback has ended the pass before the first.)")

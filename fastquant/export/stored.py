@@ -38,7 +38,7 @@ def altered(
         w = torch.tensor(found[names[k]]) if k in names else None
         return [] if w is None else [w if r.owner[k]==k else w.flatten(0, 1)] # an LSTM has its directions in a dimension of their own
     def same(k):
-        want = r.as_floats(k)[0]
+        want = r.as_floats(k)[0].float()
         ways = [want,want.T] if want.ndim==2 else [want]
         return any(o.equal(w) for o in there(k, want.shape) for w in ways)
     return [k for k in r.layers if k in r.weights_only and not same(k)]+_altered_lstms(r, proto, nodes)
@@ -95,9 +95,12 @@ def _alone(r):
     return found
 
 def _beyond(r):
-    "Why weights are in float that were to be in half precision, by what they are of"
+    "Why layers are in float that were to be in half precision, by name"
     def key(k): return half_key(r.model, k) if k in r.halves else k
-    return {key(k):f'its largest value, {v:.4g}, is infinite in half precision' for k,v in r.beyond.items()}
+    keys,said = {*r.owner.values(),*map(key, r.halves)},'is infinite in half precision'
+    def inside(k): return [o for o in keys if o==k or o.startswith(f'{k}.')] or [k] # one without weights too
+    found = {o:f'{v.most:.4g}, a number {"there" if o==k else "in "+k}, {said}' for k,v in r.in_float.items() for o in inside(k)}
+    return {**found, **{key(k):f'its largest value, {v:.4g}, {said}' for k,v in r.beyond.items()}}
 
 # %% ../../nbs/export/03_stored.ipynb #03stor0013
 def _as_run(who, kernel):
@@ -119,7 +122,9 @@ def report_on(
     why = {r.owner.get(k, k):v for k,v in why.items()}
     why.update(_beyond(r))
     alone = {k:v for k,v in _alone(r).items() if k not in why}
-    n,floats = len({*r.owner.values(),*alone,*why}),alone.keys()|why.keys()
+    layers = {*r.owner.values(),*_alone(r),*r.float_layers}
+    n,floats = len(layers|(why.keys()-r.in_float.keys())),alone.keys()|why.keys() # what has no weights can be in float, and is no layer
     facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.owner.values()}
+    if r.spec.half: facts.update(arithmetic=_stored_as(r.spec.act.grid), float_work={k:v for k,v in r.work.items() if k in why})
     found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
-    return Report(n, n-len(floats), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)
+    return Report(n, n-len(floats-(r.in_float.keys()-layers)), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)

@@ -32,6 +32,7 @@ class Report:
     float_work:dict|None=None # Share of the multiply-accumulates of each thing that is in float; None in files from before that was known
     outputs:tuple=()    # An `OutputCheck` for each output
     weights_only:dict=field(default_factory=dict) # Bits, or the type in half precision, of the weights of what computes in float, of which only these are smaller, by module path
+    arithmetic:str|None=None # The type that what is in `weights_only` computes in, if that is not float
     def __post_init__(self):
         checks = [OutputCheck(**o) if isinstance(o, dict) else o for o in self.outputs]
         object.__setattr__(self, 'outputs', tuple(checks))
@@ -42,7 +43,8 @@ class Report:
         return min(self.outputs, key=lambda o: getattr(o, db), default=None)
     @property
     def kind(self)->str:
-        "What such a file is called: `int8` if anything in it is to run in integers, else `weights only`"
+        "What such a file is called: `int8` if anything in it is to run in integers, else `weights only`, or the type that it computes in"
+        if self.arithmetic: return self.arithmetic
         return 'weights only' if self.weights_only and not self.n_int8 else 'int8'
     def in_float(self):
         "What is in float, why, and its share of the work where that is a percent or more"
@@ -76,6 +78,7 @@ def _layers(self:Report):
     full,alone = f'{self.n_int8} of {self.n_layers} layers quantized',len(self.weights_only)
     if not alone: return full
     bits = ' and '.join(sorted({b if isinstance(b, str) else f'int{b}' for b in self.weights_only.values()}))
+    if self.arithmetic: return f'{alone} of {self.n_layers} layers compute in {self.arithmetic}'
     if self.n_int8: return f'{full}, {alone} with weights in {bits} that compute in float'
     return f'{alone} of {self.n_layers} layers with weights in {bits}, and the work in float: smaller, not faster'
 

@@ -18,6 +18,7 @@ from ..quant.spec import *
 from ..quant.written import *
 from ..quant.fakequant import *
 from ..quant.prepare import *
+from ..quant.halved import *
 from ..quant.train import *
 from ..quant.convert import *
 from ..quant.rungs import *
@@ -161,7 +162,9 @@ def _verified(learn, model, batches, trained, engine, known=(), **how):
     return engine.seal(data, report=asdict(report), spec=name_of(fake_quant_of(sim).spec), **_said(learn, float_, xb, dynamic))
 
 def _say_if_beyond(sim):
-    for k,v in fake_quant_of(sim).beyond.items():
+    r = fake_quant_of(sim)
+    for k,v in r.in_float.items(): warn(f"A number in {k!r} is {v.most:.4g}, which is infinite in half precision, so it computes in float, with all inside of it.")
+    for k,v in r.beyond.items():
         warn(f"{k!r} has a weight of {v:.4g}, which is infinite in half precision, so it stays in float. Use 'bf16', which reaches as far as float; or find out why it is so large.")
 
 # %% ../../nbs/learner/01_quant.ipynb #22learlive2
@@ -197,11 +200,13 @@ class _Files:
     def batches(self): return self.given.inputs
     def prepared(self, exclude=()):
         model,spec = _rounding_copy(self.learn, None if self.settled else self.spec, list(exclude))
-        if self.settled: return model
+        if self.settled:
+            with find_room(model): twin_of(self.learn, model).validate(dl=self.dl) if spec.half else None
+            return model
         prepare(model, spec, *self.batches[0], fold=True)
         cast = [Float32Callback()]*bool(other_precision(self.learn.model))
         smooth(model, self.batches)
-        with first_outputs(model, 2) as found: twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
+        with first_outputs(model, 2) as found, find_room(model): twin_of(self.learn, model).validate(dl=self.dl, cbs=[PTQCalibrate(len(self.dl)), *cast])
         self.known = self.known or found
         return model
     def file(self, model):

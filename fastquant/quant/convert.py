@@ -17,6 +17,7 @@ from .pairs import *
 from .site import Site
 from .groups import *
 from .half import *
+from .halved import *
 from .kernels import *
 from .fakequant import *
 from .prepare import *
@@ -124,11 +125,10 @@ def convert(
             _,b,k = folded(w, b, model.get_submodule(norm[0]))
             r.folded.add(norm)
         _convert_layer(r, path, site and site.scale, w, b, k)
-    for k,dtype in r.halves.items():
-        p = model.get_parameter(k)
-        p.data = _halved(r, k, p.data, dtype)
+    for k,dtype in r.halves.items(): model.get_parameter(k).data = _halved(r, k, model.get_parameter(k).data, dtype)
     r.keep_features()
     for s in (*r.all,*r.gates.values()): set_constants(model, s)
+    if r.spec.half: compute_in_half(r)
     r.converted,r.adding = True,adding
     return model.eval()
 

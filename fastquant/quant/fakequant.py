@@ -42,7 +42,7 @@ class FakeQuant(Attachment, LayerWeights):
         floats:dict      # Why other layers do not
     ):
         self.model,self.spec = model,plan.spec
-        self.halves,self.beyond = half_weights(model, plan),{}
+        self.halves,self.beyond,self.in_float = half_weights(model, plan),{},{} # see `convert`
         of = {half_key(model, k) for k in self.halves}|set(self.halves)
         self.float_layers = {k:why for k,why in floats.items() if k not in of}
         self.work = plan.work(model)

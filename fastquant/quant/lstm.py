@@ -98,9 +98,9 @@ def find_recurrent(
     "Those of `modules` that have integer weights"
     def fits(m, s):
         if not s or not is_plain(m): return False
-        return s.act.dynamic and type(m) is nn.LSTM if s.act else not s.weight.half
+        return not s.weight.half if s.floats else s.act.dynamic and type(m) is nn.LSTM
     given = {k:(m,spec_of(k)) for k,m in modules.items()}
-    return {k:recurrent_layers(k, m, s.act is None) for k,(m,s) in given.items() if fits(m, s)}
+    return {k:recurrent_layers(k, m, s.floats) for k,(m,s) in given.items() if fits(m, s)}
 
 # %% ../../nbs/quant/02_lstm.ipynb #02lstm0012
 def _direction(gates, back, h, c, given=None):

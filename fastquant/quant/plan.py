@@ -81,10 +81,10 @@ def choose(self:Plan):
     specs = {o.key:self.at(o.layer) for o in self.tr.ops}
     self.lstms = find_recurrent(self.tr.lstms, self.at)
     def weighs(o): return o.is_layer or o.kind=='lookup' or self.is_recurrent(o)
-    self.stored = {o.key for o in self.tr.ops if weighs(o) and specs[o.key] and not specs[o.key].act}
+    self.stored = {o.key for o in self.tr.ops if weighs(o) and specs[o.key] and specs[o.key].floats}
     live = {k for k,s in specs.items() if s and s.act and s.act.dynamic}
     self.live = {o.key for o in self.tr.ops if o.key in live and (o.is_linear or self.is_recurrent(o))}
-    asked = [o for o in self.tr.ops if specs[o.key] and specs[o.key].act and o.key not in live]
+    asked = [o for o in self.tr.ops if specs[o.key] and not specs[o.key].floats and o.key not in live]
     made = {self.ends[o.key] for o in asked if o.is_layer}
     def averages(o): return 'pool' in o.name and o.ins[0] in made
     def joins(o): return self.wanted(self.ends[o.key]) or averages(o)

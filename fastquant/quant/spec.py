@@ -114,6 +114,10 @@ class Spec:
         if self.stream and (self.stream.dynamic or self.act.dynamic): raise ValueError("stream: where ranges are found while the model runs, nothing is rounded but what goes into a layer. Leave `stream` out.")
         if any(not isinstance(a.granularity, PerTensor) for a in (self.act,self.stream) if a):
             raise ValueError("act: a scale for each channel of an activation cannot be taken out of a layer's sum. Use granularity=PerTensor().")
+    @property
+    def floats(self)->bool: return self.act is None or self.act.half # do activations stay floats?
+    @property
+    def half(self)->bool: return {self.weight.grid,*(o.grid for o in (self.act,self.stream) if o)}=={torch.float16} and self.act is not None # is arithmetic in half precision?
     def check_fields(self):
         "Raise a `ValueError` that names the first field of the wrong kind"
         check_kind('weight', self.weight, TensorSpec, 'pass a `TensorSpec`.')
@@ -195,6 +199,11 @@ def fp16():
     return Spec(TensorSpec(torch.float16), act=None)
 
 @specs
+def fp16_arithmetic():
+    "Weights and activations in float16, and in float what has no room there: for hardware that computes in it, which few CPUs do"
+    return Spec(TensorSpec(torch.float16), act=TensorSpec(torch.float16))
+
+@specs
 def bf16():
     "Weights in bfloat16; activations and arithmetic in float"
     return Spec(TensorSpec(torch.bfloat16), act=None)
@@ -224,13 +233,14 @@ def _not_yet(s):
     parts = [o for o in (s.weight,s.act,s.stream) if o]
     if s.weight.by_group and s.act: yield 'PerGroup beside rounded activations'
     if any(o.dynamic and o.grid!=_live for o in parts): yield 'dynamic=True on another grid than Grid(8, signed=False)'
-    if any(o.half for o in parts[1:]): yield 'arithmetic in half precision'
-    elif s.weight.half and s.act: yield 'weights in half precision beside rounded activations'
+    if any(o.half for o in parts[1:]) and not s.half: yield 'arithmetic in half precision other than of float16 alone'
+    elif s.weight.half and not s.floats: yield 'weights in half precision beside rounded activations'
 
 def check_lowered(
     spec:Spec # What is wanted
 ):
     "Raise a `NotImplementedError` that names what of `spec`, or of its exceptions, no engine is given yet"
-    others = [spec.ends,*(o for _,o in spec.overrides)]
-    for s in [spec,*filter(None, others)]:
-        if (found:=list(_not_yet(s))): raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8', 'w4a8', 'w4' or 'fp16', or leave layers in float with `exclude`.")
+    both = [spec,*filter(None, [spec.ends,*(o for _,o in spec.overrides)])]
+    for s in both:
+        found = [*_not_yet(s),*['arithmetic in half precision for some layers alone']*(s.half!=spec.half)]
+        if found: raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8', 'w4a8', 'w4' or 'fp16', or leave layers in float with `exclude`.")

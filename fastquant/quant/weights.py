@@ -49,7 +49,7 @@ class LayerWeights:
         self.integers,self.shapes,self.features,self.heard = nn.Module(),{},{},{} # for the last two see `quant.live`
         spec = {k:plan.at(o) for k,o in self.owner.items()}
         self.weights = {k:s.weight for k,s in spec.items()}
-        self.weights_only = {k for k,s in spec.items() if s.act is None}
+        self.weights_only = {k for k,s in spec.items() if s.floats}
         self.compensated,self.smoothed = ({k for k,s in spec.items() if getattr(s, how)} for how in ('compensate','smooth'))
         live = [k for k,s in spec.items() if s.act and s.act.dynamic]
         self.live = {k:DynamicSite(self, spec[k].act, k) for k in live}
@@ -62,7 +62,7 @@ class LayerWeights:
         self.modules = [k for k in self.layers if k not in self.products]
         def used(k): return plan.tr.elsewhere.intersection((f'{k}.weight'.lstrip('.'),f'{k}.bias'.lstrip('.')))
         self.apart = {*self.products,*filter(used, self.modules)}
-        self.paired = {k for k,s in spec.items() if s.portable and s.act and s.weight.grid.bits==8 and self.adds_pairs(k)}
+        self.paired = {k for k,s in spec.items() if s.portable and not s.floats and s.weight.grid.bits==8 and self.adds_pairs(k)}
         self.norms = {o.layer:plan.norms[o.key] for o in ran if o.key in plan.norms}
     def adds_pairs(self, path):
         if path in self.products: return not self.products[path].depthwise
