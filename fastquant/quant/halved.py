@@ -27,7 +27,9 @@ def find_room(
 ):
     "A context in which passes of `model` show what has to stay in float, if it is to compute in half precision; at its end it raises a `ValueError` if that is all of it"
     r = prepared(model:=inner_model(model))
-    if not r.spec.half: return (yield)
+    if not r.spec.half:
+        yield
+        return
     dtype = r.spec.act.grid
     with watch_room(model, dtype) as found: yield
     if '' in found: raise ValueError(_outside.format(name=type(model).__name__, most=found[''].most, dtype=dtype, end=torch.finfo(dtype).max))

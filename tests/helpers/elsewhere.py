@@ -66,12 +66,12 @@ def pruned_while(make, criterion): return fitted(make(), cbs=PruneScheduleCallba
 def pruned(make, criterion): return fitted(make()).prune(.5, criterion=criterion)
 def taught(make, cb): return fitted(make(), cbs=cb(fitted(make())))
 
-for s in 'int8','int8_per_tensor','int8_full','int8_symmetric','w4a8','w4','fp16','dynamic': of(f'quantize {s}', quantized, s)
+for s in 'int8','int8_per_tensor','int8_full','int8_symmetric','w4a8','w4','fp16','fp16_arithmetic','dynamic': of(f'quantize {s}', quantized, s)
 for s in 'int8','w4a4','w8','dynamic': of(f'train through {s}', trained_through, s)
 for s in 'dynamic','w8': of(f'words {s}', quantized, s, Words)
 for m in lstm,gru:
-    for s in 'dynamic','w8','fp16': of(f'{m.__name__} {s}', quantized, s, m)
-for s in 'int8','dynamic','w4': of(f'attention {s}', quantized, s, Attentive)
+    for s in 'dynamic','w8','fp16','fp16_arithmetic': of(f'{m.__name__} {s}', quantized, s, m)
+for s in 'int8','dynamic','w4','fp16_arithmetic': of(f'attention {s}', quantized, s, Attentive)
 of('train attention through int8', trained_through, 'int8', Attentive)
 of('train an LSTM through dynamic', trained_through, 'dynamic', lstm)
 of('batchnorm alone', quantized, 'int8', Alone)
