@@ -11,7 +11,7 @@ from fastquant.prune.structures import cut, find_structure
 from tests.helpers.data import first, ink, loaders, picture, pictures, xs
 from tests.helpers.ddp import two_processes
 from tests.helpers.learners import classifier
-from tests.helpers.nets import classify, conv, inner, opts, same, state
+from tests.helpers.nets import classify, conv, encoder, inner, opts, same, state
 
 def net(): return nn.Sequential(conv(1,8), conv(8,16,2), *classify(16))
 def learner(path='.', **kwargs):
@@ -117,7 +117,7 @@ def test_fine_tune_prunes_after_the_head_is_trained():
     assert is_sparse(learn)
 
 def test_unet_trains_sparse():
-    learn = unet_learner(pictures(48, MaskBlock(['bg','ink']), ink), resnet18, pretrained=False, n_out=2, metrics=Dice())
+    learn = unet_learner(pictures(48, MaskBlock(['bg','ink']), ink), encoder, pretrained=False, n_out=2, metrics=Dice())
     with learn.no_bar(), learn.no_logging():
         learn.fit(1, cbs=PruneScheduleCallback(.7))
         s = learn.prune()

@@ -23,7 +23,7 @@ from fastquant.quant.spec import find_spec
 from fastquant.quant.train import steps
 from tests.helpers.data import gray, ink, loaders, pictures, rows, shuffled, table
 from tests.helpers.learners import Bf16, Do, Seeded, Stages, check_owned, classifier, quiet
-from tests.helpers.nets import Raise, same_with_nan as same, staged, stages, state
+from tests.helpers.nets import Raise, encoder, same_with_nan as same, staged, stages, state
 
 train,valid = shuffled(640, 320)
 
@@ -584,7 +584,7 @@ def test_steps_learn_where_the_model_clips(weights, tmp_path, act):
 
 def test_unet(tmp_path):
     data = pictures(24, MaskBlock(['bg','ink']), ink, .2, bs=8)
-    learn = quiet(unet_learner(data, resnet18, pretrained=False, n_out=2, metrics=pixels, path=tmp_path))
+    learn = quiet(unet_learner(data, encoder, pretrained=False, n_out=2, metrics=pixels, path=tmp_path))
     check_model(learn, within=.01)
 
 def pixels(p, y): return (p.argmax(1)==y).float().mean()

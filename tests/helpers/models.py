@@ -16,8 +16,8 @@ def images(model, size, n_out=10, chans=3):
     return Learner(loaders(noise(chans, size, size, classes=n_out), bs=8), model, loss_func=CrossEntropyLossFlat())
 
 def unet():
-    learn = images(create_unet_model(resnet18, 3, (64,64), pretrained=False), 64)
-    masks = [(x, torch.zeros(64, 64).long()) for x,_ in learn.dls.train_ds]
+    learn = images(create_unet_model(resnet18, 3, (32,32), pretrained=False), 32)
+    masks = [(x, torch.zeros(32, 32).long()) for x,_ in learn.dls.train_ds]
     learn.dls = loaders(masks, bs=4)
     learn.loss_func = CrossEntropyLossFlat(axis=1)
     return learn

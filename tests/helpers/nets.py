@@ -7,6 +7,9 @@ import torch
 def conv(i, o, stride=1): return nn.Sequential(nn.Conv2d(i,o,3,stride,1,bias=False), nn.BatchNorm2d(o), nn.ReLU())
 def classify(n, n_out=10): return nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(n,n_out)
 def staged(n=16, n_out=10): return nn.Sequential(conv(1,n), conv(n,2*n,2), nn.Sequential(conv(2*n,4*n,2), *classify(4*n,n_out)))
+def encoder(pretrained=False, **kwargs):
+    "A small one that `unet_learner` takes in place of `resnet18`"
+    return nn.Sequential(conv(3,16,2), conv(16,32,2), conv(32,64,2), *classify(64))
 def three_convs(): return nn.Sequential(conv(1,16), conv(16,32,2), conv(32,32), *classify(32))
 def stages(m): return L(m[0], m[1], m[2]).map(params)
 

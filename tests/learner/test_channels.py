@@ -11,7 +11,7 @@ from fastquant.prune.channels.select import score_group
 from fastquant.prune.channels.target import plan_for
 from tests.helpers.data import first, ink, loaders, noise, picture, pictures, rows, table, xs
 from tests.helpers.learners import classifier, every_parameter_moves, quiet, widths
-from tests.helpers.nets import classify, conv, same, state, three_convs
+from tests.helpers.nets import classify, conv, encoder, same, state, three_convs
 
 def learner(path='.', **kwargs):
     set_seed(0)
@@ -149,7 +149,7 @@ def test_vision_learner(tmp_path):
     with back.no_bar(): assert back.predict(picture(3))[2].shape==(10,)
 
 def test_unet():
-    learn = quiet(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), resnet18, pretrained=False, n_out=2, metrics=Dice()))
+    learn = quiet(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), encoder, pretrained=False, n_out=2, metrics=Dice()))
     learn.fit(1, 1e-3)
     with learn.no_bar(): before = learn.get_preds()[0].shape
     s = quiet(learn.prune(.5, structure='channel', scope='local'))
