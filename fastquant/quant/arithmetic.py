@@ -10,7 +10,7 @@ import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from torch import nn, Tensor
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from ..core.arguments import *
 from ..core.model import *
@@ -74,6 +74,7 @@ def _given(dtype, m, args, kwargs):
     return map_tensors(lambda t: cast[id(t)], (args,kwargs))
 def _made(dtype, m, args, out): return map_tensors(partial(_to, dtype), out)
 
+# %% ../../nbs/quant/01_arithmetic.ipynb #01arith0033
 def _in_float(model, floats):
     "The modules that compute in float: those at the paths `floats`, all inside of them, and whoever shares a parameter with one"
     def inside(k): return any(not f or k==f or k.startswith(f'{f}.') for f in floats)

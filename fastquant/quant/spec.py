@@ -199,14 +199,15 @@ def fp16():
     return Spec(TensorSpec(torch.float16), act=None)
 
 @specs
-def fp16_arithmetic():
-    "Weights and activations in float16, and in float what has no room there: for hardware that computes in it, which few CPUs do"
-    return Spec(TensorSpec(torch.float16), act=TensorSpec(torch.float16))
-
-@specs
 def bf16():
     "Weights in bfloat16; activations and arithmetic in float"
     return Spec(TensorSpec(torch.bfloat16), act=None)
+
+# %% ../../nbs/quant/04_spec.ipynb #03spechalf05
+@specs
+def fp16_arithmetic():
+    "Weights and activations in float16, and in float what has no room there: for hardware that computes in it, which few CPUs do"
+    return Spec(TensorSpec(torch.float16), act=TensorSpec(torch.float16))
 
 # %% ../../nbs/quant/04_spec.ipynb #03specdynam2
 @specs
