@@ -155,14 +155,6 @@ def test_what_is_not_done_yet_is_named(other, tmp_path):
 
 # For a Learner
 
-@pytest.fixture
-def learn(tmp_path):
-    set_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), *classify(64, 3))
-    learn = classifier(loaders(noise(1, 8, 8, n=48), bs=8), net, tmp_path)
-    learn.fit(1, 1e-2)
-    return learn
-
 def test_quantize(learn, recwarn, tmp_path):
     q = learn.quantize(spec, fname='half.onnx')
     assert not [w for w in recwarn if 'not faster' in str(w.message)] and q.model.report.agrees_float==1

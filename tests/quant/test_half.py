@@ -1,13 +1,13 @@
 "Weights in half precision, and everything else in float: from a spec to a file that is held against NumPy's rounding"
 import copy, numpy as np, onnx, onnxruntime as ort, pytest, torch
-from fastai.vision.all import ImageBlock, PILImageBW, load_learner, set_seed
+from fastai.vision.all import ImageBlock, PILImageBW, load_learner
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastquant.all import *
 from fastquant.export.verify import verify
-from tests.helpers.data import gray, loaders, noise, pictures as pictures_of
-from tests.helpers.files import of_net, rounds
+from tests.helpers.data import gray, loaders, pictures as pictures_of
+from tests.helpers.files import of_net
 from tests.helpers.learners import check_owned, classifier, every_parameter_moves
 from tests.helpers.nets import classify
 
@@ -134,14 +134,6 @@ def test_some_layers_only():
 def spec_of(name): return specs[name]()
 
 # For a Learner
-
-@pytest.fixture
-def learn(tmp_path):
-    set_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), *classify(64, 3))
-    learn = classifier(loaders(noise(1, 8, 8, n=48), bs=8), net, tmp_path)
-    learn.fit(1, 1e-2)
-    return learn
 
 def test_quantize(learn, recwarn, tmp_path):
     "A file of half the size, the same predictions, and verbs take it"
