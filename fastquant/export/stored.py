@@ -121,10 +121,11 @@ def report_on(
         if not engine.in_integers(str(kernels.get(k))): why[k] = _as_run(who, kernels.get(k))
     why = {r.owner.get(k, k):v for k,v in why.items()}
     why.update(_beyond(r))
-    alone = {k:v for k,v in _alone(r).items() if k not in why}
-    layers = {*r.owner.values(),*_alone(r),*r.float_layers}
-    n,floats = len(layers|(why.keys()-r.in_float.keys())),alone.keys()|why.keys() # what has no weights can be in float, and is no layer
+    stored = _alone(r)
+    alone = {k:v for k,v in stored.items() if k not in why}
+    bare = r.in_float.keys()-{*r.owner.values(),*stored,*r.float_layers} # in float without weights, so no layers
+    n,floats = len({*r.owner.values(),*alone,*why}-bare),alone.keys()|why.keys()
     facts['float_work'] = {k:v for k,v in r.work.items() if k in floats or k not in r.owner.values()}
     if r.spec.half: facts.update(arithmetic=_stored_as(r.spec.act.grid), float_work={k:v for k,v in r.work.items() if k in why})
     found = {k:_least(outputs, k) for k in ('sqnr','sqnr_float','agrees','agrees_float','agrees_rounded')}
-    return Report(n, n-len(floats-(r.in_float.keys()-layers)), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)
+    return Report(n, n-len(floats-bare), why, n_items, **found, outputs=outputs, weights_only=alone, **facts)

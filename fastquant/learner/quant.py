@@ -201,7 +201,8 @@ class _Files:
     def prepared(self, exclude=()):
         model,spec = _rounding_copy(self.learn, None if self.settled else self.spec, list(exclude))
         if self.settled:
-            with find_room(model): twin_of(self.learn, model).validate(dl=self.dl) if spec.half else None
+            if spec.half:
+                with find_room(model): twin_of(self.learn, model).validate(dl=self.dl)
             return model
         prepare(model, spec, *self.batches[0], fold=True)
         cast = [Float32Callback()]*bool(other_precision(self.learn.model))
