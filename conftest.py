@@ -14,9 +14,15 @@ from nbdev.config import get_config
 
 pytest.register_assert_rewrite('tests.helpers')
 
-def run_nb(path, kwargs):
+def start_from(seed):
+    "Chance is the same in each run, whatever ran before: fastai shuffles by Python's own `random`"
+    from fastai.torch_core import set_seed
+    set_seed(seed)
+
+def run_nb(path, seed, kwargs):
     "Whether the notebook ran, and what it wrote to standard error"
     from nbdev.test import test_nb
+    start_from(seed)
     mp.set_start_method('fork', force=True) # workers of DataLoaders start at once, as they do in a notebook; from the server they take seconds
     sys.__stderr__ = err = io.StringIO()
     ok,_ = test_nb(path, **kwargs)
@@ -24,6 +30,7 @@ def run_nb(path, kwargs):
 
 def pytest_addoption(parser):
     parser.addoption('--flags', default='', help='nbdev test flags to run that are normally skipped, e.g. "slow"')
+    parser.addoption('--seed', type=int, default=0, help='what chance starts from, in each test and notebook anew: with another one all of them have to pass too')
     parser.addoption('--write-support', action='store_true', help='write tests/support.json, which the docs show, instead of comparing with it')
 
 def pytest_configure(config):
@@ -36,6 +43,9 @@ def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.s
 def pytest_collection_finish(session):
     gc.freeze() # what was imported stays, so that looking for garbage is quick
     session.config.enough = 0
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item): start_from(item.config.getoption('--seed'))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
@@ -56,8 +66,8 @@ class Notebook(pytest.File):
 
 class NotebookTest(pytest.Item):
     def runtest(self):
-        cfg,flags = get_config(self.path.parent),self.config.getoption('--flags').split()
+        cfg,seed,flags = get_config(self.path.parent),self.config.getoption('--seed'),self.config.getoption('--flags').split()
         kwargs = dict(skip_flags=cfg.tst_flags, force_flags=flags, basepath=cfg.config_path, cell_timeout=cfg.cell_timeout)
-        with ProcessPoolExecutor(1, mp_context=self.config.nb_context) as pool: ok,err = pool.submit(run_nb, self.path, kwargs).result()
+        with ProcessPoolExecutor(1, mp_context=self.config.nb_context) as pool: ok,err = pool.submit(run_nb, self.path, seed, kwargs).result()
         if not ok: pytest.fail(err, pytrace=False)
     def reportinfo(self): return self.path,None,self.path.name

@@ -72,8 +72,11 @@ return {ids: [...document.querySelectorAll('[id]')].map(o => o.id), links: [...d
 
 contrast = '''const parse = c => (c.match(/[\\d.]+/g) || []).map(Number), light = ([r,g,b]) => [r,g,b].map(v => (v/=255) <= .03928 ? v/12.92 : ((v+.055)/1.055)**2.4)
     .reduce((sum, v, i) => sum+v*[.2126,.7152,.0722][i], 0)
-const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor); if (c.length && c[3] !== 0) return c } return [255,255,255] }
-const says = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()), seen = new Set()
+const known = new Map([[null,[255,255,255]]]) // of what each lies on, so that nothing is asked twice
+const behind = e => {
+    if (!known.has(e)) { const c = parse(getComputedStyle(e).backgroundColor); known.set(e, c.length && c[3] !== 0 ? c : behind(e.parentElement)) }
+    return known.get(e) }
+const says = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
 return [...document.querySelectorAll('body *')].filter(e => says(e) && e.checkVisibility({opacityProperty: true})).map(e => {
     const [a,b] = [light(parse(getComputedStyle(e).color)),light(behind(e))].sort((x, y) => y-x); return [(a+.05)/(b+.05), e.textContent.slice(0, 40)] }).filter(([c]) => c < 4.5)'''
 

@@ -50,7 +50,8 @@ def said_of(report):
     "Layers with integer kernels, those of which weights are stored in fewer bits, and all"
     stored = len(set(report.weights_only))
     if report.arithmetic: return f'{stored} of {report.n_layers}'
-    return f"{report.n_int8} of {report.n_layers}" if not stored else f'{report.n_int8} and {stored} stored, of {report.n_layers}'
+    if not report.n_int8: return f'{stored} of {report.n_layers} stored'
+    return f'{report.n_int8} of {report.n_layers}' + (f', {stored} stored' if stored else '')
 
 @pytest.mark.parametrize('name', nets)
 def test_specs(name, request, tmp_path):

@@ -24,7 +24,7 @@ def two_processes(f, *args):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    mp.spawn(_work, (port, f, args), nprocs=2)
+    mp.start_processes(_work, (port, f, args), nprocs=2, start_method='forkserver') # of a server that has imported what takes long, see conftest.py
 
 def joined(n, bs):
     "Indices of the first `2*n` items as one process has to see them, in batches of `2*bs`, to see what two see that split them"
