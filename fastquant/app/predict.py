@@ -83,7 +83,7 @@ def _session(data, fname, threads):
     except _ort_errors as e: raise BadInput(f"ONNX Runtime {ort.__version__} cannot run {fname}: {str(e).splitlines()[0]} A newer one may: pip install -U onnxruntime.") from None
 
 def _way(about, fname):
-    "The way from a picture to an answer, if it is known here"
+    "The way from what is given to an answer, if it is known here"
     way,by = about.get('pipeline') or {},about.get('fastquant')
     if way.get('version', 0)>2: raise BadInput(f"{fname} was made by a newer fastquant, {by}: use the predict.py that came with it.")
     if about.get('portable') is False: raise BadInput(f"{fname} uses the whole int8 range, and processors that saturate would answer wrong. Quantize with 'int8', or open it with `Learner.load_onnx`.")

@@ -1,4 +1,4 @@
-"""What a model is given for a picture, or for the row of a table, with numpy and Pillow alone
+"""What a model is given for a picture or for the row of a table, and how a text is read, with numpy and Pillow alone
 
 Docs: https://fastquant-dev.github.io/fastquant/app/prepare.html.md"""
 

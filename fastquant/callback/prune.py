@@ -28,7 +28,7 @@ class PruneScheduleCallback(MaskingCallback):
     def __init__(self,
         amount=None,            # Share of weights to prune, or a dictionary of shares by module pattern; `NM` brings its own
         structure='weight',     # What goes together: `weight`, `row`, `kernel`, `filter`, `NM(2, 4)`, `channel`, or one of your own
-        criterion='magnitude',  # What matters: `magnitude`, `l2`, `random`, `gradient`, `taylor`, `movement`, `wanda`, for channels also `bn_scale` and `fpgm`, or one of your own
+        criterion='magnitude',  # What matters: `magnitude`, `l2`, `random`, `gradient`, `taylor`, `movement`, `wanda`, for channels also `bn_scale`, for these and filters `fpgm`, or one of your own
         scope:str='global',     # Whether all layers compete, or each gives its share (`local`)
         schedule='cubic',       # How it gets there: see `plot_schedules`; or any function from position to share
         start:float=0.,         # Part of the fit before the first weight goes

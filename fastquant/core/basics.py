@@ -1,4 +1,4 @@
-"""What is given to a function, choosing things by name, matching module names, and writing files whole or not at all
+"""Choosing things by name, matching module names, and writing files whole or not at all
 
 Docs: https://fastquant-dev.github.io/fastquant/core/basics.html.md"""
 

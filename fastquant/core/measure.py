@@ -42,7 +42,7 @@ def n_macs(
     model:nn.Module, # Any model, or one that runs a file
     *xb              # A batch of inputs, of which the first item is taken
 )->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products, for one item"
+    "Multiply-accumulates of convolutions, linear and recurrent layers and matrix products, for one item"
     check_model(model:=inner_model(model))
     if isinstance(model, FileModel): return model.n_macs
     check_batch(xb)

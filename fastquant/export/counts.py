@@ -50,7 +50,7 @@ def macs_in(
     proto:onnx.ModelProto, # A file of fastquant
     sizes=() # Of an item of each input, for what of it is free in the file
 )->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item"
+    "Multiply-accumulates of convolutions, linear and recurrent layers and matrix products in the file, for one item"
     proto = without_ranges(expanded(proto))
     set_sizes(proto.graph, sizes)
     g = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph

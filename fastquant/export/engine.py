@@ -197,7 +197,7 @@ def n_params(self:Engine)->int:
 
 @patch(as_prop=True)
 def n_macs(self:Engine)->int:
-    "Multiply-accumulates of convolutions, linear layers and matrix products in the file, for one item, of the size that it was made with"
+    "Multiply-accumulates of convolutions, linear and recurrent layers and matrix products in the file, for one item, of the size that it was made with"
     return macs_in(onnx.load_from_string(self.data), sizes_in(self.metadata))
 
 # %% ../../nbs/export/02_engine.ipynb #07expo0bd896

@@ -64,14 +64,14 @@ _acts = Grid(8, signed=False),Grid(8, whole=True)
 def _cannot(s):
     "What of the spec `s` XNNPACK has nothing for"
     acts = [a for a in (s.act,s.stream) if a]
-    if s.act is None or s.weight.half or s.weight.by_group: yield 'weights alone'
+    if s.half: yield 'arithmetic in half precision'
+    elif s.act is None or s.weight.half or s.weight.by_group: yield 'weights alone'
     if any(a.dynamic for a in acts): yield 'ranges that are found while it runs'
     if any(not a.half and a.grid not in _acts for a in acts): yield 'activations in other than 8 bits'
 
 def _check_spec(spec):
     "Raise a `ValueError` if XNNPACK cannot compute what `spec`, or an exception of it, says"
-    each = [spec,spec.ends,*(o for _,o in spec.overrides)]
-    found = [why for s in filter(None, each) for why in _cannot(s)]
+    found = [why for s in spec.parts for why in _cannot(s)]
     if found: raise ValueError(f"This spec says {' and '.join(dict.fromkeys(found))}, which engine='executorch' has no kernels for: a .pte has weights and activations in 8 bits, with ranges from calibration. Use spec='int8', or engine='onnxruntime'.")
 
 # %% ../../nbs/export/04_executorch.ipynb #c92962ae

@@ -28,7 +28,7 @@ def _array_type(i):
     return _arrays[dtype]
 
 # %% ../../nbs/export/01_feed.ipynb #01feedx0006
-_how = "If sizes are to be free, say so when it is made: `quantize(dynamic=True)` or `export_onnx(dynamic=True)`."
+_how = "If sizes are to be free, say so when an ONNX file is made: `quantize(dynamic=True)` or `export_onnx(dynamic=True)`. (A .pte takes one size.)"
 
 @dataclass(frozen=True)
 class FileInput:

@@ -18,7 +18,7 @@ __all__ = ['Report', 'report_in', 'sizes_in', 'check_said']
 class Report:
     "How a file was verified"
     n_layers:int        # Modules with weights in the model
-    n_int8:int          # Those that ONNX Runtime runs with integer kernels
+    n_int8:int          # Those that the engine runs with integer kernels
     float_layers:dict   # Why each of the others does not, by module path
     n_items:int         # Items of the batches it was held against float on
     sqnr:float          # Of the file's worst output against its simulation's, in dB; 200 if they are equal; on a few items, unless trained

@@ -42,7 +42,7 @@ from __future__ import annotations
 """
 
 def _program()->str: # The source of `predict.py`
-    "`prepare` and `predict` as a program of its own"
+    "`prepare`, `text` and `predict` as a program of its own"
     imports,body = [],[]
     for m in preparing,reading,predicting:
         src = inspect.getsource(m)

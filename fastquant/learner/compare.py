@@ -38,7 +38,7 @@ def compare(self:Learner,
     names=None, # A name for each row
     **kwargs
 )->pd.DataFrame: # A row for each Learner
-    "Size, work, latency, metrics and agreement of `self` and `others`; of an int8 file also the latency of the same net in float in its engine"
+    "Size, work, latency, metrics and agreement of `self` and `others`; of an int8 ONNX file also the latency of the same net in float in its engine"
     for o in others: check_kind('others', o, Learner, 'pass Learners.')
     learns = (self,*others)
     for o in learns: check_parameters(o)

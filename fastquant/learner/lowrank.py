@@ -134,7 +134,7 @@ def load_decomposed(self:Learner,
 @dataclass(frozen=True)
 class RankSensitivity:
     "What each rank of each layer alone does to a metric"
-    table:pd.DataFrame # A row for each layer and rank: share of its full rank, share of its parameters, energy that is lost, and the metric
+    table:pd.DataFrame # A row for each layer and rank: the rank, share of its parameters, energy that is lost (of Tucker-2 at most), and the metric
     spectra:dict       # Singular values of each layer, one tensor for each rank that it has
     base:float         # The metric of the model as it is
     metric:str         # Its name

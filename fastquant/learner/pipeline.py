@@ -1,4 +1,4 @@
-"""The way from a picture or a row of a table to an answer, as data that a program can follow
+"""The way from a picture, a text or a row of a table to an answer, as data that a program can follow
 
 Docs: https://fastquant-dev.github.io/fastquant/learner/pipeline.html.md"""
 
@@ -198,7 +198,7 @@ def pipeline_of(
 
 def _input(dl, dls, callbacks):
     if isinstance(getattr(dl, 'dataset', None), Tabular): return _table(dl, callbacks)
-    if not getattr(getattr(dl, 'dataset', None), 'tls', None): raise _Cannot("Its data are tensors, and how they came about is not known. Use a `DataBlock` with an `ImageBlock`, or `TabularDataLoaders`.")
+    if not getattr(getattr(dl, 'dataset', None), 'tls', None): raise _Cannot("Its data are tensors, and how they came about is not known. Use a `DataBlock` with an `ImageBlock` or a `TextBlock`, or `TabularDataLoaders`.")
     n,k = len(dl.dataset.tls),dl.n_inp
     if (n,k)!=(2,1): raise _Cannot(f"Its data have {k} input(s) and {n-k} target(s), and an app takes one and has one answer. Use a Learner with one input and one target.")
     return _text(dl, dls, callbacks) if text_facts(dls) else _picture(dl, callbacks)

@@ -68,8 +68,8 @@ def quantize(self:Learner,
     valid=None,      # Data to measure on; the validation set if None
     ladder=('mse','equalize','bias'), # Rungs to climb if too much is lost, or within a budget, in order; `adaround` takes longer, and is for few bits
     target:dict=None # A budget in place of bits in the spec: a share of the bytes of the float model, `{'bytes':.15}`, or bits of a weight on average, `{'bits':4}`
-)->Learner: # Runs int8, for inference only; `self` is left as it is
-    "An int8 copy of `self`: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
+)->Learner: # Runs the file, for inference only; `self` is left as it is
+    "A copy of `self` in int8, or as the spec says: calibrated, converted, exported, and checked against the original on real batches; raises if one of these fails, and `MaxDropExceeded` if `max_drop` cannot be held"
     check_flags(timed=timed)
     check_opset(opset)
     find_rungs(ladder)
@@ -84,7 +84,7 @@ def quantize(self:Learner,
     promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
     with calibration_dl(self, dl, n_batches) as dl:
         files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
-        files.given = _batches(self, model, dl, dynamic, None if promise or target else 2)
+        files.given = _batches(self, model, dl, dynamic, None if promise or target or wanted.adapts else 2)
         new = _wanted_file(self, files, promise, target, ladder)
     if fname: write_whole(fname, new.model.data)
     if timed: warn_if_slow(new.model, files.batches[0])
@@ -288,7 +288,7 @@ def _float_file(learn, xb, dynamic, opset):
 # %% ../../nbs/learner/01_quant.ipynb #22lear057c7c
 @patch
 def load_onnx(self:Learner,
-    fname, # A file from `export_onnx`, relative to `self.path`
+    fname, # A file from `export_onnx`, or from `fname` of `quantize`, relative to `self.path`
     engine='onnxruntime' # As in `quantize`
 )->Learner: # `self` is left as it is
     "A Learner like `self` that runs the file; raises `ValueError` if that is damaged, somebody else's, or of other classes"

@@ -259,9 +259,10 @@ def _not_done(plan, path, m):
     act = plan.at(path).act
     if act and not act.dynamic: return None
     if act and isinstance(m, conv_layers): return 'convolutions have no kernel that finds ranges while it runs and is faster'
-    if type(m) is nn.LSTM or type(m) is nn.GRU and not act: return _odd.format(kind=type(m).__name__)
+    if type(m) is nn.LSTM or type(m) is nn.GRU and not act: return _odd[type(m)]
 
-_odd = 'an {kind} with projections, with packed sequences, or with weights that are computed while it runs, has no integer kernel'
+_odd = {nn.LSTM: 'an LSTM with projections, with packed sequences, or with weights that are computed while it runs, has no integer kernel',
+    nn.GRU: 'a GRU with packed sequences, or with weights that are computed while it runs, has no integer kernel'}
 
 def float_layers(
     model:nn.Module, # The model that was traced

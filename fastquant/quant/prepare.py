@@ -22,6 +22,7 @@ from .pairs import *
 from .spec import *
 from .written import *
 from .plan import *
+from .half import *
 from .site import Site
 from .fakequant import *
 from .checks import *
@@ -190,7 +191,7 @@ def set_ranges(
     for row,ends in zip(seen, found): row[:2] = torch.stack(ends)
     lo,hi,_ = seen.T
     r.set_features()
-    weights = torch.cat([weight_range(*o) for o in r.each_weight()])
+    weights = torch.cat([r.weight_scale[:0], *(weight_range(*o) for o in r.each_weight())]) # of other weights in half precision there are none
     set_qparams(r, lo, hi, seen, weights)
 
 def weight_range(
@@ -253,7 +254,7 @@ def prepare(
     tr = trace(model, *first_items(xb, 2))
     check_patterns([p for p,_ in spec.overrides], _named(model, tr))
     plan = Plan(tr, spec)
-    if not plan.layers: raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers none can run in int8 ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
+    if not plan.layers and not half_weights(model, plan): raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers this spec rounds none ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
     r = FakeQuant(model, plan, float_layers(model, plan))

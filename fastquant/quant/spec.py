@@ -103,7 +103,7 @@ class Spec:
     overrides:tuple=() # Pairs of a pattern (see `matches`) and the `Spec` for what it matches, or None for float
     portable:bool=True    # Keep weights of 8 bits to what every processor multiplies alike (see `pair_limit`)
     float_bias:bool=False # Leave biases in float, for an engine that rounds them itself
-    compensate:bool=False # Let weights of a linear layer, or of an LSTM, make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb)); where only weights are rounded, or ranges are found while the model runs
+    compensate:bool=False # Let weights of a linear layer, an LSTM or a GRU make up for each other's rounding, by calibration (see [gptq](13_gptq.ipynb)); where only weights are rounded, or ranges are found while the model runs
     smooth:bool=True # Scale channels behind normalization layers, where that is exact and helps (see [equalize](11_equalize.ipynb))
     def __post_init__(self):
         self.check_fields()
@@ -137,6 +137,10 @@ class Spec:
         check_kind('path', path, str, "pass a module's name.")
         found = [s for p,s in self.overrides if matches(path, p)]
         return found[-1] if found else self
+    @property
+    def parts(self)->list: return [self,*filter(None, [self.ends,*(s for _,s in self.overrides)])] # all that it says, of any layer
+    @property
+    def adapts(self)->bool: return any(s.compensate for s in self.parts) # do weights make up for each other anywhere?
     def excluding(self,
         patterns # Module names or patterns to leave in float: one or several
     )->Spec:
@@ -241,7 +245,6 @@ def check_lowered(
     spec:Spec # What is wanted
 ):
     "Raise a `NotImplementedError` that names what of `spec`, or of its exceptions, no engine is given yet"
-    both = [spec,*filter(None, [spec.ends,*(o for _,o in spec.overrides)])]
-    for s in both:
+    for s in spec.parts:
         found = [*_not_yet(s),*['arithmetic in half precision for some layers alone']*(s.half!=spec.half)]
         if found: raise NotImplementedError(f"{' and '.join(found)}: a spec can say so, and it is not done yet. Use a spec like 'int8', 'w4a8', 'w4' or 'fp16', or leave layers in float with `exclude`.")

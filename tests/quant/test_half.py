@@ -25,10 +25,18 @@ class Wider(nn.Module):
         self.up,self.out = nn.ConvTranspose2d(3, 8, 2, 2),nn.Conv2d(8, 4, 3)
     def forward(self, x): return self.out(self.up(x).relu())
 
+class Last(nn.Module):
+    "Nothing that integers have a kernel for"
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(8, 12, batch_first=True)
+    def forward(self, x): return self.rnn(x)[0][:,-1]
+
 def pictures(): return torch.randn(6, 3, 10, 10)
 nets = dict(linear=lambda: (nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.LayerNorm(20), nn.Linear(20, 7)), torch.randn(4, 5, 12)),
     convs=lambda: (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), *classify(8, 9)), pictures()),
-    text=lambda: (Text(), torch.randint(0, 50, (4,6))), wider=lambda: (Wider(), pictures()))
+    text=lambda: (Text(), torch.randint(0, 50, (4,6))), wider=lambda: (Wider(), pictures()),
+    recurrent=lambda: (Last(), torch.randn(4, 5, 8)), transposed=lambda: (nn.Sequential(nn.ConvTranspose2d(3, 8, 2, 2), nn.ReLU()), pictures()))
 
 def net_of(name):
     torch.manual_seed(0)

@@ -214,6 +214,18 @@ def test_calibration(learn):
     learn.validate(cbs=PTQCalibrate(spec='w8'))
     assert fake_quant_of(learn.model).ready and learn.quantize().model.report.kind=='weights only'
 
+def test_weights_make_up_on_all_batches(tmp_path):
+    "And not on the first of them alone, which may have nothing of what comes after"
+    set_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))
+    def like(n, mix): return [(torch.randn(8, 3)@mix,torch.randint(0, 3, (8,))) for _ in range(n)]
+    early,late = torch.randn(2, 3, 32)
+    batches = [*like(2, early),*like(5, late)]
+    learn = classifier(loaders(noise(32, n=16), bs=8), net, tmp_path)
+    x = torch.cat([x for x,_ in like(20, late)])
+    def nearness(dl): return sqnr(net(x), learn.quantize('w4', dl=dl, timed=False).model(x))
+    assert nearness(batches)>nearness(batches[:2])+1
+
 def test_contradictions():
     with pytest.raises(ValueError, match='no activation is rounded'): Spec(act=None, stream=TensorSpec(Grid(8, signed=False)))
     with pytest.raises(ValueError, match="No spec is called 'w9'"): prepare(nn.Linear(2, 2), 'w9', torch.randn(2, 2))
