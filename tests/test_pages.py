@@ -1,5 +1,5 @@
 "The pages of the docs: what they show runs as it stands, and says nothing of the machine that it was made on"
-import importlib.util, json, os, re, subprocess, sys
+import ast, importlib.util, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -42,6 +42,29 @@ def test_no_output_names_the_machine():
     found = {(name(fn),c['id']):m[0] for fn in notebooks for c in json.loads(fn.read_text())['cells']
         for o in c.get('outputs', []) for s in written(o) if (m:=machine.search(s))}
     assert not found
+
+def prints(node):
+    "Whether what is run here, and not in a function that is made here, prints"
+    if isinstance(node, (ast.FunctionDef,ast.ClassDef,ast.Lambda)): return False
+    return isinstance(node, ast.Call) and getattr(node.func, 'id', '') in ('print','display') or any(map(prints, ast.iter_child_nodes(node)))
+
+def says(src):
+    "Whether a cell ends in a value, other than of a call, which may be None, or prints something"
+    *_,last = body = ast.parse(src).body
+    value = isinstance(last, ast.Expr) and not isinstance(last.value, (ast.Call,ast.Constant)) and not src.rstrip().endswith(';')
+    return value or any(map(prints, body))
+
+def silent(fn):
+    "Cells of a page that say something, and of which nothing is saved"
+    shown = {src for shown,_,src in visible.cells(fn) if shown and 'exec_doc' not in src}
+    code = [(c,''.join(c['source'])) for c in json.loads(fn.read_text())['cells'] if c['cell_type']=='code']
+    return [c['id'] for c,src in code if src in shown and not c['outputs'] and says(src)]
+
+def test_each_output_is_saved(tmp_path):
+    cells = ['x = 1\nx', 'print(1)', 'x;', 'f(x)', 'def f(x): return print(x)', '"only words"', '#| hide\nx', '#| exec_doc\nx']
+    (tmp_path/'bad.ipynb').write_text(json.dumps(dict(cells=[dict(cell_type='code', id=i, source=[o], outputs=[]) for i,o in enumerate(cells)])))
+    assert silent(tmp_path/'bad.ipynb')==[0,1]
+    assert not {name(fn):bad for fn in notebooks if (bad:=silent(fn))}
 
 # Where a page leads to
 
