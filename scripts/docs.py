@@ -215,9 +215,10 @@ def render(nm, meta, md, fn, menu, cfg):
     return leveled(re.sub(r'<table.*?</table>', wide, out, flags=re.S))
 
 def wide(m):
-    "A table, which scrolls by itself where it does not fit, and whose code may be broken where one would"
+    "A table, which scrolls by itself where it does not fit, whose code may be broken where one would, and in which words are set as words"
     def breakable(c): return re.sub(r'[(=,/]|[.](?=[A-Za-z])', r'\g<0><wbr>', c[0])
-    return f'<div class="wide">{re.sub(r"(?<=<code>)[^<]*(?=</code>)", breakable, m[0])}</div>'
+    table = re.sub(r'<td>(?=[A-Za-z][^<]{24,}</td>)', '<td class="words">', m[0])
+    return f'<div class="wide">{re.sub(r"(?<=<code>)[^<]*(?=</code>)", breakable, table)}</div>'
 
 def index(menu, srcs, pages):
     "All sections of all pages, for search.js; the first of a page has what the page is about, and its keywords"
