@@ -10,7 +10,7 @@ import math, onnx, torch
 from .graph import *
 
 # %% auto #0
-__all__ = ['keep_halves']
+__all__ = ['keep_halves', 'keep_apart']
 
 # %% ../../nbs/export/00_halves.ipynb #00halv0007
 _stored = {torch.float16:onnx.TensorProto.FLOAT16, torch.bfloat16:onnx.TensorProto.BFLOAT16}
@@ -39,3 +39,23 @@ def _narrowed(w, dtypes):
     "`w` in the first of `dtypes` that holds all of it, None if none does"
     for t in dtypes:
         if (small:=w.to(t)).to(w.dtype).equal(w): return small
+
+# %% ../../nbs/export/00_halves.ipynb #00halv0014
+def _turned(n):
+    perm = [*n.attribute[0].ints] if n and n.op_type=='Transpose' and n.attribute else []
+    return len(perm)>2 and perm==[*range(1, len(perm)-1),0,len(perm)-1]
+
+def keep_apart(
+    proto:onnx.ModelProto # Changed in place
+)->onnx.ModelProto: # `proto`
+    "Keep products in half precision apart from transpositions that ONNX Runtime cannot join them with"
+    g = proto.graph
+    made,taken,new = {o:n for n in g.node for o in n.output},set(values_of(g)),{}
+    for i,n in enumerate(g.node):
+        for j,v in enumerate(n.input if n.op_type=='MatMul' else ()):
+            if not _turned(made.get(v)): continue
+            axis,wider,n.input[j] = (free_name(f'{v}_{k}', taken) for k in ('axis','wider','apart'))
+            both = [onnx.helper.make_node(k, [a,axis], [b]) for k,a,b in (('Unsqueeze',v,wider),('Squeeze',wider,n.input[j]))]
+            new[i] = [*new.get(i, []),constant_node(axis, INT64, [0]),*both]
+    put_before(g, new)
+    return proto

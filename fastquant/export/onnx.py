@@ -153,6 +153,7 @@ def _stored(proto, r, opset):
     halves = [*r.halves.values(),*(w.grid for w in r.weights.values() if w.half),*[torch.float16]*bool(groups or r.widths)] # scales of groups, biases of LSTMs on integers
     proto = keep_groups(pad_biases(proto), groups)
     proto = keep_tables(pack(keep_float(proto, r.weights_only&set(grids)), grids, opset))
+    if r.spec.half: proto = keep_apart(proto)
     return keep_halves(share_constants(proto), dict.fromkeys(halves))
 
 def _exported(model, xb, free, opset):

@@ -84,7 +84,7 @@ def quantize(self:Learner,
     promise = promised(self, max_drop, metric=metric, comp=comp, valid=valid)
     with calibration_dl(self, dl, n_batches) as dl:
         files = _Files(self, wanted, dl, trained, runs, dict(dynamic=dynamic, opset=opset))
-        files.given = _batches(self, model, dl, dynamic, None if promise or target or wanted.adapts else 2)
+        files.given = _batches(self, model, dl, dynamic, None if promise or target or wanted.adapts and not trained else 2)
         new = _wanted_file(self, files, promise, target, ladder)
     if fname: write_whole(fname, new.model.data)
     if timed: warn_if_slow(new.model, files.batches[0])

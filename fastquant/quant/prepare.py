@@ -171,12 +171,18 @@ def set_qparams(
     r.weight_scale.data.copy_(weights)
     r.refresh()
 
-# %% ../../nbs/quant/07_prepare.ipynb #05prep005576
+# %% ../../nbs/quant/07_prepare.ipynb #05preprow01
 @patch
 def each_weight(self:FakeQuant):
     "Of each layer: its weight, how that is rounded, and whether neighbours have to fit"
     for k,w in self.weights.items(): yield self.weight_of(k),w,k in self.paired
 
+@patch
+def in_one_row(self:FakeQuant, scales)->Tensor:
+    "The `scales` of all weights; there are none where all weights are of other modules, in half precision"
+    return torch.cat([self.weight_scale.detach()[:0], *scales])
+
+# %% ../../nbs/quant/07_prepare.ipynb #05prep005576
 @torch.no_grad()
 def set_ranges(
     model:nn.Module # A prepared model that has watched some batches
@@ -191,7 +197,7 @@ def set_ranges(
     for row,ends in zip(seen, found): row[:2] = torch.stack(ends)
     lo,hi,_ = seen.T
     r.set_features()
-    weights = torch.cat([r.weight_scale[:0], *(weight_range(*o) for o in r.each_weight())]) # of other weights in half precision there are none
+    weights = r.in_one_row(weight_range(*o) for o in r.each_weight())
     set_qparams(r, lo, hi, seen, weights)
 
 def weight_range(
@@ -233,6 +239,12 @@ def _named(model, tr):
     weights = [k for o in tr.ops for k in (o.layer,o.weight) if o.macs and k]
     return list(dict.fromkeys([*dict(model.named_modules()),*weights]))
 
+def _nothing(model, plan):
+    "What to say where `plan` rounds no weight"
+    why = float_layers(model, plan)
+    say = " 'fp16' halves any weight." if {*why.values()}-{'excluded'} and not plan.spec.weight.half else ''
+    return f"There is nothing to quantize: of {type(model).__name__}'s layers this spec rounds none ({why or 'it has no convolution and no linear layer'}).{say}"
+
 @torch.no_grad()
 def prepare(
     model:nn.Module, # Changed in place
@@ -254,7 +266,7 @@ def prepare(
     tr = trace(model, *first_items(xb, 2))
     check_patterns([p for p,_ in spec.overrides], _named(model, tr))
     plan = Plan(tr, spec)
-    if not plan.layers and not half_weights(model, plan): raise ValueError(f"There is nothing to quantize: of {type(model).__name__}'s layers this spec rounds none ({float_layers(model, plan) or 'it has no convolution and no linear layer'}).")
+    if not plan.layers and not half_weights(model, plan): raise ValueError(_nothing(model, plan))
     for p in [p for p,s in spec.overrides if s and not any(matches(k, p) for k in plan.layers)]:
         raise ValueError(f"{p!r} has a spec of its own, but matches no layer that can be quantized.{near_misses(p, plan.layers)} There are {', '.join(plan.layers)}.")
     r = FakeQuant(model, plan, float_layers(model, plan))

@@ -215,7 +215,7 @@ def _take_ranges(model, other):
     if rows: put_rows(r, list(range(len(rows))), o.scale[rows], o.zero_point[rows])
     else: r.zero_point.zero_()
     r.range.copy_(o.range[rows])
-    r.weight_scale.data.copy_(torch.cat([o.weight_scale[o.slices[k]] for k in r.weights]))
+    r.weight_scale.data.copy_(r.in_one_row(o.weight_scale[o.slices[k]] for k in r.weights))
     r.refresh()
     return True
 

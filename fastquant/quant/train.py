@@ -142,7 +142,7 @@ def first_scales(
 )->Tensor: # One row for all weights
     "Scales that the weights of `model` start training with"
     r = fake_quant_of(model)
-    return torch.cat([first_scale(*o) for o in r.each_weight()])
+    return r.in_one_row(first_scale(*o) for o in r.each_weight())
 
 @torch.no_grad()
 def start(

@@ -192,3 +192,15 @@ def test_what_is_not_done_yet_is_named(learn, part, say):
     with pytest.raises(NotImplementedError, match=say): learn.quantize(Spec(**part))
     with pytest.raises(NotImplementedError, match=say): learn.quantize(Spec(overrides=(('0',Spec(**part)),)))
     assert fake_quant_of(learn.model) is None
+
+@pytest.mark.parametrize('spec', ['fp16','fp16_arithmetic'])
+def test_nothing_but_a_recurrent_layer(tmp_path, spec):
+    "A Learner whose model has no layer that integers could compute trains through the rounding and ships"
+    torch.manual_seed(0)
+    data = [(torch.randn(5, 8),torch.randint(0, 12, ())) for _ in range(32)]
+    learn = classifier(loaders(data, bs=8), Last(), tmp_path)
+    learn.fit(1, 1e-2, cbs=QuantAwareCallback(spec))
+    check_owned(learn)
+    q = learn.quantize(timed=False)
+    assert set(q.model.report.weights_only)=={'rnn'} and q.model.report.agrees_rounded==1
+    with pytest.raises(ValueError, match="this spec rounds none.*GRU.*'fp16' halves"): learn.remove_quant().quantize('int8')
