@@ -5,6 +5,7 @@ from fastai.vision.all import (CrossEntropyLossFlat, Dice, Learner, MaskBlock, M
     aug_transforms, load_learner, mae, resnet18, set_seed, unet_learner, vision_learner)
 from fastquant.all import *
 from tests.helpers.data import digits, ink, loaders, picture, pictures, rows, table
+from tests.helpers.nets import encoder
 
 def number(i): return float(digits.target[i])
 
@@ -53,11 +54,11 @@ def test_quantize_after_load_learner(vision, tmp_path):
 
 @pytest.mark.parametrize('how', ['to_fp16','to_bf16'])
 def test_mixed_precision(how):
-    learn = fitted(getattr(vision_learner(pictures(64), resnet18, pretrained=False, metrics=accuracy), how)())
+    learn = fitted(getattr(vision_learner(pictures(64), encoder, pretrained=False, metrics=accuracy), how)())
     with learn.no_bar(): assert learn.quantize(n_batches=2).model.report.float_layers=={}
 
 def test_unet_learner():
-    learn = fitted(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), resnet18, pretrained=False, n_out=2, metrics=Dice()))
+    learn = fitted(unet_learner(pictures(64, MaskBlock(['bg','ink']), ink), encoder, pretrained=False, n_out=2, metrics=Dice()))
     with learn.no_bar(): q = learn.quantize(n_batches=2)
     assert q.model.report.float_layers=={}
     with q.no_bar(), learn.no_bar():
@@ -69,7 +70,7 @@ def test_unet_learner():
 
 def test_regression():
     data = pictures(160, RegressionBlock(), number)
-    learn = fitted(vision_learner(data, resnet18, pretrained=False, n_out=1, y_range=(0,9), metrics=mae), 3)
+    learn = fitted(vision_learner(data, encoder, pretrained=False, n_out=1, y_range=(0,9), metrics=mae), 3)
     with learn.no_bar(): q = learn.quantize()
     with q.no_bar(), learn.no_bar(): compared = learn.compare(q, n=3)
     assert q.model.report.agrees is None and np.isnan(compared.agrees['int8'])

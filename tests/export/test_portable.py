@@ -72,7 +72,7 @@ def test_gate_passes_equal_activations():
     of_net(Doors().eval(), torch.randn(8, 3, 8, 8), 'w4a4').gate()
 
 @pytest.mark.parametrize('spec', ['int8','w4a4'])
-@pytest.mark.parametrize('seed', [1,2,3])
+@pytest.mark.parametrize('seed', [1,2])
 @pytest.mark.parametrize('name', ['squeezenet1_1','vision_learner'])
 def test_gate_passes_healthy_files_of_other_weights(name, seed, spec): make(name, spec, seed=seed).gate()
 

@@ -1,11 +1,11 @@
 "What a fastai user does before and after `decompose`, and each kind of bad input"
 import builtins, pytest, torch
-from fastai.vision.all import MixUp, SaveModelCallback, accuracy, load_learner, noop, resnet18, set_seed, vision_learner
+from fastai.vision.all import MixUp, SaveModelCallback, accuracy, load_learner, noop, set_seed, vision_learner
 from torch import nn
 from fastquant.all import *
 from tests.helpers.data import loaders, pictures, shuffled
 from tests.helpers.learners import check_owned, classifier
-from tests.helpers.nets import conv, same, stages, state
+from tests.helpers.nets import conv, encoder, same, stages, state
 
 train,valid = shuffled(640, 320)
 
@@ -76,7 +76,7 @@ def test_load_onto_another_recipe(learn):
 def test_vision_learner(tmp_path):
     "fastai's own: a pickle that predicts, a head that is batchnorm before linear"
     dls = pictures(40, valid=.2)
-    learn = vision_learner(dls, resnet18, pretrained=False, metrics=accuracy, path=tmp_path)
+    learn = vision_learner(dls, encoder, pretrained=False, metrics=accuracy, path=tmp_path)
     with learn.no_bar(), learn.no_logging(): d = learn.decompose(params=.5)
     with d.no_bar(), d.no_logging():
         assert n_params(d.model)<=.5*n_params(learn.model)
